@@ -1,0 +1,221 @@
+"""The callback that watches the eigenvalues of layers' activation covariance."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_spectral import tensorboard
+from lightning_spectral.callbacks.measuring import MeasuringCallback
+from lightning_spectral.callbacks.table import print_table
+from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
+from lightning_spectral.functional.spectrum import head_share, rankme
+from lightning_spectral.measurement import LayerSpectrum, Report
+
+DEFAULT_HEAD: tuple[int, int] = (1, 10)
+
+
+class ActivationSpectrum(MeasuringCallback):
+    """Logs the spectrum of the activation covariance of chosen layers while a model trains.
+
+    No extra forward pass: the training (or validation) pass itself is read, by forward hooks that change nothing. Each
+    report logs, per layer, the power-law exponents of the eigenvalues' head and tail with jackknife errors, RankMe, the
+    share of the head and the number of rows; TensorBoard also gets histograms of log10 eigenvalues, a log-log figure
+    and a chart with all layers. ``fit`` ends with a table of the first report and the last.
+
+    Values lie under ``activation/{layer}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``alpha_tail_corrected`` (bias of
+    few rows removed), ``r2_tail``, ``alpha_head``, ``alpha_head_stderr``, ``rankme``, ``head_share``, ``num_tokens``;
+    with ``activation/failed`` (layer spectra that could not be had so far, logged as NaN) and ``spectral/seconds``.
+    They can be monitored by ModelCheckpoint and EarlyStopping (with ``check_finite=False``, since they are NaN until the
+    first report).
+
+    With ``WeightAveraging`` a validation pass runs on the averaged weights, and ``stage="validate"`` measures those.
+
+    Args:
+        layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five blocks
+            spread evenly over it.
+        every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
+        stage: ``"train"`` reads the last training batches before a report, ``"validate"`` the first rows of a validation
+            run. Runs are compared on validation rows, which do not change.
+        num_tokens: Rows per report over all ranks, after the mask. The exponent of the tail depends on rows per
+            channel: compare runs at equal numbers.
+        head: Band of the head exponent and of ``head_share``: two ints, 1-based inclusive ranks, or two fractions of
+            the width. Ranks 1 to 10 as in *Spectral Lens*.
+        tail: Band of the tail exponent, likewise. An eighth to a half of the width holds the bands of *Spectral Lens*
+            at widths 768 to 1600; (30, 150) is that of its released scripts.
+        num_groups: Groups of whole samples for the delete-a-group jackknife; 1 for no error bars.
+        normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
+        dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
+            1e-3 of the largest, ``"float64"`` above 1e-6, at about twice the cost of the products.
+        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        prefix: Put before every key, to tell two of these callbacks apart.
+        dataloader_idx: Which validation loader to read.
+
+    Raises:
+        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
+            two callbacks would write; in the first batch for bands beyond the width.
+
+    References:
+        Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,
+        arXiv 2605.05683 (2026).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ActivationSpectrum(every_n_steps=50)], logger=False)
+    """
+
+    kind = "activation"
+    quantities = (
+        "alpha_tail",
+        "alpha_tail_stderr",
+        "alpha_tail_corrected",
+        "r2_tail",
+        "alpha_head",
+        "alpha_head_stderr",
+        "rankme",
+        "head_share",
+        "num_tokens",
+    )
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] | None = None,
+        every_n_steps: int = 100,
+        stage: Literal["train", "validate"] = "train",
+        num_tokens: int = 65536,
+        head: tuple[int, int] | tuple[float, float] = DEFAULT_HEAD,
+        tail: tuple[int, int] | tuple[float, float] = (0.125, 0.5),
+        num_groups: int = 4,
+        normalize: bool = True,
+        dtype: Literal["float32", "float64"] = "float32",
+        mask: str | None = None,
+        prefix: str = "",
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().__init__(
+            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix
+        )
+        check_band("head", head)
+        check_band("tail", tail)
+        self.head = cast(Band, tuple(head))
+        self.tail = cast(Band, tuple(tail))
+        self._first: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
+        self._num_reports = 0
+
+    def check_widths(self, widths: dict[str, int]) -> None:
+        """Refuse bands of ranks beyond the width of a layer.
+
+        Args:
+            widths: Width by layer.
+
+        Raises:
+            ValueError: Naming band and width.
+        """
+        for width in widths.values():
+            resolve_band(self.tail, width, "tail")
+            # A layer narrower than the default head has no head exponent; nobody asked for it by rank.
+            if self.head != DEFAULT_HEAD:
+                resolve_band(self.head, width, "head")
+
+    def measured(self, report: Report) -> dict[str, float]:
+        """The logged values of each layer.
+
+        Args:
+            report: The shared report.
+
+        Returns:
+            Values by key, without the prefix.
+        """
+        values = {
+            f"activation/{name}/{quantity}": value
+            for name in self._layer_names
+            for quantity, value in self._describe(report, report.layers[name]).items()
+        }
+        rows = {name: {q: values[f"activation/{name}/{q}"] for q in self.quantities} for name in self._layer_names}
+        self._last = {"step": report.step, "layers": rows}
+        self._first = self._first or self._last
+        self._num_reports += 1
+        return values
+
+    def _describe(self, report: Report, layer: LayerSpectrum) -> dict[str, float]:
+        head, tail = layer.exponent(self.head), layer.exponent(self.tail)
+        if layer.failure is None:
+            for exponent in (head, tail):
+                if exponent.reason is not None and self.request.num_groups > 1:
+                    self._warn(report, layer.name, exponent.reason)
+        width = len(layer.eigenvalues)
+        has_values = layer.failure is None and width > 0
+        return {
+            "alpha_tail": tail.value,
+            "alpha_tail_stderr": tail.stderr,
+            "alpha_tail_corrected": tail.corrected,
+            "r2_tail": tail.r2,
+            "alpha_head": head.value,
+            "alpha_head_stderr": head.stderr,
+            "rankme": float(rankme(layer.eigenvalues)) if has_values else float("nan"),
+            "head_share": float(head_share(layer.eigenvalues, self._head_size(width))) if has_values else float("nan"),
+            "num_tokens": float(layer.num_tokens),
+        }
+
+    def _head_size(self, width: int) -> int:
+        hi = self.head[1]
+        return min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))
+
+    def draw(self, writer: Any, report: Report) -> None:
+        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... one, the chart once.
+
+        Args:
+            writer: A SummaryWriter.
+            report: The shared report.
+        """
+        spectra = {name: report.layers[name].eigenvalues for name in self._layer_names}
+        for name, values in spectra.items():
+            tensorboard.add_log10_histogram(
+                writer, f"{self.prefix}activation/{name}/log10_eigenvalues", values, report.step
+            )
+        charts = {
+            f"{self.prefix}activation/{quantity}": [
+                f"{self.prefix}activation/{name}/{quantity}" for name in self._layer_names
+            ]
+            for quantity in ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share")
+        }
+        tensorboard.add_charts(writer, "activation spectra", charts)
+        if self._num_reports & (self._num_reports - 1) == 0:
+            self._draw_figure(writer, report)
+
+    def _draw_figure(self, writer: Any, report: Report) -> None:
+        layers = {name: report.layers[name] for name in self._layer_names if report.layers[name].failure is None}
+        fits = {
+            name: (resolve_band(self.tail, len(layer.eigenvalues)), layer.exponent(self.tail).value)
+            for name, layer in layers.items()
+            if layer.exponent(self.tail).num_values >= 3
+        }
+        spectra = {name: layer.eigenvalues for name, layer in layers.items()}
+        title = f"activation covariance, {self.request.stage}, step {report.step}"
+        writer.add_figure(
+            f"{self.prefix}activation/spectra",
+            tensorboard.spectrum_figure(title, spectra, fits),
+            global_step=report.step,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The first report and the last.
+
+        Returns:
+            Plain numbers and strings.
+        """
+        return {"first": self._first, "last": self._last, "num_reports": self._num_reports}
+
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Take up what :meth:`summary` gave.
+
+        Args:
+            summary: Its result.
+        """
+        self._first, self._last, self._num_reports = summary["first"], summary["last"], summary["num_reports"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the first report and the last."""
+        if trainer.is_global_zero and self._first is not None and self._last is not None:
+            print_table(f"{self.prefix}activation spectra, {self.request.stage}", self._first, self._last)

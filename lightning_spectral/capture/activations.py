@@ -1,0 +1,161 @@
+"""Reading the outputs of layers as they pass: forward hooks that survive torch.compile and leave no trace."""
+
+import dataclasses
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakValueDictionary()
+_next_reader = itertools.count()
+
+
+class ActivationReader:
+    """Forward hooks on named layers that hand each output to a consumer while the reader is open.
+
+    Args:
+        consume: Called with the layer's name and its output tensor, detached; it must not raise.
+    """
+
+    def __init__(self, consume: Callable[[str, Tensor], None]) -> None:
+        self.is_open = False
+        self.names: list[str] = []
+        self._consume = consume
+        self._handles: list[RemovableHandle] = []
+        self.id = next(_next_reader)
+        _readers[self.id] = self
+
+    def add(self, name: str, layer: nn.Module) -> None:
+        """Watch one more layer.
+
+        A module that was compiled and *called* before no longer looks at its hooks: add layers before the first step.
+
+        Args:
+            name: The name handed to the consumer.
+            layer: The module whose outputs are read.
+        """
+        hook = _Hook(self.id, len(self.names))
+        self.names.append(name)
+        self._handles.append(layer.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        """Take every hook off again; the reader stays usable."""
+        self.is_open = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.names.clear()
+
+    def read(self, index: int, output: Any) -> None:
+        """Hand one output on, if open.
+
+        Args:
+            index: Position of the layer in ``names``.
+            output: Whatever the layer returned.
+        """
+        if self.is_open:
+            with torch.no_grad():
+                self._consume(self.names[index], hidden_states(output).detach())
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states in a layer's output: its first floating-point tensor with at least two axes.
+
+    Args:
+        output: A tensor, or a tuple, list, mapping or dataclass of such (nested).
+
+    Returns:
+        ``(..., d)`` tensor; an empty ``(0, 0)`` one where there is none, which no consumer can take for rows.
+    """
+    found = _first_rows(output)
+    return torch.empty(0, 0) if found is None else found
+
+
+def _first_rows(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.ndim >= 2 else None
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = list(output)
+    elif dataclasses.is_dataclass(output):
+        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    else:
+        return None
+    for part in parts:
+        if (found := _first_rows(part)) is not None:
+            return found
+    return None
+
+
+class _Hook:
+    """A forward hook that holds no tensor of the model and no strong reference to its reader.
+
+    Inside a compiled graph a Python side effect would be traced away, or split or re-specialise the graph. There the
+    hook calls an opaque operator instead, which finds its reader at run time by the numbers in a small tensor: equal
+    blocks share one graph, and opening or closing the reader recompiles nothing.
+    """
+
+    def __init__(self, reader_id: int, index: int) -> None:
+        self.reader_id = reader_id
+        self.index = index
+        self.tag = torch.tensor([reader_id, index])
+        self.deliver = _outside_dynamo()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.lightning_spectral.observe(hidden_states(output).detach(), self.tag)
+        else:
+            self.deliver(self.reader_id, self.index, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        # A module saved whole, or sent to another process, is no longer ours to watch.
+        return _no_hook, ()
+
+
+def _deliver(reader_id: int, index: int, output: Any) -> None:
+    reader = _readers.get(reader_id)
+    if reader is not None:
+        reader.read(index, output)
+
+
+def _ignore(module: nn.Module, args: Any, output: Any) -> None:
+    return None
+
+
+def _no_hook() -> Callable[[nn.Module, Any, Any], None]:
+    return _ignore
+
+
+def _outside_dynamo() -> Callable[[int, int, Any], None]:
+    """The delivery, kept from being compiled itself under a module that was compiled in place.
+
+    ``module.compile()`` runs hooks of the module outside its graph, yet within reach of dynamo, which would make a
+    small graph of the hook. Skipping its code when it is called, not when it is inlined, avoids that. Without
+    compilation in the process there is nothing to avoid, and no need to import dynamo.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return _deliver
+    skip_code = getattr(torch._dynamo.eval_frame, "skip_code", None)
+    if skip_code is not None:
+        skip_code(_Hook.__call__.__code__)
+    return torch.compiler.disable(_deliver)
+
+
+# The tag is declared as mutated so that no pass removes a call whose result nobody uses.
+@torch.library.custom_op("lightning_spectral::observe", mutates_args=("tag",))
+def _observe(output: Tensor, tag: Tensor) -> None:
+    _deliver(int(tag[0]), int(tag[1]), output)
+
+
+@_observe.register_fake
+def _(output: Tensor, tag: Tensor) -> None:
+    return None

@@ -1,0 +1,70 @@
+"""What a batch says about itself: how many samples it holds and which of its tokens are real."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label that cross entropy skips, by PyTorch's convention."""
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a batch in its own order, through mappings, sequences and attributes of dataclass-like objects.
+
+    Args:
+        batch: Whatever a data loader yields.
+
+    Yields:
+        Each tensor found.
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for value in batch:
+            yield from tensors(value)
+    elif hasattr(batch, "__dict__"):
+        for value in vars(batch).values():
+            yield from tensors(value)
+
+
+def num_samples(batch: Any) -> int | None:
+    """Number of samples: the first axis of ``input_ids`` if the batch has it, else of its first tensor with axes.
+
+    Args:
+        batch: Whatever a data loader yields.
+
+    Returns:
+        The count, or None for a batch without such a tensor.
+    """
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        return len(batch["input_ids"])
+    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim > 0), None)
+
+
+def token_mask(batch: Any, key: str) -> Tensor:
+    """Which tokens of a batch are real.
+
+    Args:
+        batch: A mapping, or an object with attributes.
+        key: Name of a tensor: a mask with 1 where a token is real, or labels with -100 where a token is not.
+
+    Returns:
+        Boolean tensor of the same shape.
+
+    Raises:
+        ValueError: If the batch has no such tensor.
+    """
+    value = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
+    if not isinstance(value, Tensor):
+        held = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"mask must name a tensor of the batch, got {key!r}: the batch holds {held}")
+    if value.dtype == torch.bool:
+        return value
+    # A mask holds nothing but 0 and 1; anything else are labels.
+    is_mask = bool(((value == 0) | (value == 1)).all())
+    return value == 1 if is_mask else value != IGNORE_INDEX

@@ -1,0 +1,280 @@
+"""Rows of many layers into the moments of groups of whole samples, in one buffer per width."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_spectral.functional.moments import Moments, from_shifted_sums
+from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
+
+RMS_EPS = 1e-6
+"""Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
+
+
+@dataclass
+class _Sums:
+    """Sums of rows about a pivot, batched over leading axes: one layer's groups, or all layers of one width."""
+
+    count: Tensor  # (..., G)
+    total: Tensor  # (..., G, d)
+    outer: Tensor  # (..., G, d, d)
+    pivot: Tensor  # (..., d)
+
+    @classmethod
+    def empty(cls, *batch: int, num_features: int, device: torch.device) -> "_Sums":
+        # Validation runs in inference mode, but the sums outlive it.
+        with torch.inference_mode(False):
+            shapes = (batch, (*batch, num_features), (*batch, num_features, num_features), (*batch[:-1], num_features))
+            return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def __getitem__(self, index: int) -> "_Sums":
+        return _Sums(self.count[index], self.total[index], self.outer[index], self.pivot[index])
+
+    def copy_(self, other: "_Sums") -> None:
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(theirs)
+
+    def zero_(self) -> None:
+        for tensor in vars(self).values():
+            tensor.zero_()
+
+
+@dataclass
+class _Progress:
+    """How far one layer has come in the current report, on this rank."""
+
+    rows: int = 0
+    """Rows accumulated."""
+    offered: int = 0
+    """Rows that went by, accumulated or not."""
+    samples: int = 0
+    forwards: int = 0
+    is_full: bool = False
+
+
+class Collector:
+    """Accumulates the centred outer products of layers' outputs on this rank, and pools them over ranks.
+
+    Where the first axis of an output is the batch, sample i goes to group (rank + i) mod G; otherwise whole forwards go
+    round the groups. Only whole samples are taken, until the next would exceed this rank's share of the rows.
+
+    Blocks are centred about a pivot, the mean of the first block, and multiplied in ``dtype``; sums are kept in
+    float64. One product per group costs no more than one for all.
+
+    Args:
+        names: The layers; may grow until the first output arrives.
+        num_tokens: Rows per layer and report over all ranks, at the most (but one sample a rank at the least).
+        num_groups: Groups G of samples whose moments are kept apart for error bars.
+        normalize: Apply a parameter-free RMSNorm over the last axis first.
+        dtype: Type of the products, float32 or float64.
+        device: Where the sums are kept; must be able to hold float64.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        num_tokens: int,
+        num_groups: int,
+        normalize: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.names = names
+        self.num_groups = num_groups
+        self.normalize = normalize
+        self.dtype = dtype
+        self.device = device
+        self.failures: dict[str, str] = {}
+        """Why layers could not be collected for this report, by name; what one rank fails, all ranks report as NaN."""
+        self._world = world_size()
+        self._rank = dist.get_rank() if self._world > 1 else 0
+        self._share = num_tokens // self._world
+        self._num_samples: int | None = None
+        self._mask: Tensor | None = None
+        self._real_tokens: list[int] = []
+        self._buffers: dict[int, tuple[list[str], _Sums]] = {}
+        self._sums: dict[str, _Sums] = {}
+        self._progress: dict[str, _Progress] = defaultdict(_Progress)
+
+    def begin_batch(self, num_samples: int | None, mask: Tensor | None) -> None:
+        """Say what the outputs that follow belong to.
+
+        Args:
+            num_samples: Samples in the batch, None if unknown.
+            mask: Boolean tensor, True where a token counts, or None for all.
+        """
+        self._num_samples = num_samples
+        self._mask = mask
+        # The one number a GPU must tell the host, once for all layers.
+        self._real_tokens = [] if mask is None else mask.reshape(len(mask), -1).sum(1).tolist()
+
+    def add(self, name: str, output: Tensor) -> None:
+        """Take in one layer's output; a failure is noted in ``failures``, never raised.
+
+        Args:
+            name: The layer.
+            output: ``(..., d)``, any floating dtype.
+        """
+        progress = self._progress[name]
+        progress.offered += output.shape[:-1].numel()
+        if progress.is_full or name in self.failures:
+            return
+        try:
+            with torch.autocast(output.device.type, enabled=False), _ieee_products():
+                self._add(self._sums_of(name, output), progress, output)
+        except Exception as error:
+            self.failures[name] = str(error).partition("\n")[0]
+
+    def _sums_of(self, name: str, output: Tensor) -> _Sums:
+        if output.ndim < 2 or output.shape[-1] == 0:
+            raise ValueError("its output holds no floating-point tensor of two or more axes")
+        if self._mask is not None and self._mask.shape != output.shape[:-1]:
+            raise ValueError(f"mask has shape {tuple(self._mask.shape)}, the output's rows {tuple(output.shape[:-1])}")
+        sums = self._sums.get(name)
+        if sums is None:
+            sums = _Sums.empty(self.num_groups, num_features=output.shape[-1], device=self.device)
+            self._sums[name] = sums
+        elif sums.pivot.shape[-1] != output.shape[-1]:
+            raise ValueError(f"its width changed from {sums.pivot.shape[-1]} to {output.shape[-1]}")
+        return sums
+
+    def _add(self, sums: _Sums, progress: _Progress, output: Tensor) -> None:
+        mask = self._mask
+        if output.shape[0] == self._num_samples:
+            samples, first = output, progress.samples
+            rows_per_sample = self._real_tokens if mask is not None else [output[0, ..., 0].numel()] * len(output)
+        else:
+            samples, first = output.unsqueeze(0), progress.forwards * self._world
+            rows_per_sample = [sum(self._real_tokens) if mask is not None else output[..., 0].numel()]
+            mask = None if mask is None else mask.unsqueeze(0)
+        num_taken = self._num_fitting(rows_per_sample, progress)
+        for group in range(self.num_groups):
+            chosen = slice((group - self._rank - first) % self.num_groups, num_taken, self.num_groups)
+            num_rows = sum(rows_per_sample[chosen])
+            if num_rows > 0:
+                part = samples[chosen]
+                self._accumulate(
+                    sums, group, part, None if mask is None else mask[chosen], num_rows, progress.rows == 0
+                )
+                progress.rows += num_rows
+        progress.samples += num_taken
+        progress.forwards += 1
+
+    def _num_fitting(self, rows_per_sample: list[int], progress: _Progress) -> int:
+        """How many of the samples still fit into this rank's share: at least one where there is none yet."""
+        room = self._share - progress.rows
+        fitting = sum(total <= room for total in accumulate(rows_per_sample))
+        progress.is_full = fitting < len(rows_per_sample)
+        return 1 if progress.is_full and progress.rows == 0 and fitting == 0 else fitting
+
+    def _accumulate(
+        self, sums: _Sums, group: int, samples: Tensor, mask: Tensor | None, num_rows: int, is_first: bool
+    ) -> None:
+        rows = samples.to(self.dtype)
+        if self.normalize:
+            rows = F.rms_norm(rows, rows.shape[-1:], eps=RMS_EPS)
+        rows = rows.reshape(-1, rows.shape[-1])
+        keep = None if mask is None else mask.reshape(-1, 1)
+        if is_first:
+            total = rows.sum(0) if keep is None else torch.where(keep, rows, 0.0).sum(0)
+            sums.pivot.copy_(total / max(num_rows, 1))
+        centred = rows - sums.pivot.to(rows)
+        if keep is not None:
+            centred = torch.where(keep, centred, 0.0)
+        sums.count[group] += num_rows
+        sums.total[group] += centred.sum(0, dtype=torch.float64).to(self.device)
+        sums.outer[group] += (centred.mT @ centred).to(self.device)
+
+    @property
+    def offered(self) -> int:
+        """Rows that went by in this report on this rank, of the layer that saw fewest."""
+        return min((progress.offered for progress in self._progress.values()), default=0)
+
+    def agree(self) -> float:
+        """Let all ranks know every layer's width, so that their buffers match; a collective.
+
+        Returns:
+            Rows offered to all ranks together.
+        """
+        widths = [self._width(name) for name in self.names]
+        of_ranks = gather_numbers([self.offered, *widths], self.device)
+        by_width: dict[int, list[str]] = defaultdict(list)
+        for index, name in enumerate(self.names, start=1):
+            width = int(of_ranks[:, index].max())
+            if bool(((of_ranks[:, index] != width) & (of_ranks[:, index] != 0)).any()):
+                self.failures[name] = "its width differs between ranks"
+            by_width[width].append(name)
+        by_width.pop(0, None)
+        self._lay_out(by_width)
+        return float(of_ranks[:, 0].sum())
+
+    def _width(self, name: str) -> int:
+        return self._sums[name].pivot.shape[-1] if name in self._sums else 0
+
+    def _lay_out(self, by_width: dict[int, list[str]]) -> None:
+        """Move the layers' sums into one buffer per width, in an order that all ranks share."""
+        for width, names in sorted(by_width.items()):
+            buffer = _Sums.empty(len(names), self.num_groups, num_features=width, device=self.device)
+            for index, name in enumerate(names):
+                if self._width(name) == width:
+                    buffer[index].copy_(self._sums[name])
+                self._sums[name] = buffer[index]
+            self._buffers[width] = (names, buffer)
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether the width of every layer is known to all ranks."""
+        return sum(len(names) for names, _ in self._buffers.values()) == len(self.names)
+
+    def pool(self) -> Iterator[tuple[list[str], Moments, float]]:
+        """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
+
+        Yields:
+            The layers of one width, their moments ``(layers, groups)``, and the rows offered to all ranks together.
+        """
+        if not self.is_agreed:
+            self.agree()
+        offered = torch.tensor([float(self.offered)], dtype=torch.float64, device=self.device)
+        for _, (names, sums) in sorted(self._buffers.items()):
+            for index, name in enumerate(names):
+                if name in self.failures:
+                    # All ranks must come to the same result, and only NaN survives a sum.
+                    sums.count[index] = torch.nan
+            parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
+            pooled, total = reduce_moments(parts, offered)
+            yield names, pooled, float(total)
+
+    def reset(self) -> None:
+        """Forget all rows; nothing slides from one report into the next."""
+        for _, sums in self._buffers.values():
+            sums.zero_()
+        for name in list(self._sums):
+            if not any(name in names for names, _ in self._buffers.values()):
+                del self._sums[name]
+        self._progress.clear()
+        self.failures.clear()
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """Float32 products in float32: a user's choice of TF32 or bf16 for training must not reach the covariance."""
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends = [matmul for matmul in matmuls if matmul.fp32_precision in _REDUCED]
+    chosen = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, chosen, strict=True):
+            backend.fp32_precision = precision
+
+
+_REDUCED = ("tf32", "bf16")

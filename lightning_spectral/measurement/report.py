@@ -1,0 +1,150 @@
+"""What one report says of one layer: the spectrum, the spectra without each group, and why something is missing."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.functional.jackknife import jackknife
+from lightning_spectral.functional.moments import Moments, covariance, pool
+from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, power_law
+from lightning_spectral.functional.spectrum import beyond_rank, eigenvectors, spectrum, why_no_spectrum
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """A band's exponent with what is known of its error; plain floats, NaN where there is none."""
+
+    value: float
+    stderr: float
+    corrected: float
+    r2: float
+    num_values: int
+    reason: str | None
+    """Why a number above is NaN; None if none is."""
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's covariance spectrum in one report; tensors are float64 on the CPU."""
+
+    name: str
+    num_tokens: int
+    """Rows behind the spectrum, over all ranks, after the mask."""
+    num_groups: int
+    """Groups that received rows."""
+    eigenvalues: Tensor
+    """``(d,)`` descending; NaN if the measurement failed, empty if the layer never ran."""
+    leave_one_out: Tensor
+    """``(G, d)`` eigenvalues without each group; ``(0, d)`` where a group is empty or there is but one."""
+    failure: str | None = None
+    """Why there is no spectrum; None if there is one."""
+    vectors: Tensor | None = None
+    """``(d, k)`` leading eigenvectors as columns, if a member asked for them."""
+    halves: Tensor | None = None
+    """``(2, d)`` eigenvalues of the even and of the odd groups, with the eigenvectors: what sampling alone changes."""
+    half_vectors: Tensor | None = None
+    """``(2, d, k)`` their leading eigenvectors."""
+
+    def exponent(self, band: Band) -> Exponent:
+        """Power-law exponent over a band, with jackknife error and bias correction.
+
+        Args:
+            band: Two ranks or two fractions, see :func:`lightning_spectral.functional.power_law`.
+
+        Returns:
+            The fit. Without a failure, the reason of a missing error bar is one of: fewer groups than asked, or a
+            spectrum without one group that has fewer positive values in the band (its exponent would be of another
+            stretch).
+        """
+        if self.failure is not None:
+            return Exponent(torch.nan, torch.nan, torch.nan, torch.nan, 0, self.failure)
+        try:
+            plain, without = power_law(self.eigenvalues, band), power_law(self.leave_one_out, band)
+        except ValueError as error:
+            return Exponent(torch.nan, torch.nan, torch.nan, torch.nan, 0, str(error))
+        num_values = int(plain.num_values)
+        corrected, stderr = jackknife(plain.exponent, without.exponent)
+        reason = None
+        if num_values < MIN_VALUES:
+            reason = (
+                f"band {band} holds {num_values} positive eigenvalues of {self.num_tokens} rows, needs {MIN_VALUES}"
+            )
+        elif len(self.leave_one_out) < 2:
+            reason = f"no error bar: only {self.num_groups} group(s) of samples received rows, needs all, and 2"
+        elif bool((without.num_values != plain.num_values).any()):
+            reason = f"no error bar: without one group the band {band} loses positive eigenvalues, needs more rows"
+            corrected = stderr = torch.tensor(torch.nan)
+        return Exponent(float(plain.exponent), float(stderr), float(corrected), float(plain.r2), num_values, reason)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers' spectra at one step."""
+
+    step: int
+    layers: dict[str, LayerSpectrum] = field(default_factory=dict)
+
+    @property
+    def num_failed(self) -> int:
+        """How many layers have no spectrum."""
+        return sum(layer.failure is not None for layer in self.layers.values())
+
+
+def decompose(
+    names: list[str], parts: Moments, failures: dict[str, str], num_vectors: int = 0, rtol: float | None = None
+) -> list[LayerSpectrum]:
+    """Solve all layers of one width: one batch of eigenvalues, and one of eigenvectors where they are wanted.
+
+    Args:
+        names: The L layers.
+        parts: Their moments by group, num_rows ``(L, G)``.
+        failures: What this rank knows of failures, by name.
+        num_vectors: How many leading eigenvectors to keep, 0 for none.
+        rtol: Eigenvalues below this share of the largest are rounding, see
+            :func:`lightning_spectral.functional.eigenvalues`.
+
+    Returns:
+        One spectrum per name.
+    """
+    num_groups = parts.num_rows.shape[-1]
+    everything = torch.ones(1, num_groups)
+    even = (torch.arange(num_groups) % 2 == 0).to(everything)
+    without_each = 1 - torch.eye(num_groups) if num_groups > 1 else torch.ones(0, 1)
+    whole = pool(parts)
+    vectors = halves = half_vectors = None
+    if num_vectors == 0:
+        values = spectrum(pool(parts, torch.cat([everything, without_each])), rtol).cpu()
+        values, leave_one_out = values[:, 0], values[:, 1:]
+    else:
+        sample = pool(parts, torch.stack([everything[0], even, 1 - even]))
+        values, vectors = eigenvectors(covariance(sample), num_vectors, rtol)
+        values = values.masked_fill(beyond_rank(sample) & ~values.isnan(), 0.0).cpu()
+        vectors, half_vectors = vectors[:, 0].cpu(), vectors[:, 1:].cpu()
+        values, halves = values[:, 0], values[:, 1:]
+        leave_one_out = spectrum(pool(parts, without_each), rtol).cpu()
+    counts = parts.num_rows.cpu()
+    spectra = []
+    for index, name in enumerate(names):
+        failure = failures.get(name)
+        if failure is None and bool(counts[index].isnan().any()):
+            failure = "another rank could not measure it"
+        failure = failure or why_no_spectrum(Moments(*(part[index] for part in whole)))
+        if failure is None and bool(values[index].isnan().any()):
+            failure = "the eigensolver did not converge"
+        nonempty = int((counts[index] > 0).sum())
+        kept = leave_one_out[index] if nonempty == num_groups else leave_one_out[index, :0]
+        spectra.append(
+            LayerSpectrum(
+                name,
+                int(counts[index].sum().nan_to_num()),
+                nonempty,
+                values[index] if failure is None else torch.full_like(values[index], torch.nan),
+                kept,
+                failure,
+                None if vectors is None else vectors[index],
+                None if halves is None else halves[index],
+                None if half_vectors is None else half_vectors[index],
+            )
+        )
+    return spectra

@@ -1,0 +1,60 @@
+"""Imports run one way through the house, so that a part can be read, tested and replaced without those above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_spectral"
+
+ALLOWED = {
+    "functional": set(),
+    "metrics": {"functional"},
+    "capture": set(),
+    "measurement": {"functional", "metrics", "capture"},
+    "tensorboard": set(),
+    "callbacks": {"functional", "metrics", "capture", "measurement", "tensorboard"},
+    "nanogpt": set(),
+}
+"""What each part may import of ours; `__init__` and the command line may import anything."""
+
+FOREIGN = {"functional": {"torch"}, "nanogpt": {"torch", "lightning", "numpy"}}
+"""Parts that may import only these besides the standard library."""
+
+
+def imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "lightning_spectral")
+    return names
+
+
+def files_of(part: str) -> list[Path]:
+    folder = PACKAGE / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_of_ours_run_one_way(part: str) -> None:
+    for path in files_of(part):
+        ours = {name.split(".")[1] for name in imported_modules(path) if name.startswith("lightning_spectral.")}
+        assert ours <= ALLOWED[part] | {part}, f"{path} imports {ours - ALLOWED[part] - {part}}"
+
+
+@pytest.mark.parametrize("part", FOREIGN)
+def test_foreign_imports_are_few(part: str) -> None:
+    import sys
+
+    for path in files_of(part):
+        roots = {name.split(".")[0] for name in imported_modules(path)} - {"lightning_spectral"}
+        assert roots <= FOREIGN[part] | sys.stdlib_module_names, path
+
+
+def test_every_part_is_in_the_table() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__", "__main__", "cli", "py"} == set(ALLOWED)
