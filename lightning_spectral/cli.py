@@ -1,0 +1,86 @@
+"""The commands: fit, validate, test and predict from YAML, with our names usable without dots."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+PACKAGE = Path(__file__).parent
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+USAGE = f"""usage: lightning-spectral COMMAND [--config FILE] [options]
+
+commands: {", ".join(COMMANDS)}
+
+  lightning-spectral fit --config examples/nanogpt.yaml
+  lightning-spectral fit --model my.Module --data my.Data --trainer.callbacks+=ActivationSpectrum
+  lightning-spectral fit --trainer.callbacks.help=ActivationSpectrum
+
+`lightning` and `python -m lightning_spectral` are the same command; COMMAND --help lists its options."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; the entry point of the console scripts.
+
+    Args:
+        args: The words after the program's name; None takes them from the command line.
+
+    Raises:
+        SystemExit: With status 2 and one line for a wrong command or bad input to this package.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if words[0] == "--version":
+        print(f"lightning-spectral {version('lightning-spectral')}")
+        return
+    if words[0] not in COMMANDS:
+        _stop(f"command must be one of {', '.join(COMMANDS)}, got {words[0]!r}: see lightning-spectral --help")
+    # A console script does not search the folder it is called in, where a user's own modules are.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        # Left to read the command line itself, Lightning can also start the other processes of a DDP run from it.
+        _run_lightning(None if args is None else words)
+    except ValueError as error:
+        message = _our_message(error)
+        if message is None:
+            raise
+        _stop(message)
+
+
+def _run_lightning(args: list[str] | None) -> None:
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    import lightning_spectral.nanogpt  # noqa: F401  (names without dots are looked up among imported classes)
+
+    LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        # A second run into the same folder would otherwise stop at the first one's config.yaml.
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def _our_message(error: BaseException | None) -> str | None:
+    """What this package said is wrong with its input, however wrapped; None for other errors: they keep a traceback."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frames and Path(frames[-1].filename).is_relative_to(PACKAGE):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"lightning-spectral: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,82 @@
+"""Two real gloo processes under Lightning's ddp strategy: the spectra are those of the pooled rows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.callbacks import ddp_run
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def rms_normalized(rows: np.ndarray) -> np.ndarray:
+    return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def pooled_eigenvalues(rows: np.ndarray) -> np.ndarray:
+    return np.linalg.eigvalsh(np.cov(rows, rowvar=False))[::-1]
+
+
+def recorded(ranks: list[dict], stage: str, steps: list[int], layer: int, per_rank: int | None = None) -> np.ndarray:
+    """All rows that went through a layer on both ranks; of each rank no more samples than fit into its share."""
+    parts = []
+    for rank in ranks:
+        samples = torch.cat([output for step in steps for output in rank["rows"].get((stage, step, layer), [])])
+        parts.append(samples if per_rank is None else samples[: per_rank // ddp_run.LENGTH])
+    return torch.cat(parts).double().reshape(-1, ddp_run.WIDTH).numpy()
+
+
+@pytest.mark.parametrize("layer", range(ddp_run.NUM_BLOCKS))
+def test_validation_spectrum_is_that_of_all_ranks_rows(ranks: list[dict], layer: int) -> None:
+    (report,) = ranks[0]["reports"]["validate"]
+    num_tokens, eigenvalues = report["layers"][f"blocks.{layer}"]
+    rows = recorded(ranks, "validate", [6], layer)
+    assert num_tokens == len(rows) == (11 + 9) * ddp_run.LENGTH
+    np.testing.assert_allclose(eigenvalues.numpy(), pooled_eigenvalues(rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", range(ddp_run.NUM_BLOCKS))
+@pytest.mark.parametrize("report_step", [3, 6])
+def test_training_spectrum_is_that_of_all_ranks_shares(ranks: list[dict], report_step: int, layer: int) -> None:
+    reports = {report["step"]: report for report in ranks[0]["reports"]["train"]}
+    assert set(reports) == {3, 6}
+    num_tokens, eigenvalues = reports[report_step]["layers"][f"blocks.{layer}"]
+    # The first step has 7 samples of 5 rows on both ranks: one step holds the 30 rows asked for. Of the three steps to
+    # the first report that leaves the last, with 2 and 4 samples; a share is 15 rows, 3 whole samples a rank.
+    rows = rms_normalized(recorded(ranks, "train", [report_step - 1], layer, per_rank=15))
+    assert num_tokens == len(rows)
+    np.testing.assert_allclose(eigenvalues.numpy(), pooled_eigenvalues(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:
+    np.testing.assert_equal(ranks[0]["metrics"], ranks[1]["metrics"])
+
+
+def test_a_report_costs_two_collectives(ranks: list[dict]) -> None:
+    # Besides, widths and rows are agreed upon once per measurement: after the first training step, and with the first
+    # validation report.
+    for rank in ranks:
+        assert rank["calls"] == [
+            (1, "all_reduce"),
+            (3, "all_reduce"),
+            (3, "all_reduce"),
+            (6, "all_reduce"),
+            (6, "all_reduce"),
+            (6, "all_reduce"),
+            (6, "all_reduce"),
+            (6, "all_reduce"),
+        ]

@@ -1,0 +1,154 @@
+"""The command line as users meet it: from YAML, with their own model in the current folder, and with mistakes."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral import cli
+
+REPOSITORY = Path(__file__).parents[1]
+
+USER_CODE = """
+import torch
+from lightning.pytorch import LightningModule, LightningDataModule
+from torch import nn
+
+
+class Mine(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)))
+
+    def training_step(self, batch, batch_idx):
+        return self.blocks(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+class MyData(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=16)
+"""
+
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_epochs=1",
+]
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    # Lightning 2.6 calls names that jsonargparse has since renamed; not for us to mend.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr(sys, "argv", ["lightning-spectral"])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return tmp_path
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "train")
+    assert message == (
+        "lightning-spectral: error: command must be one of fit, validate, test, predict, got 'train': "
+        "see lightning-spectral --help"
+    )
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(words)
+    assert "commands: fit, validate, test, predict" in capsys.readouterr().out
+
+
+def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
+    words = ["fit", "--model=mine.Mine", "--data=mine.MyData", "--trainer.callbacks+=ActivationSpectrum"]
+    settings = [
+        "--trainer.callbacks.every_n_steps=4",
+        "--trainer.callbacks.num_groups=2",
+        "--trainer.max_steps=4",
+        *QUIET,
+    ]
+    run = subprocess.run(
+        [str(Path(sys.executable).with_name("lightning-spectral")), *words, *settings],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "blocks.2" in run.stdout
+    assert "alpha_tail" in run.stdout
+    assert list(user_folder.glob("lightning_logs/version_0/events.out.tfevents.*"))
+
+
+def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = {
+        "model.recipe": "baseline",
+        "model.num_layers": 2,
+        "model.width": 32,
+        "data.batch_size": 2,
+        "data.path": str(REPOSITORY / "lightning_spectral"),
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.limit_val_batches": 2,
+    }
+    words = [f"--{key}={value}" for key, value in overrides.items()]
+    cli.main(["fit", "--config", str(REPOSITORY / "examples" / "nanogpt.yaml"), *words, *QUIET])
+    assert "gpt.blocks.1" in capsys.readouterr().out
+
+
+def test_console_scripts_and_module_are_one_command() -> None:
+    scripts = {script.name: script.load() for script in distribution("lightning-spectral").entry_points}
+    assert scripts == {"lightning": cli.main, "lightning-spectral": cli.main}
+    output = subprocess.check_output([sys.executable, "-m", "lightning_spectral", "--version"], text=True)
+    assert output == f"lightning-spectral {version('lightning-spectral')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--trainer.callbacks.tail=[30,20]"],
+            "tail must be two ascending ranks from 1, got (30, 20): write e.g. (1, 10)",
+        ),
+        (
+            ["--trainer.callbacks.layers=blcks.0"],
+            "layers='blcks.0' matches no layer: did you mean 'blocks.0', ",
+        ),
+        (
+            ["--trainer.callbacks.tail=[3,99]"],
+            "tail must end at or before rank 16, the width, got (3, 99): lower its end",
+        ),
+    ],
+    ids=["band", "pattern", "width"],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, user_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["fit", "--model=mine.Mine", "--data=mine.MyData", "--trainer.callbacks+=ActivationSpectrum"]
+    error = error_of(capsys, *start, *words, "--trainer.logger=false", *QUIET)
+    assert error.startswith(f"lightning-spectral: error: {message}")
+
+
+def test_a_users_own_error_keeps_its_traceback(user_folder: Path) -> None:
+    (user_folder / "mine.py").write_text(
+        USER_CODE.replace("return self.blocks(batch).square().mean()", "raise ValueError('mine')")
+    )
+    with pytest.raises(ValueError, match=r"^mine$"):
+        cli.main(["fit", "--model=mine.Mine", "--data=mine.MyData", "--trainer.logger=false", *QUIET])
