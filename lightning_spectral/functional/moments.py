@@ -63,7 +63,7 @@ def from_shifted_sums(count: Tensor, total: Tensor, outer: Tensor, pivot: Tensor
     """
     offset = total / count.clamp(min=1).unsqueeze(-1)
     mean = torch.where(count.unsqueeze(-1) > 0, pivot + offset, torch.zeros_like(offset))
-    outer.sub_(total.unsqueeze(-1) * offset.unsqueeze(-2))
+    outer.addcmul_(total.unsqueeze(-1), offset.unsqueeze(-2), value=-1)
     return Moments(count, mean, outer)
 
 

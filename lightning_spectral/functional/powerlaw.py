@@ -35,7 +35,8 @@ def check_band(name: str, band: Band) -> None:
     Raises:
         ValueError: If the two are not both ints or both floats, are out of order or out of range.
     """
-    if len(band) != 2 or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in band):
+    is_pair = isinstance(band, (tuple, list)) and len(band) == 2
+    if not is_pair or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in band):
         raise ValueError(f"{name} must be two ranks or two fractions, got {band}: write e.g. (1, 10) or (0.125, 0.5)")
     lo, hi = band
     if isinstance(lo, int) != isinstance(hi, int):
@@ -103,6 +104,8 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
     positive = values > 0
     num_values = positive.sum(-1)
     log_value = torch.where(positive, values, 1.0).log()
+    # About the first, so that equal values leave exact zeros and not rounding with an r2 of its own.
+    log_value = log_value - log_value[..., :1]
 
     def mean(x: Tensor) -> Tensor:
         return torch.where(positive, x, 0.0).sum(-1, keepdim=True) / num_values.clamp(min=1).unsqueeze(-1)

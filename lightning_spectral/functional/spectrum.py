@@ -1,5 +1,6 @@
 """Eigenvalues of a covariance, and what is read off a spectrum: effective rank, head share, distance."""
 
+import math
 import warnings
 
 import torch
@@ -16,18 +17,36 @@ def covariance_spectrum(rows: Tensor) -> Tensor:
 
     Returns:
         ``(d,)`` float64, descending; exact zeros beyond the numerical rank. NaN, with a warning that says why, for
-        fewer than two rows or for rows that are not finite.
+        fewer than two rows, for rows that are not finite and where the eigensolver fails.
+
+    Raises:
+        ValueError: If the rows have no features.
 
     Example:
         >>> import torch
         >>> covariance_spectrum(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]))
         tensor([4., 0.], dtype=torch.float64)
     """
-    sample = moments(rows.reshape(-1, rows.shape[-1]))
-    reason = why_no_spectrum(sample)
-    if reason is not None:
-        warnings.warn(f"covariance_spectrum returns NaN: {reason}", stacklevel=2)
-    return spectrum(sample)
+    if rows.ndim == 0 or rows.shape[-1] == 0:
+        raise ValueError(f"rows must have features in their last axis, got shape {tuple(rows.shape)}")
+    return spectrum_or_warning(moments(rows.reshape(-1, rows.shape[-1])), "covariance_spectrum")
+
+
+def spectrum_or_warning(sample: Moments, caller: str) -> Tensor:
+    """Eigenvalues of one covariance, with a warning that says why where they are NaN.
+
+    Args:
+        sample: Moments of one set of rows, without leading axes.
+        caller: Whose result it is, for the message.
+
+    Returns:
+        ``(d,)``, see :func:`spectrum`.
+    """
+    values = spectrum(sample)
+    if bool(values.isnan().any()):
+        reason = why_no_spectrum(sample) or "the eigensolver did not converge"
+        warnings.warn(f"{caller} returns NaN: {reason}", stacklevel=3)
+    return values
 
 
 def spectrum(sample: Moments, rtol: float | None = None) -> Tensor:
@@ -86,7 +105,13 @@ def eigenvalues(matrices: Tensor, rtol: float | None = None) -> Tensor:
     Returns:
         ``(..., d)`` float64, descending. All NaN for a matrix that is not finite or whose solve failed, on its own
         device and on the CPU.
+
+    Raises:
+        ValueError: If the matrices are not square.
     """
+    # The solver's own error would pass for a failed solve, and come back as NaN.
+    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
+        raise ValueError(f"matrices must be square in their last two axes, got shape {tuple(matrices.shape)}")
     return _decompose(matrices, rtol, num_vectors=0)[0]
 
 
@@ -211,4 +236,4 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     middle = (p + q) / 2
     entropy = torch.special.entr
     divergence = entropy(middle).sum(-1) - (entropy(p).sum(-1) + entropy(q).sum(-1)) / 2
-    return divergence.clamp(min=0)
+    return divergence.clamp(0, math.log(2))

@@ -1,6 +1,5 @@
 """The eigenvalues of a covariance as a metric that accumulates, merges and synchronises exactly."""
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn import Module
 from torchmetrics import Metric
 
 from lightning_spectral.functional.moments import Moments, moments, pool
-from lightning_spectral.functional.spectrum import spectrum, why_no_spectrum
+from lightning_spectral.functional.spectrum import spectrum_or_warning
 from lightning_spectral.metrics.reduction import reduce_packed
 
 
@@ -70,21 +69,25 @@ class CovarianceSpectrum(Metric):
         """Eigenvalues of the covariance of all rows, on all ranks the same.
 
         Returns:
-            ``(num_features,)`` float64, descending; NaN, with a warning that says why, for fewer than two rows or for
-            rows that are not finite.
+            ``(num_features,)`` float64, descending (torchmetrics makes a lone one ``()``); NaN, with a warning that
+            says why, for fewer than two rows, for rows that are not finite and where the eigensolver fails.
         """
-        sample = _unpack(self.packed, self.num_features)
-        reason = why_no_spectrum(sample)
-        if reason is not None:
-            warnings.warn(f"CovarianceSpectrum.compute returns NaN: {reason}", stacklevel=2)
-        return spectrum(sample)
+        return spectrum_or_warning(_unpack(self.packed, self.num_features), "CovarianceSpectrum.compute")
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
         """Add the rows of another metric, as if this one had seen them.
 
         Args:
             incoming_state: A CovarianceSpectrum of as many features, or its state by name.
+
+        Raises:
+            ValueError: If it has another number of features.
         """
+        state = incoming_state if isinstance(incoming_state, dict) else getattr(incoming_state, "__dict__", {})
+        packed = state.get("packed")
+        if isinstance(packed, Tensor) and packed.shape != self.packed.shape:
+            expected, got = self.packed.numel(), packed.numel()
+            raise ValueError(f"incoming_state must have {self.num_features} features, {expected} numbers, got {got}")
         super().merge_state(incoming_state)
         # torchmetrics leaves both as they were: compute() would return its cache, or warn of a metric never updated.
         self._computed = None

@@ -42,9 +42,9 @@ def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | No
     count = small[:num_sets].view_as(parts.num_rows)
     total = small[num_sets : num_sets + num_sums].view_as(weighted)
     mean = total / count.clamp(min=1).unsqueeze(-1)
-    # A rank without rows has no deviation, whatever stands in its mean.
+    # A rank without rows weighs nothing, however far from the common mean its own zero lies.
     deviation = (parts.mean - mean) * parts.num_rows.sqrt().unsqueeze(-1)
-    scatter = parts.scatter.add_(deviation.unsqueeze(-1) * deviation.unsqueeze(-2))
+    scatter = parts.scatter.addcmul_(deviation.unsqueeze(-1), deviation.unsqueeze(-2))
     dist.all_reduce(scatter, group=group)
     return Moments(count, mean, scatter), small[num_sets + num_sums :]
 
