@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# num_layers, num_heads, width. All but tiny are the sizes of GPT-2; d12 has heads of 128, the others of 64.
+# num_layers, num_heads, width. All but tiny are the sizes of GPT-2; d12 has heads of 128 features, the others of 64.
 TIERS: dict[str, dict[str, int]] = {
-    "tiny": {"num_layers": 4, "num_heads": 4, "width": 128},
+    "tiny": {"num_layers": 4, "num_heads": 2, "width": 128},
     "d12": {"num_layers": 12, "num_heads": 6, "width": 768},
     "d24": {"num_layers": 24, "num_heads": 16, "width": 1024},
     "d36": {"num_layers": 36, "num_heads": 20, "width": 1280},

@@ -41,7 +41,7 @@ class NanoGPT(pl.LightningModule):
     attribute `tokens`, goes into checkpoints. Clipping gradients is up to the Trainer (`gradient_clip_val=1.0`).
 
     Args:
-        tier: Size by name: tiny (4 layers, 4 heads, width 128: minutes on a CPU), d12, d24, d36 or d48 (the sizes of
+        tier: Size by name: tiny (4 layers, 2 heads, width 128: minutes on a CPU), d12, d24, d36 or d48 (the sizes of
             GPT-2).
         recipe: Architecture and optimizer by name: baseline (learned positions, fused query-key-value matrix) or rope
             (rotary positions, normalised queries and keys, separate matrices).
