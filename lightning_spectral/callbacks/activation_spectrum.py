@@ -1,6 +1,7 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,17 +27,17 @@ class ActivationSpectrum(MeasuringCallback):
     Values lie under ``activation/{layer}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``alpha_tail_corrected`` (bias of
     few rows removed), ``r2_tail``, ``alpha_head``, ``alpha_head_stderr``, ``rankme``, ``head_share``, ``num_tokens``;
     with ``activation/failed`` (layer spectra that could not be had so far, logged as NaN) and ``spectral/seconds``.
-    They can be monitored by ModelCheckpoint and EarlyStopping (with ``check_finite=False``, since they are NaN until the
-    first report).
+    They can be monitored by ModelCheckpoint and EarlyStopping (with ``check_finite=False``, since they are NaN until
+    the first report).
 
     With ``WeightAveraging`` a validation pass runs on the averaged weights, and ``stage="validate"`` measures those.
 
     Args:
-        layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five blocks
-            spread evenly over it.
+        layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five
+            blocks spread evenly over it.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
-        stage: ``"train"`` reads the last training batches before a report, ``"validate"`` the first rows of a validation
-            run. Runs are compared on validation rows, which do not change.
+        stage: ``"train"`` reads the last training batches before a report, ``"validate"`` the first rows of a
+            validation run. Runs are compared on validation rows, which do not change.
         num_tokens: Rows per report over all ranks, after the mask. The exponent of the tail depends on rows per
             channel: compare runs at equal numbers.
         head: Band of the head exponent and of ``head_share``: two ints, 1-based inclusive ranks, or two fractions of
@@ -142,7 +143,8 @@ class ActivationSpectrum(MeasuringCallback):
         head, tail = layer.exponent(self.head), layer.exponent(self.tail)
         if layer.failure is None:
             for exponent in (head, tail):
-                if exponent.reason is not None and self.request.num_groups > 1:
+                # With one group nobody asked for error bars.
+                if exponent.reason is not None and (self.request.num_groups > 1 or isnan(exponent.value)):
                     self._warn(report, layer.name, exponent.reason)
         width = len(layer.eigenvalues)
         has_values = layer.failure is None and width > 0
@@ -186,6 +188,8 @@ class ActivationSpectrum(MeasuringCallback):
 
     def _draw_figure(self, writer: Any, report: Report) -> None:
         layers = {name: report.layers[name] for name in self._layer_names if report.layers[name].failure is None}
+        if not layers:
+            return
         fits = {
             name: (resolve_band(self.tail, len(layer.eigenvalues)), layer.exponent(self.tail).value)
             for name, layer in layers.items()
@@ -211,9 +215,10 @@ class ActivationSpectrum(MeasuringCallback):
         """Take up what :meth:`summary` gave.
 
         Args:
-            summary: Its result.
+            summary: Its result, or an empty one to begin anew.
         """
-        self._first, self._last, self._num_reports = summary["first"], summary["last"], summary["num_reports"]
+        self._first, self._last = summary.get("first"), summary.get("last")
+        self._num_reports = summary.get("num_reports", 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the first report and the last."""

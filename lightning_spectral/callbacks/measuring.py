@@ -49,6 +49,10 @@ class MeasuringCallback(Callback):
         for name, choice, known in (("stage", stage, ("train", "validate")), ("dtype", dtype, ("float32", "float64"))):
             if choice not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {choice!r}")
+        if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)):
+            raise ValueError(f"layers must be None, 'all', a pattern or a list of patterns, got {layers!r}")
+        if isinstance(dataloader_idx, bool) or not isinstance(dataloader_idx, int) or dataloader_idx < 0:
+            raise ValueError(f"dataloader_idx must be an int from 0, got {dataloader_idx!r}")
         self.layers = layers
         self.prefix = prefix
         self.request = Request(stage, every_n_steps, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx)
@@ -104,7 +108,7 @@ class MeasuringCallback(Callback):
         """Take up what :meth:`summary` gave.
 
         Args:
-            summary: Its result.
+            summary: Its result, or an empty one to begin anew.
         """
 
     # The Trainer's events.
@@ -121,6 +125,11 @@ class MeasuringCallback(Callback):
                 f"{type(self).__name__} can write no histograms or figures: none of the loggers takes them. "
                 "Add a TensorBoardLogger to see them; scalars go to every logger."
             )
+        if self._restored is None:
+            # This object may have been through another fit, of another model.
+            self.num_failed = 0
+            self._warned.clear()
+            self.restore({})
         self._join(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,6 +138,8 @@ class MeasuringCallback(Callback):
             if self._restored is not None:
                 measurement.load_state_dict(self._restored)
             measurement.start_training(trainer.global_step)
+        # The sanity check clears what was there.
+        self._set_callback_metrics(trainer, dict.fromkeys(self._keys(), torch.nan))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Open the hooks if this step belongs to a report."""
@@ -244,8 +255,9 @@ class MeasuringCallback(Callback):
         self._set_callback_metrics(trainer, dict.fromkeys(keys, torch.nan))
 
     def _leave(self) -> None:
-        if self._measurement is not None and self._session is not None:
+        if self._measurement is not None:
             self._measurement.leave(self)
+        if self._session is not None:
             self._session.release(self)
         self._measurement = self._session = self._seen = self._restored = None
         self._has_checked_widths = False

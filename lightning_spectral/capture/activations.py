@@ -113,11 +113,9 @@ class _Hook:
         else:
             self.deliver(self.reader_id, self.index, output)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return self
-
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        # A module saved whole, or sent to another process, is no longer ours to watch.
+        # A module that is copied (an average of weights, a teacher), saved whole or sent to another process is not ours
+        # to watch: its rows would count as those of the original.
         return _no_hook, ()
 
 

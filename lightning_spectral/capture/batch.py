@@ -27,7 +27,7 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         for value in batch:
             yield from tensors(value)
-    elif hasattr(batch, "__dict__"):
+    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
         for value in vars(batch).values():
             yield from tensors(value)
 
@@ -57,14 +57,14 @@ def token_mask(batch: Any, key: str) -> Tensor:
         Boolean tensor of the same shape.
 
     Raises:
-        ValueError: If the batch has no such tensor.
+        ValueError: If the batch has no such tensor, or it has no axes.
     """
     value = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.ndim == 0:
         held = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"mask must name a tensor of the batch, got {key!r}: the batch holds {held}")
+        raise ValueError(f"mask must name a tensor with axes in the batch, got {key!r}: the batch holds {held}")
     if value.dtype == torch.bool:
         return value
-    # A mask holds nothing but 0 and 1; anything else are labels.
-    is_mask = bool(((value == 0) | (value == 1)).all())
-    return value == 1 if is_mask else value != IGNORE_INDEX
+    # A mask holds nothing but 0 and 1; anything else are labels. Decided where the tensor lies: no GPU has to wait.
+    is_mask = ((value == 0) | (value == 1)).all()
+    return torch.where(is_mask, value == 1, value != IGNORE_INDEX)

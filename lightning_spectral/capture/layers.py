@@ -39,8 +39,8 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
     Args:
         root: Any module tree; names are relative to it.
         layers: None finds the stack of equal blocks and takes blocks round(i (L - 1) / 4), i = 0..4. ``"all"`` takes
-            each block of that stack. Otherwise one or several glob patterns over clean names: ``*`` and ``?`` stay between
-            two dots, or, where nothing matches so, run across them.
+            each block of that stack. Otherwise one or several glob patterns over clean names: ``*`` and ``?`` stay
+            between two dots, or, where nothing matches so, run across them.
 
     Returns:
         Modules by clean name, at least one.

@@ -53,7 +53,7 @@ class _Progress:
     rows: int = 0
     """Rows accumulated."""
     offered: int = 0
-    """Rows that went by, accumulated or not."""
+    """Rows that went by, accumulated or not; of masked ones none."""
     samples: int = 0
     forwards: int = 0
     is_full: bool = False
@@ -113,7 +113,7 @@ class Collector:
         self._num_samples = num_samples
         self._mask = mask
         # The one number a GPU must tell the host, once for all layers.
-        self._real_tokens = [] if mask is None else mask.reshape(len(mask), -1).sum(1).tolist()
+        self._real_tokens = [] if mask is None else mask.reshape(len(mask), mask.shape[1:].numel()).sum(1).tolist()
 
     def add(self, name: str, output: Tensor) -> None:
         """Take in one layer's output; a failure is noted in ``failures``, never raised.
@@ -123,14 +123,14 @@ class Collector:
             output: ``(..., d)``, any floating dtype.
         """
         progress = self._progress[name]
-        progress.offered += output.shape[:-1].numel()
+        progress.offered += output.shape[:-1].numel() if self._mask is None else sum(self._real_tokens)
         if progress.is_full or name in self.failures:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), _ieee_products():
                 self._add(self._sums_of(name, output), progress, output)
         except Exception as error:
-            self.failures[name] = str(error).partition("\n")[0]
+            self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
     def _sums_of(self, name: str, output: Tensor) -> _Sums:
         if output.ndim < 2 or output.shape[-1] == 0:
@@ -149,10 +149,10 @@ class Collector:
         mask = self._mask
         if output.shape[0] == self._num_samples:
             samples, first = output, progress.samples
-            rows_per_sample = self._real_tokens if mask is not None else [output[0, ..., 0].numel()] * len(output)
+            rows_per_sample = self._real_tokens if mask is not None else [output.shape[1:-1].numel()] * len(output)
         else:
             samples, first = output.unsqueeze(0), progress.forwards * self._world
-            rows_per_sample = [sum(self._real_tokens) if mask is not None else output[..., 0].numel()]
+            rows_per_sample = [sum(self._real_tokens) if mask is not None else output.shape[:-1].numel()]
             mask = None if mask is None else mask.unsqueeze(0)
         num_taken = self._num_fitting(rows_per_sample, progress)
         for group in range(self.num_groups):
@@ -172,7 +172,9 @@ class Collector:
         room = self._share - progress.rows
         fitting = sum(total <= room for total in accumulate(rows_per_sample))
         progress.is_full = fitting < len(rows_per_sample)
-        return 1 if progress.is_full and progress.rows == 0 and fitting == 0 else fitting
+        # Samples without a real token fit always, and are not the one.
+        is_short = progress.is_full and progress.rows == 0 and not any(rows_per_sample[:fitting])
+        return fitting + is_short
 
     def _accumulate(
         self, sums: _Sums, group: int, samples: Tensor, mask: Tensor | None, num_rows: int, is_first: bool
@@ -194,8 +196,8 @@ class Collector:
 
     @property
     def offered(self) -> int:
-        """Rows that went by in this report on this rank, of the layer that saw fewest."""
-        return min((progress.offered for progress in self._progress.values()), default=0)
+        """Rows that went by in this report on this rank, of the layer that saw fewest but some."""
+        return min((progress.offered for progress in self._progress.values() if progress.offered > 0), default=0)
 
     def agree(self) -> float:
         """Let all ranks know every layer's width, so that their buffers match; a collective.

@@ -20,7 +20,7 @@ class Session:
         self._owners: dict[str, weakref.ref[Any]] = {}
 
     def measurement(self, request: Request, device: torch.device) -> Measurement:
-        """The one measurement for a request; it lives as long as a member holds it.
+        """The one measurement for a request; once its last member has left, the next to ask gets a new one.
 
         Args:
             request: What is to be measured, and when.
@@ -30,7 +30,8 @@ class Session:
             The shared measurement.
         """
         measurement = self._measurements.get(request)
-        if measurement is None:
+        # One that all have left may wait for the garbage collector, with what it knew of an earlier fit.
+        if measurement is None or not measurement.has_members:
             self._measurements[request] = measurement = Measurement(request, device, self.stopwatch)
         return measurement
 

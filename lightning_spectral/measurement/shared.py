@@ -18,6 +18,8 @@ Stage = Literal["train", "validate"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+NEVER_RAN = "it never ran, or had run compiled before it was watched"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -92,6 +94,11 @@ class Measurement:
         self._members = [other for other in self._members if other is not member]
         if not self._members:
             self._reader.remove()
+
+    @property
+    def has_members(self) -> bool:
+        """Whether anyone takes part still."""
+        return bool(self._members)
 
     def is_led_by(self, member: Any) -> bool:
         """Whether this member's events are the ones that act.
@@ -227,7 +234,7 @@ class Measurement:
     def _make_report(self, step: int) -> None:
         with self._stopwatch.running():
             spectra = {
-                name: _missing(name, self._collector.failures.get(name, "it never ran")) for name in self._reader.names
+                name: _missing(name, self._collector.failures.get(name, NEVER_RAN)) for name in self._reader.names
             }
             for names, parts, offered in self._collector.pool():
                 if self._steps_collected:

@@ -1,0 +1,89 @@
+"""What a batch says of itself, for the kinds of batches that data loaders yield."""
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from enum import Enum
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_spectral.capture import num_samples, token_mask
+
+X = torch.zeros(3, 5, dtype=torch.long)
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Batch:
+    name: str
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+class Split(Enum):
+    TRAIN = 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        pytest.param({"ids": X, "y": X[:1]}, 3, id="dict"),
+        pytest.param({"time_first": X.T, "input_ids": X}, 3, id="input_ids before others"),
+        pytest.param(UserDict(ids=X), 3, id="mapping"),
+        pytest.param((X, X[0]), 3, id="tuple"),
+        pytest.param([[X], X[0]], 3, id="nested list"),
+        pytest.param(Pair(X, X[0]), 3, id="namedtuple"),
+        pytest.param(X, 3, id="tensor"),
+        pytest.param(Batch("a", X), 3, id="dataclass"),
+        pytest.param({"temperature": torch.tensor(1.0), "text": ["a", "b"], "x": X}, 3, id="scalars and strings first"),
+        pytest.param({"split": Split.TRAIN, "x": X}, 3, id="enum"),
+        pytest.param({"split": Split.TRAIN, "x": 7}, None, id="no tensor"),
+        pytest.param(torch.tensor(1.0), None, id="scalar"),
+        pytest.param(None, None, id="none"),
+    ],
+)
+def test_num_samples_is_the_length_of_the_first_tensor(batch, expected) -> None:
+    assert num_samples(batch) == expected
+
+
+REAL = torch.tensor([[True, True, False], [True, False, False]])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(REAL, id="bool"),
+        pytest.param(REAL.long(), id="0/1"),
+        pytest.param(REAL.float(), id="0./1."),
+        pytest.param(torch.where(REAL, torch.tensor([[7, 0, 9], [1, 2, 3]]), -100), id="labels"),
+        pytest.param(torch.where(REAL, 1, -100), id="labels that are all 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap", [dict, UserDict, lambda mask: Batch("a", X, mask["mask"])], ids=["dict", "map", "class"]
+)
+def test_token_mask_is_true_where_a_token_is_real(value: Tensor, wrap) -> None:
+    mask = token_mask(wrap({"mask": value}), "mask")
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, REAL)
+
+
+def test_labels_without_padding_are_all_real() -> None:
+    assert token_mask({"labels": torch.tensor([[0, 5, 1]])}, "labels").all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "held"),
+    [
+        ({"input_ids": X, "labels": X}, r"\['input_ids', 'labels'\]"),
+        ({"mask": [1, 0]}, r"\['mask'\]"),
+        ({"mask": torch.tensor(1)}, r"\['mask'\]"),
+        ((X, X), "tuple"),
+        (Batch("a", X), "Batch"),
+    ],
+    ids=["missing", "no tensor", "no axes", "tuple", "dataclass"],
+)
+def test_mask_that_is_not_there_is_refused_in_one_line(batch, held: str) -> None:
+    with pytest.raises(ValueError, match=rf"^mask must name a tensor with axes in the batch, got 'mask': .* {held}$"):
+        token_mask(batch, "mask")

@@ -1,0 +1,149 @@
+"""Which layers a choice means: the stack of equal blocks in models of many makes, patterns, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from lightning_spectral.capture import clean_name, resolve_layers
+from lightning_spectral.capture.layers import find_blocks
+from tests.models import Block, LanguageModel, Network, Perceptron
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+class Wrapped(nn.Module):
+    """Keeps its model where DistributedDataParallel keeps it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "probes"),
+    [
+        (12, [0, 3, 6, 8, 11]),
+        (36, [0, 9, 18, 26, 35]),
+        (48, [0, 12, 24, 35, 47]),
+        (6, [0, 1, 2, 4, 5]),
+        (3, [0, 1, 2]),
+        (2, [0, 1]),
+    ],
+)
+def test_default_takes_blocks_spread_over_the_stack(num_blocks: int, probes: list[int]) -> None:
+    network = Network(width=4, num_blocks=num_blocks)
+    assert list(resolve_layers(network, None)) == [f"blocks.{i}" for i in probes]
+    assert resolve_layers(network, None)[f"blocks.{probes[1]}"] is network.blocks[probes[1]]
+
+
+def test_all_takes_every_block() -> None:
+    module = LanguageModel()
+    assert list(resolve_layers(module, "all").values()) == list(module.network.blocks)
+
+
+def test_stack_may_be_attributes_or_hide_in_a_larger_tree() -> None:
+    plain = nn.Module()
+    for i in range(3):
+        plain.add_module(f"h{i}", Block(4))
+    assert list(find_blocks(plain)) == ["h0", "h1", "h2"]
+    tree = nn.ModuleDict({"small": Network(4, 2), "large": nn.ModuleDict({"net": Network(8, 4)})})
+    assert list(find_blocks(tree)) == [f"large.net.blocks.{i}" for i in range(4)]
+
+
+def tiny_transformer(kind: str) -> nn.Module:
+    import transformers
+
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=20))
+    if kind == "t5":
+        config = transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2, vocab_size=20)
+        return transformers.T5ForConditionalGeneration(config)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stack", "num_blocks"),
+    [
+        ("gpt2", "transformer.h", 4),
+        ("llama", "model.layers", 3),
+        ("bert", "encoder.layer", 3),
+        ("t5", "decoder.block", 3),  # cross-attention makes it the larger of the two
+    ],
+)
+def test_stack_of_transformers_is_found(kind: str, stack: str, num_blocks: int) -> None:
+    assert list(find_blocks(tiny_transformer(kind))) == [f"{stack}.{i}" for i in range(num_blocks)]
+
+
+def wrap_blocks(network: Network, wrapper) -> Network:
+    network.blocks = nn.ModuleList(wrapper(block) for block in network.blocks)
+    return network
+
+
+def compile_in_place(network: Network) -> Network:
+    for block in network.blocks:
+        block.compile(backend="eager")
+    return network
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(Wrapped, id="ddp"),
+        pytest.param(compiled, id="compiled model"),
+        pytest.param(lambda network: wrap_blocks(network, compiled), id="compiled blocks"),
+        pytest.param(compile_in_place, id="blocks compiled in place"),
+        pytest.param(lambda network: wrap_blocks(network, checkpoint_wrapper), id="checkpoint_wrapper"),
+        pytest.param(
+            lambda network: Wrapped(compiled(wrap_blocks(network, lambda block: compiled(checkpoint_wrapper(block))))),
+            id="all at once",
+        ),
+    ],
+)
+@pytest.mark.parametrize("layers", [None, "all", "blocks.*", ["blocks.2", "blocks.[013]"]], ids=str)
+def test_wrappers_leave_no_trace_in_names(wrap, layers) -> None:
+    network = Network(width=4, num_blocks=4)
+    wrapped = wrap(network)
+    found = resolve_layers(wrapped, layers)
+    assert list(found) == [f"blocks.{i}" for i in range(4)]
+    # The outermost wrapper: what is hooked there fires however the layer is called.
+    assert list(found.values()) == list(network.blocks)
+
+
+def test_patterns_stay_between_dots_unless_nothing_matches_so() -> None:
+    module = LanguageModel(Network(4, 3))
+    assert list(resolve_layers(module, "network.*")) == ["network.embedding", "network.blocks", "network.logits"]
+    assert list(resolve_layers(module, "*.mlp")) == [f"network.blocks.{i}.mlp" for i in range(3)]
+    assert list(resolve_layers(module, ["network.blocks.2", "network.blocks.0"])) == [
+        "network.blocks.0",
+        "network.blocks.2",
+    ]
+
+
+def test_clean_name_drops_wrappers_wherever_they_are() -> None:
+    assert clean_name("module._orig_mod.h.0._checkpoint_wrapped_module.attn") == "h.0.attn"
+    assert clean_name("h.0.modules") == "h.0.modules"
+
+
+@pytest.mark.parametrize("layers", ["blocs.*", ["network.blocks.0", "blocs.*"]], ids=str)
+def test_pattern_without_match_is_refused_with_close_names(layers) -> None:
+    expected = r"^layers='blocs\.\*' matches no layer: did you mean 'network\.blocks\.5', 'network\.blocks\.4', .*\?$"
+    with pytest.raises(ValueError, match=expected) as raised:
+        resolve_layers(LanguageModel(), layers)
+    assert "\n" not in str(raised.value)
+
+
+def test_no_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^layers must name at least one layer, got \[\]"):
+        resolve_layers(LanguageModel(), [])
+
+
+def test_model_without_stack_is_refused_with_an_example() -> None:
+    with pytest.raises(ValueError, match=r"no stack of equal blocks in Perceptron: .* layers='net\.0'$") as raised:
+        resolve_layers(Perceptron(), None)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,281 @@
+"""Collected moments against a float64 computation from all rows, and what is refused without an exception."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_spectral.functional.moments import Moments, covariance, pool
+from lightning_spectral.measurement.collector import Collector
+from lightning_spectral.measurement.report import LayerSpectrum, decompose
+
+WIDTH = 12
+
+
+def collector(num_tokens: int = 10**6, num_groups: int = 4, normalize: bool = False, dtype=torch.float64) -> Collector:
+    return Collector(["layer"], num_tokens, num_groups, normalize, dtype, torch.device("cpu"))
+
+
+def batches(*sizes: int, length: int = 5, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, WIDTH + 1.0) ** -0.5
+    return [(torch.randn(size, length, WIDTH, generator=generator) * scale + 3).to(dtype) for size in sizes]
+
+
+def pooled(of: Collector) -> Moments:
+    """Moments of the one layer, by group."""
+    ((names, parts, _),) = of.pool()
+    assert names == ["layer"]
+    return Moments(*(part[0] for part in parts))
+
+
+def spectrum(of: Collector) -> LayerSpectrum:
+    ((names, parts, _),) = of.pool()
+    return decompose(names, parts, of.failures)[0]
+
+
+def assert_moments(found: Moments, groups: list[np.ndarray], rtol: float = 1e-10) -> None:
+    """Group by group, what NumPy makes of the same rows in float64."""
+    for group, rows in enumerate(groups):
+        assert float(found.num_rows[group]) == len(rows)
+        if len(rows) > 1:
+            np.testing.assert_allclose(found.mean[group], rows.mean(0), rtol=rtol)
+            scatter = np.cov(rows, rowvar=False) * (len(rows) - 1)
+            np.testing.assert_allclose(found.scatter[group], scatter, rtol=rtol, atol=rtol * np.abs(scatter).max())
+
+
+def groups_of(samples: list[np.ndarray], num_groups: int = 4) -> list[np.ndarray]:
+    empty = np.zeros((0, WIDTH))
+    return [np.concatenate([empty, *samples[group::num_groups]]) for group in range(num_groups)]
+
+
+def test_batch_first_samples_go_round_the_groups_across_batches() -> None:
+    outputs = batches(3, 4, 1, 6)
+    found = collector()
+    for output in outputs:
+        found.begin_batch(len(output), None)
+        found.add("layer", output)
+    samples = [sample for output in outputs for sample in output.double().numpy()]
+    assert_moments(pooled(found), groups_of(samples))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5])
+def test_whole_is_that_of_all_rows_whatever_the_groups(num_groups: int) -> None:
+    outputs = batches(3, 4, 7)
+    found = collector(num_groups=num_groups)
+    for output in outputs:
+        found.begin_batch(len(output), None)
+        found.add("layer", output)
+    rows = torch.cat(outputs).double().reshape(-1, WIDTH).numpy()
+    whole = pool(pooled(found))
+    np.testing.assert_allclose(covariance(whole), np.cov(rows, rowvar=False), rtol=1e-10)
+
+
+def test_where_the_first_axis_is_not_the_batch_forwards_go_round() -> None:
+    outputs = [output.transpose(0, 1) for output in batches(3, 4, 2, 3, 7)]
+    found = collector()
+    for output in outputs:
+        found.begin_batch(output.shape[1], None)
+        found.add("layer", output)
+    assert_moments(pooled(found), groups_of([output.double().reshape(-1, WIDTH).numpy() for output in outputs]))
+
+
+def test_unknown_batch_is_one_sample() -> None:
+    (output,) = batches(4)
+    found = collector()
+    found.begin_batch(None, None)
+    found.add("layer", output)
+    assert pooled(found).num_rows.tolist() == [20, 0, 0, 0]
+
+
+def test_rows_without_a_token_axis() -> None:
+    outputs = [output[:, 0] for output in batches(30, 25)]
+    found = collector()
+    for output in outputs:
+        found.begin_batch(len(output), None)
+        found.add("layer", output)
+    samples = [row[None] for output in outputs for row in output.double().numpy()]
+    assert_moments(pooled(found), groups_of(samples))
+
+
+def test_images_have_rows_at_every_position() -> None:
+    output = batches(5, length=6)[0].view(5, 2, 3, WIDTH)
+    found = collector()
+    found.begin_batch(5, None)
+    found.add("layer", output)
+    assert_moments(pooled(found), groups_of(list(output.double().reshape(5, 6, WIDTH).numpy())))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masked_rows_do_not_count_whatever_they_hold(batch_first: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    found = collector()
+    samples = []
+    for output in batches(5, 6, length=7):
+        mask = torch.rand(output.shape[:2], generator=generator) < 0.6
+        spoilt = output.masked_fill(~mask.unsqueeze(-1), torch.nan)
+        found.begin_batch(len(output), mask if batch_first else mask.T)
+        found.add("layer", spoilt if batch_first else spoilt.transpose(0, 1))
+        kept = [sample[keep].double().numpy() for sample, keep in zip(output, mask, strict=True)]
+        samples += kept if batch_first else [np.concatenate(kept)]
+    assert_moments(pooled(found), groups_of(samples))
+    assert found.offered == sum(map(len, samples))
+
+
+def test_normalized_rows_are_rms_normed() -> None:
+    (output,) = batches(8)
+    found = collector(normalize=True)
+    found.begin_batch(8, None)
+    found.add("layer", output)
+    rows = output.double().numpy()
+    rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6)
+    assert_moments(pooled(found), groups_of(list(rows)))
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-3), (torch.float64, 1e-6)], ids=["float32", "float64"])
+@pytest.mark.parametrize("offset", [0.0, 1e3], ids=["centred", "mean of 1000 spreads"])
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16], ids=["float32 rows", "bfloat16 rows"])
+@pytest.mark.parametrize("seed", range(3))
+def test_eigenvalues_are_as_precise_as_promised(
+    dtype: torch.dtype, floor: float, offset: float, rows_dtype: torch.dtype, seed: int
+) -> None:
+    """Relative error at most 1e-5 for eigenvalues above ``floor`` of the largest."""
+    width, generator = 96, torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    scale = torch.logspace(0, -3.5, width, dtype=torch.float64)
+    found = Collector(["layer"], 10**6, 4, False, dtype, torch.device("cpu"))
+    rows = []
+    for _ in range(6):
+        # Each batch has a mean of its own, a spread away from that of the pivot.
+        shift = torch.randn(width, generator=generator, dtype=torch.float64)
+        noise = torch.randn(8, 64, width, generator=generator, dtype=torch.float64)
+        output = ((noise * scale + shift * scale) @ basis.T + offset).to(rows_dtype)
+        found.begin_batch(8, None)
+        found.add("layer", output)
+        rows.append(output.double().reshape(-1, width).numpy())
+    truth = np.linalg.eigvalsh(np.cov(np.concatenate(rows), rowvar=False))[::-1]
+    counts = truth > floor * truth[0]
+    np.testing.assert_allclose(spectrum(found).eigenvalues.numpy()[counts], truth[counts], rtol=1e-5)
+
+
+def test_only_whole_samples_are_taken_up_to_the_share() -> None:
+    outputs = batches(3, 4, 4)
+    found = collector(num_tokens=24)
+    for output in outputs:
+        found.begin_batch(len(output), None)
+        found.add("layer", output)
+    samples = [sample for output in outputs for sample in output.double().numpy()]
+    assert_moments(pooled(found), groups_of(samples[:4]))
+    assert found.offered == 55
+
+
+def test_one_sample_is_taken_however_small_the_share() -> None:
+    (output,) = batches(3)
+    found = collector(num_tokens=2)
+    found.begin_batch(3, None)
+    found.add("layer", output)
+    assert pooled(found).num_rows.tolist() == [5, 0, 0, 0]
+
+
+def test_one_sample_with_real_tokens_is_taken_after_empty_ones() -> None:
+    (output,) = batches(3)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0] = False
+    found = collector(num_tokens=2)
+    found.begin_batch(3, mask)
+    found.add("layer", output)
+    assert pooled(found).num_rows.tolist() == [0, 5, 0, 0]
+
+
+def test_empty_batch_is_no_failure() -> None:
+    found = collector()
+    for output in batches(0, 3):
+        found.begin_batch(len(output), torch.ones(output.shape[:2], dtype=torch.bool))
+        found.add("layer", output)
+    assert found.failures == {}
+    assert pooled(found).num_rows.tolist() == [5, 5, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "mask", "reason"),
+    [
+        pytest.param(
+            [torch.zeros(2, 5, 4)], torch.ones(2, 4).bool(), r"mask has shape \(2, 4\), .* \(2, 5\)", id="mask"
+        ),
+        pytest.param([torch.zeros(2, 5, 4), torch.zeros(2, 5, 3)], None, "width changed from 4 to 3", id="width"),
+        pytest.param([torch.empty(0, 0)], None, "no floating-point tensor", id="no rows"),
+        pytest.param([torch.full((2, 5, 4), torch.nan)], None, "NaN or infinity", id="nan"),
+        pytest.param([torch.ones(2, 5, 4), torch.full((2, 5, 4), torch.inf)], None, "NaN or infinity", id="inf"),
+        pytest.param([torch.ones(1, 1, 4)], None, "at least 2 rows, got 1", id="one row"),
+    ],
+)
+def test_failure_is_noted_and_harms_no_other_layer(outputs: list[Tensor], mask: Tensor | None, reason: str) -> None:
+    found = Collector(["bad", "good"], 10**6, 2, False, torch.float32, torch.device("cpu"))
+    good = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    for report in range(2):  # what failed is tried anew in the next report
+        for output in outputs:
+            found.begin_batch(len(output), mask)
+            found.add("bad", output)
+            found.begin_batch(2, None)
+            found.add("good", good)
+        failures = dict(found.failures)
+        spectra = {
+            layer.name: layer for names, parts, _ in found.pool() for layer in decompose(names, parts, found.failures)
+        }
+        if "bad" in spectra:
+            assert torch.isnan(spectra["bad"].eigenvalues).all(), report
+            failures["bad"] = spectra["bad"].failure
+        assert spectra["good"].failure is None
+        assert re.search(reason, failures["bad"])
+        found.reset()
+
+
+def test_nothing_slides_into_the_next_report() -> None:
+    first, second = batches(4, 5)
+    found = collector()
+    for output in (first, second):
+        found.begin_batch(len(output), None)
+        found.add("layer", output)
+        moments = pooled(found)
+        assert_moments(moments, groups_of(list(output.double().numpy())))
+        found.reset()
+
+
+@pytest.fixture
+def _medium_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def precision_settings() -> tuple[str, ...]:
+    backends = torch.backends
+    return (
+        torch.get_float32_matmul_precision(),
+        *(backend.fp32_precision for backend in (backends, backends.cuda.matmul, backends.mkldnn.matmul)),
+    )
+
+
+@pytest.mark.usefixtures("_medium_precision")
+def test_users_choice_of_fast_products_is_kept_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = precision_settings()
+    during: list[tuple[str, ...]] = []
+    found = collector(dtype=torch.float32)
+    accumulate = found._accumulate
+
+    def watched(*args) -> None:
+        during.append(precision_settings()[2:])
+        accumulate(*args)
+
+    monkeypatch.setattr(found, "_accumulate", watched)
+    (output,) = batches(64)
+    found.begin_batch(64, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.add("layer", output)
+    assert set(during) == {("ieee", "ieee")}
+    assert precision_settings() == chosen
+    assert chosen[0] == "medium"
+    assert_moments(pooled(found), groups_of(list(output.double().numpy())), rtol=1e-6)
