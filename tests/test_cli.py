@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_spectral import cli
+from tests.test_readme import readme_command
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
-    words = ["fit", "--model=mine.Mine", "--data=mine.MyData", "--trainer.callbacks+=ActivationSpectrum"]
+    program, *words = readme_command("mine.Mine")
     settings = [
         "--trainer.callbacks.every_n_steps=4",
         "--trainer.callbacks.num_groups=2",
@@ -85,7 +86,7 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
         *QUIET,
     ]
     run = subprocess.run(
-        [str(Path(sys.executable).with_name("lightning-spectral")), *words, *settings],
+        [str(Path(sys.executable).with_name(program)), *words, *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,
@@ -98,8 +99,8 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
 
 
 def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, command, config, path, *overridden = readme_command("examples/nanogpt.yaml")
     overrides = {
-        "model.recipe": "baseline",
         "model.num_layers": 2,
         "model.width": 32,
         "data.batch_size": 2,
@@ -109,7 +110,7 @@ def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.Capture
         "trainer.limit_val_batches": 2,
     }
     words = [f"--{key}={value}" for key, value in overrides.items()]
-    cli.main(["fit", "--config", str(REPOSITORY / "examples" / "nanogpt.yaml"), *words, *QUIET])
+    cli.main([command, config, str(REPOSITORY / path), *overridden, *words, *QUIET])
     assert "gpt.blocks.1" in capsys.readouterr().out
 
 

@@ -165,7 +165,7 @@ class ActivationSpectrum(MeasuringCallback):
         return min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))
 
     def draw(self, writer: Any, report: Report) -> None:
-        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... one, the chart once.
+        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... and the last, the chart once.
 
         Args:
             writer: A SummaryWriter.
@@ -183,8 +183,13 @@ class ActivationSpectrum(MeasuringCallback):
             for quantity in ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share")
         }
         tensorboard.add_charts(writer, "activation spectra", charts)
-        if self._num_reports & (self._num_reports - 1) == 0:
+        if self._is_milestone:
             self._draw_figure(writer, report)
+
+    @property
+    def _is_milestone(self) -> bool:
+        # A power of two: a figure costs more than the report it shows.
+        return self._num_reports & (self._num_reports - 1) == 0
 
     def _draw_figure(self, writer: Any, report: Report) -> None:
         layers = {name: report.layers[name] for name in self._layer_names if report.layers[name].failure is None}
@@ -221,6 +226,8 @@ class ActivationSpectrum(MeasuringCallback):
         self._num_reports = summary.get("num_reports", 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the first report and the last."""
+        """Draw the last report and print it, with the first, as a table."""
+        if self._seen is not None and not self._is_milestone:
+            self._show(trainer, self._seen, self._draw_figure)
         if trainer.is_global_zero and self._first is not None and self._last is not None:
             print_table(f"{self.prefix}activation spectra, {self.request.stage}", self._first, self._last)

@@ -1,7 +1,7 @@
 """The wiring that every callback on the shared measurement has in common."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,10 @@ class MeasuringCallback(Callback):
             raise ValueError(f"layers must be None, 'all', a pattern or a list of patterns, got {layers!r}")
         if isinstance(dataloader_idx, bool) or not isinstance(dataloader_idx, int) or dataloader_idx < 0:
             raise ValueError(f"dataloader_idx must be an int from 0, got {dataloader_idx!r}")
+        if not isinstance(prefix, str):
+            raise ValueError(f"prefix must be a string, got {prefix!r}: '' puts nothing before the keys")
+        if not (mask is None or isinstance(mask, str)):
+            raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {mask!r}")
         self.layers = layers
         self.prefix = prefix
         self.request = Request(stage, every_n_steps, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx)
@@ -64,8 +68,6 @@ class MeasuringCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._has_checked_widths = False
         self._warned: set[str] = set()
-
-    # What a subclass fills in.
 
     def measured(self, report: Report) -> dict[str, float]:
         """What a report comes to.
@@ -111,8 +113,6 @@ class MeasuringCallback(Callback):
             summary: Its result, or an empty one to begin anew.
         """
 
-    # The Trainer's events.
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and hook them: after ``configure_model``, before the first, perhaps compiled, call."""
         if self.request.stage == "validate" and not trainer.enable_validation:
@@ -134,9 +134,11 @@ class MeasuringCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or resume, where the Trainer stands: only now is its step restored."""
+        if self._measurement is not None and self._session is not None and self._restored is not None:
+            # Whoever has a state gives it: the first member may be new to this run.
+            self._measurement.load_state_dict(self._restored["measurement"])
+            self._session.stopwatch.seconds = max(self._session.stopwatch.seconds, self._restored["seconds"])
         if measurement := self._led():
-            if self._restored is not None:
-                measurement.load_state_dict(self._restored)
             measurement.start_training(trainer.global_step)
         # The sanity check clears what was there.
         self._set_callback_metrics(trainer, dict.fromkeys(self._keys(), torch.nan))
@@ -205,9 +207,10 @@ class MeasuringCallback(Callback):
         With a ``state_dict`` Lightning refuses two equal callbacks when the Trainer is made, in words that do not name
         the keys both would write; our own check does, at the start of ``fit``.
         """
-        if self._measurement is not None:
+        if self._measurement is not None and self._session is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = {
                 "measurement": self._measurement.state_dict(),
+                "seconds": self._session.stopwatch.seconds,
                 "num_failed": self.num_failed,
                 "summary": self.summary(),
             }
@@ -218,7 +221,7 @@ class MeasuringCallback(Callback):
         Args:
             state_dict: What :meth:`on_save_checkpoint` stored.
         """
-        self._restored = state_dict["measurement"]
+        self._restored = state_dict
         self.num_failed = state_dict["num_failed"]
         self.restore(state_dict["summary"])
 
@@ -234,8 +237,6 @@ class MeasuringCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off: Lightning calls no ``teardown`` then."""
         self._leave()
-
-    # How they are served.
 
     def _led(self) -> Measurement | None:
         """The measurement, if this callback's events are the ones that act."""
@@ -280,7 +281,7 @@ class MeasuringCallback(Callback):
         assert report is not None
         with self._session.stopwatch.running():
             values = self._values(report)
-            self._draw(trainer, report)
+            self._show(trainer, report, self.draw)
         if self._writes_seconds:
             values[SECONDS] = self._session.stopwatch.seconds
         for logger in trainer.loggers:
@@ -303,12 +304,13 @@ class MeasuringCallback(Callback):
         values[f"{self.kind}/failed"] = float(self.num_failed)
         return values
 
-    def _draw(self, trainer: Trainer, report: Report) -> None:
+    def _show(self, trainer: Trainer, report: Report, draw: Callable[[Any, Report], None]) -> None:
+        """Draw into every TensorBoard writer there is."""
         if not trainer.is_global_zero:
             return
         try:
             for writer in tensorboard.writers(trainer.loggers):
-                self.draw(writer, report)
+                draw(writer, report)
         except Exception as error:  # a full disk is not a reason to stop either
             self._warn(report, "TensorBoard", repr(error))
 

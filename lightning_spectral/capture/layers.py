@@ -84,8 +84,8 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
             # The first of equals, so that the choice does not depend on anything but the model.
             return max(stacks, key=lambda stack: sum(_num_parameters(block) for block in stack.values()))
     raise ValueError(
-        f"layers=None finds no stack of equal blocks in {type(root).__name__}: name layers by pattern, "
-        f"for example layers={_example(root)!r}"
+        f"layers must be patterns, got None or 'all', for there is no stack of equal blocks in {type(root).__name__}: "
+        f"take for example layers={_example(root)!r}"
     )
 
 

@@ -39,9 +39,14 @@ class Model(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block() for _ in range(NUM_BLOCKS)))
+        self.lone, self.broken = nn.Identity(), nn.Identity()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.blocks(batch).square().mean()
+        output = self.blocks(batch)
+        if self.global_rank == 0:
+            self.lone(output)
+        self.broken(output if self.global_rank == 0 else output * torch.nan)
+        return output.square().mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.blocks(batch)
@@ -57,7 +62,7 @@ class RowRecorder(Callback):
         self.rows: dict[tuple[str, int, int], list[Tensor]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for index, block in enumerate(pl_module.blocks):
+        for index, block in enumerate([*pl_module.blocks, pl_module.lone]):
             block.register_forward_hook(lambda _, __, output, index=index: self._keep(trainer, index, output))
 
     def _keep(self, trainer: Trainer, index: int, output: Tensor) -> None:
@@ -95,11 +100,14 @@ def main(folder: Path) -> None:
     recorder, counter = RowRecorder(), CollectiveCounter()
     spectra = {
         "train": ActivationSpectrum("blocks.*", every_n_steps=3, num_tokens=30, num_groups=2, prefix="train/"),
+        "others": ActivationSpectrum(
+            ["lone", "broken"], every_n_steps=3, num_tokens=30, num_groups=2, prefix="others/"
+        ),
         "validate": ActivationSpectrum(
             "blocks.*", every_n_steps=1, stage="validate", num_tokens=10_000, normalize=False, prefix="validate/"
         ),
     }
-    reports: dict[str, list[dict]] = {"train": [], "validate": []}
+    reports: dict[str, list[dict]] = {name: [] for name in spectra}
     for name, callback in spectra.items():
 
         def keep(report, name=name, measured=callback.measured):

@@ -167,8 +167,8 @@ def test_histogram_counts_eigenvalues_between_its_edges(run: SimpleNamespace) ->
     assert counts == list(last.histogram_value.bucket)
 
 
-def test_figures_are_drawn_at_reports_1_2_4(run: SimpleNamespace) -> None:
-    assert [event.step for event in run.events.Images("activation/spectra")] == [7, 14, 28]
+def test_figures_are_drawn_at_reports_1_2_4_and_the_last(run: SimpleNamespace) -> None:
+    assert [event.step for event in run.events.Images("activation/spectra")] == [7, 14, 28, 35]
     assert [event.step for event in run.events.Images("val/activation/spectra")] == [5, 15, 35]
 
 

@@ -62,6 +62,20 @@ def test_training_spectrum_is_that_of_all_ranks_shares(ranks: list[dict], report
     np.testing.assert_allclose(eigenvalues.numpy(), pooled_eigenvalues(rows), rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_that_runs_on_one_rank_is_that_ranks(ranks: list[dict]) -> None:
+    num_tokens, eigenvalues = ranks[1]["reports"]["others"][0]["layers"]["lone"]
+    rows = rms_normalized(recorded(ranks[:1], "train", [2], ddp_run.NUM_BLOCKS, per_rank=15))
+    assert num_tokens == len(rows)
+    np.testing.assert_allclose(eigenvalues.numpy(), pooled_eigenvalues(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
+    for rank in ranks:
+        for report in rank["reports"]["others"]:
+            assert report["layers"]["broken"][1].isnan().all()
+        assert rank["metrics"]["others/activation/failed"] == 2
+
+
 def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:
     np.testing.assert_equal(ranks[0]["metrics"], ranks[1]["metrics"])
 

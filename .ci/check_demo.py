@@ -1,0 +1,36 @@
+"""Checks what `make demo` left behind: the loss it reached, the keys of the contract, whole histograms."""
+
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+QUANTITIES = {
+    *("alpha_tail", "alpha_tail_stderr", "alpha_tail_corrected", "r2_tail", "alpha_head", "alpha_head_stderr"),
+    *("rankme", "head_share", "num_tokens"),
+}
+LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
+
+
+def main(folder: Path) -> None:
+    """Raise AssertionError for anything that is missing."""
+    (run,) = folder.glob("lightning_logs/version_*")
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    val_loss = events.Scalars("val_loss")[-1].value
+    assert val_loss < 2.2, f"val_loss must be below 2.2 nats per byte, got {val_loss}"
+    wanted = {f"activation/{layer}/{quantity}" for layer in LAYERS for quantity in QUANTITIES}
+    missing = (wanted | {"activation/failed", "spectral/seconds"}) - set(tags["scalars"])
+    assert not missing, f"missing: {missing}"
+    assert events.Scalars("activation/failed")[-1].value == 0
+    for layer in LAYERS:
+        for event in events.Histograms(f"activation/{layer}/log10_eigenvalues"):
+            assert sum(event.histogram_value.bucket) == WIDTH, f"{layer} at {event.step}"
+    assert "activation/spectra" in tags["images"]
+    seconds = events.Scalars("spectral/seconds")[-1].value
+    print(f"demo: val_loss {val_loss:.3f} nats per byte, {seconds:.1f} s of measuring, all keys there")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
