@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_spectral.functional.jackknife import jackknife
 from lightning_spectral.functional.moments import Moments, covariance, pool
-from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, power_law
+from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, PowerLaw, power_law, resolve_band
 from lightning_spectral.functional.spectrum import beyond_rank, eigenvectors, spectrum, why_no_spectrum
 
 
@@ -63,19 +63,26 @@ class LayerSpectrum:
             plain, without = power_law(self.eigenvalues, band), power_law(self.leave_one_out, band)
         except ValueError as error:
             return Exponent(torch.nan, torch.nan, torch.nan, torch.nan, 0, str(error))
-        num_values = int(plain.num_values)
         corrected, stderr = jackknife(plain.exponent, without.exponent)
-        reason = None
-        if num_values < MIN_VALUES:
-            reason = (
-                f"band {band} holds {num_values} positive eigenvalues of {self.num_tokens} rows, needs {MIN_VALUES}"
-            )
-        elif len(self.leave_one_out) < 2:
-            reason = f"no error bar: only {self.num_groups} group(s) of samples received rows, needs all, and 2"
-        elif bool((without.num_values != plain.num_values).any()):
-            reason = f"no error bar: without one group the band {band} loses positive eigenvalues, needs more rows"
+        reason = self._doubt(band, plain, without)
+        if reason is not None:
             corrected = stderr = torch.tensor(torch.nan)
+        num_values = int(plain.num_values)
         return Exponent(float(plain.exponent), float(stderr), float(corrected), float(plain.r2), num_values, reason)
+
+    def _doubt(self, band: Band, plain: PowerLaw, without: PowerLaw) -> str | None:
+        """Why the exponent, or its error bar, is not to be had."""
+        _, hi = resolve_band(band, len(self.eigenvalues))
+        # Zero are the eigenvalues that the rows do not span, and those below the rounding of the products.
+        remedy = "it needs more rows" if self.num_tokens <= hi + 1 else "dtype='float64' resolves smaller ones"
+        if plain.num_values < MIN_VALUES:
+            num_values = int(plain.num_values)
+            return f"band {band} holds {num_values} positive eigenvalues of the {MIN_VALUES} needed: {remedy}"
+        if len(self.leave_one_out) < 2:
+            return f"no error bar: only {self.num_groups} group(s) of samples received rows, all must, and at least 2"
+        if bool((without.num_values != plain.num_values).any()):
+            return f"no error bar: without one group band {band} loses positive eigenvalues: {remedy}"
+        return None
 
 
 @dataclass(frozen=True)
