@@ -98,7 +98,7 @@ def main() -> None:
         "ratio_of_minima": min(watched) / min(plain),
         "own_seconds": ours,
         "own_share": min(ours) / min(watched),
-        "own_share_at_defaults": min(ours) / num_reports / (100 * min(plain) / (arguments.steps - 1)),
+        "own_share_at_defaults": min(ours) / num_reports / (100 * min(plain + watched) / (arguments.steps - 1)),
         "floor_seconds": product_floor(arguments),
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }

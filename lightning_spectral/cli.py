@@ -55,16 +55,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run_lightning(args: list[str] | None) -> None:
-    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.cli import LightningCLI
 
     import lightning_spectral.nanogpt  # noqa: F401  (names without dots are looked up among imported classes)
 
     LightningCLI(
         LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
+        subclass_mode_model=True,  # and data in the same way, or none for a model that brings its own loaders
         # A second run into the same folder would otherwise stop at the first one's config.yaml.
         save_config_kwargs={"overwrite": True},
         args=args,

@@ -98,6 +98,14 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
     assert list(user_folder.glob("lightning_logs/version_0/events.out.tfevents.*"))
 
 
+def test_a_model_may_bring_its_own_loaders(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = USER_CODE[USER_CODE.index("    def train_dataloader") :]
+    (user_folder / "mine.py").write_text(USER_CODE.replace("class MyData", loader + "\n\nclass MyData"))
+    settings = ["--trainer.callbacks.every_n_steps=2", "--trainer.callbacks.num_groups=1", "--trainer.logger=false"]
+    cli.main(["fit", "--model=mine.Mine", "--trainer.callbacks+=ActivationSpectrum", *settings, *QUIET])
+    assert "blocks.2" in capsys.readouterr().out
+
+
 def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, command, config, path, *overridden = readme_command("examples/nanogpt.yaml")
     overrides = {

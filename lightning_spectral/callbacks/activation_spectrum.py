@@ -145,7 +145,7 @@ class ActivationSpectrum(MeasuringCallback):
             for exponent in (head, tail):
                 # With one group nobody asked for error bars.
                 if exponent.reason is not None and (self.request.num_groups > 1 or isnan(exponent.value)):
-                    self._warn(report, layer.name, exponent.reason)
+                    self.warn(f"at step {report.step}, {layer.name}: NaN, because {exponent.reason}")
         width = len(layer.eigenvalues)
         has_values = layer.failure is None and width > 0
         return {
@@ -228,6 +228,9 @@ class ActivationSpectrum(MeasuringCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last report and print it, with the first, as a table."""
         if self._seen is not None and not self._is_milestone:
-            self._show(trainer, self._seen, self._draw_figure)
+            self.show(trainer, self._seen, self._draw_figure)
         if trainer.is_global_zero and self._first is not None and self._last is not None:
-            print_table(f"{self.prefix}activation spectra, {self.request.stage}", self._first, self._last)
+            try:
+                print_table(f"{self.prefix}activation spectra, {self.request.stage}", self._first, self._last)
+            except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
+                self.warn(f"could not print its table: {error!r}")

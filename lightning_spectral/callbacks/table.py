@@ -35,7 +35,7 @@ def _cells(name: str, step: int, values: dict[str, float]) -> list[str]:
     return [
         name,
         str(step),
-        f"{_number(values['alpha_tail'], 3)} ± {_number(values['alpha_tail_stderr'], 3)}",
+        f"{_number(values['alpha_tail'], 3)} +/- {_number(values['alpha_tail_stderr'], 3)}",
         _number(values["alpha_tail_corrected"], 3),
         _number(values["r2_tail"], 3),
         _number(values["alpha_head"], 3),

@@ -1,6 +1,6 @@
 """What a batch says about itself: how many samples it holds and which of its tokens are real."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,27 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     Args:
         batch: Whatever a data loader yields.
 
-    Yields:
-        Each tensor found.
+    Returns:
+        An iterator over the tensors.
     """
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        for value in batch:
-            yield from tensors(value)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
-        for value in vars(batch).values():
-            yield from tensors(value)
+    return _tensors(batch, ())
+
+
+def _tensors(part: Any, within: tuple[Any, ...]) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(part, Mapping):
+        inner = part.values()
+    elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
+        inner = part
+    elif hasattr(part, "__dict__") and not isinstance(part, type):
+        inner = vars(part).values()
+    # An object may refer back to one that it is a part of.
+    if not any(part is outer for outer in within):
+        for piece in inner:
+            yield from _tensors(piece, (*within, part))
 
 
 def num_samples(batch: Any) -> int | None:

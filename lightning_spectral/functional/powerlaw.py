@@ -87,7 +87,7 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
         band: Two ints, 1-based inclusive ranks, or two floats, fractions of n.
 
     Returns:
-        The fit, batched over leading axes; NaN where the band holds fewer than three positive values.
+        The fit, batched over leading axes; NaN where the band holds fewer than three positive values, or a NaN.
 
     Raises:
         ValueError: If the band is out of order or reaches beyond the spectrum.
@@ -114,5 +114,5 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
     variance_x, variance_y, covariance = mean(x * x), mean(y * y), mean(x * y)
     exponent = (-covariance / variance_x).squeeze(-1)
     r2 = (covariance.square() / (variance_x * variance_y)).squeeze(-1)
-    enough = num_values >= MIN_VALUES
+    enough = (num_values >= MIN_VALUES) & ~values.isnan().any(-1)
     return PowerLaw(torch.where(enough, exponent, torch.nan), torch.where(enough, r2, torch.nan), num_values)

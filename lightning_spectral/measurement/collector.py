@@ -101,6 +101,7 @@ class Collector:
         self._real_tokens: list[int] = []
         self._buffers: dict[int, tuple[list[str], _Sums]] = {}
         self._sums: dict[str, _Sums] = {}
+        self._refused: dict[str, str] = {}
         self._progress: dict[str, _Progress] = defaultdict(_Progress)
 
     def begin_batch(self, num_samples: int | None, mask: Tensor | None) -> None:
@@ -214,26 +215,38 @@ class Collector:
                 self.failures[name] = "its width differs between ranks"
             by_width[width].append(name)
         by_width.pop(0, None)
-        self._lay_out(by_width)
+        for width, names in sorted(by_width.items()):
+            self._lay_out(width, names)
         return float(of_ranks[:, 0].sum())
 
     def _width(self, name: str) -> int:
         return self._sums[name].pivot.shape[-1] if name in self._sums else 0
 
-    def _lay_out(self, by_width: dict[int, list[str]]) -> None:
-        """Move the layers' sums into one buffer per width, in an order that all ranks share."""
-        for width, names in sorted(by_width.items()):
+    def _lay_out(self, width: int, names: list[str]) -> None:
+        """Move the sums of all layers of one width into one buffer, in an order that all ranks share."""
+        try:
             buffer = _Sums.empty(len(names), self.num_groups, num_features=width, device=self.device)
-            for index, name in enumerate(names):
-                if self._width(name) == width:
-                    buffer[index].copy_(self._sums[name])
-                self._sums[name] = buffer[index]
-            self._buffers[width] = (names, buffer)
+            reason = None
+        except RuntimeError as error:  # out of memory
+            buffer, reason = None, str(error).partition("\n")[0]
+        # A rank without the buffer could not join its reduction: then no rank keeps it, and nobody waits.
+        num_ready = int(gather_numbers([int(buffer is not None)], self.device).sum())
+        if buffer is None or num_ready < self._world:
+            self._refused.update(dict.fromkeys(names, reason or "another rank has no memory for it"))
+            self.failures.update(self._refused)
+            for name in names:
+                self._sums.pop(name, None)
+            return
+        for index, name in enumerate(names):
+            if self._width(name) == width:
+                buffer[index].copy_(self._sums[name])
+            self._sums[name] = buffer[index]
+        self._buffers[width] = (names, buffer)
 
     @property
     def is_agreed(self) -> bool:
         """Whether the width of every layer is known to all ranks."""
-        return sum(len(names) for names, _ in self._buffers.values()) == len(self.names)
+        return sum(len(names) for names, _ in self._buffers.values()) + len(self._refused) == len(self.names)
 
     def pool(self) -> Iterator[tuple[list[str], Moments, float]]:
         """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
@@ -262,21 +275,33 @@ class Collector:
                 del self._sums[name]
         self._progress.clear()
         self.failures.clear()
+        self.failures.update(self._refused)
+
+    def release(self) -> None:
+        """Let go of all memory; the collector is of no use afterwards."""
+        self._buffers.clear()
+        self._sums.clear()
 
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
     """Float32 products in float32: a user's choice of TF32 or bf16 for training must not reach the covariance."""
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    backends = [matmul for matmul in matmuls if matmul.fp32_precision in _REDUCED]
-    chosen = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    backends = [
+        (torch.backends.cuda.matmul, torch.backends),
+        (torch.backends.mkldnn.matmul, torch.backends.mkldnn),  # type: ignore[attr-defined]
+    ]
+    chosen = []
+    for matmul, parent in backends:
+        precision = matmul.fp32_precision
+        if precision in _REDUCED:
+            # What was inherited must go on following its parent.
+            chosen.append((matmul, "none" if parent.fp32_precision == precision else precision))
+            matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(backends, chosen, strict=True):
-            backend.fp32_precision = precision
+        for matmul, precision in chosen:
+            matmul.fp32_precision = precision
 
 
 _REDUCED = ("tf32", "bf16")

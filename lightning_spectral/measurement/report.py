@@ -1,6 +1,6 @@
 """What one report says of one layer: the spectrum, the spectra without each group, and why something is missing."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class LayerSpectrum:
     """``(G, d)`` eigenvalues without each group; ``(0, d)`` where a group is empty or there is but one."""
     failure: str | None = None
     """Why there is no spectrum; None if there is one."""
+    failed_here: bool = False
+    """Whether the cause is one that other ranks may not know."""
+    num_rows_without: int = 0
+    """Rows left without the largest group."""
     vectors: Tensor | None = None
     """``(d, k)`` leading eigenvectors as columns, if a member asked for them."""
     halves: Tensor | None = None
@@ -80,6 +84,11 @@ class LayerSpectrum:
             return f"band {band} holds {num_values} positive eigenvalues of the {MIN_VALUES} needed: {remedy}"
         if len(self.leave_one_out) < 2:
             return f"no error bar: only {self.num_groups} group(s) of samples received rows, all must, and at least 2"
+        if self.num_rows_without - 1 < min(len(self.eigenvalues), self.num_tokens - 1):
+            width = len(self.eigenvalues)
+            return (
+                f"no error bar: without one group {self.num_rows_without} rows do not span {width} channels: take more"
+            )
         if bool((without.num_values != plain.num_values).any()):
             return f"no error bar: without one group band {band} loses positive eigenvalues: {remedy}"
         return None
@@ -90,12 +99,7 @@ class Report:
     """All layers' spectra at one step."""
 
     step: int
-    layers: dict[str, LayerSpectrum] = field(default_factory=dict)
-
-    @property
-    def num_failed(self) -> int:
-        """How many layers have no spectrum."""
-        return sum(layer.failure is not None for layer in self.layers.values())
+    layers: dict[str, LayerSpectrum]
 
 
 def decompose(
@@ -144,14 +148,16 @@ def decompose(
         spectra.append(
             LayerSpectrum(
                 name,
-                int(counts[index].sum().nan_to_num()),
-                nonempty,
-                values[index] if failure is None else torch.full_like(values[index], torch.nan),
-                kept,
-                failure,
-                None if vectors is None else vectors[index],
-                None if halves is None else halves[index],
-                None if half_vectors is None else half_vectors[index],
+                num_tokens=int(counts[index].sum().nan_to_num()),
+                num_groups=nonempty,
+                eigenvalues=values[index] if failure is None else torch.full_like(values[index], torch.nan),
+                leave_one_out=kept,
+                failure=failure,
+                failed_here=name in failures,
+                num_rows_without=int((counts[index].sum() - counts[index].max()).nan_to_num()),
+                vectors=None if vectors is None else vectors[index],
+                halves=None if halves is None else halves[index],
+                half_vectors=None if half_vectors is None else half_vectors[index],
             )
         )
     return spectra

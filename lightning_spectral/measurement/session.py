@@ -18,6 +18,7 @@ class Session:
         """Time spent in all measurements and reports so far, on this rank."""
         self._measurements: weakref.WeakValueDictionary[Request, Measurement] = weakref.WeakValueDictionary()
         self._owners: dict[str, weakref.ref[Any]] = {}
+        self._done: set[str] = set()
 
     def measurement(self, request: Request, device: torch.device) -> Measurement:
         """The one measurement for a request; once its last member has left, the next to ask gets a new one.
@@ -65,6 +66,19 @@ class Session:
         if self._owner(key) is None:
             self._owners[key] = weakref.ref(owner)
         return self._owner(key) is owner
+
+    def is_first(self, what: str) -> bool:
+        """Whether something that should happen once for all callbacks of a Trainer has not happened yet.
+
+        Args:
+            what: Its name.
+
+        Returns:
+            True the first time.
+        """
+        is_first = what not in self._done
+        self._done.add(what)
+        return is_first
 
     def release(self, owner: Any) -> None:
         """Give back all keys of a callback.

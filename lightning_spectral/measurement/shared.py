@@ -59,6 +59,7 @@ class Measurement:
         self._members: list[Any] = []
         self._num_vectors = 0
         self._collecting = False
+        self._has_seen_mask = False
         self._steps_collected = 0
         self._stopwatch = stopwatch
         self._reader = ActivationReader(self._read)
@@ -94,6 +95,8 @@ class Measurement:
         self._members = [other for other in self._members if other is not member]
         if not self._members:
             self._reader.remove()
+            # The reader's way back to here is a cycle: the buffers should not wait for the garbage collector.
+            self._collector.release()
 
     @property
     def has_members(self) -> bool:
@@ -152,7 +155,7 @@ class Measurement:
             ValueError: If the batch does not hold the mask.
         """
         self._collecting = self.request.stage == "train" and self.schedule.collects(step)
-        self._open(batch)
+        self._open(batch, has_mask=self.request.stage == "train")
 
     def pause(self) -> None:
         """Stop reading while a backward pass runs: activation checkpointing repeats forwards in it."""
@@ -202,7 +205,7 @@ class Measurement:
             ValueError: If the batch does not hold the mask.
         """
         if dataloader_idx == self.request.dataloader_idx:
-            self._open(batch)
+            self._open(batch, has_mask=self.request.stage == "validate")
 
     def end_validation_batch(self) -> None:
         """A validation batch has ended."""
@@ -218,12 +221,27 @@ class Measurement:
             self.last_validation = step
             self._make_report(step)
 
-    def _open(self, batch: Any) -> None:
-        if self._collecting:
-            mask = None if self.request.mask is None else token_mask(batch, self.request.mask)
-            self._collector.begin_batch(num_samples(batch), mask)
-        # Until the widths are known a batch is looked at even if it is not collected.
+    def _open(self, batch: Any, has_mask: bool) -> None:
+        # Until the widths are known a batch is looked at even if it is not collected: bad input should show early.
+        if self._collecting or not self.widths:
+            with self._stopwatch.running():
+                mask = self._mask_of(batch) if has_mask else None
+                self._collector.begin_batch(num_samples(batch), mask)
         self._reader.is_open = self._collecting or not self.widths
+
+    def _mask_of(self, batch: Any) -> Tensor | None:
+        if self.request.mask is None:
+            return None
+        try:
+            mask = token_mask(batch, self.request.mask)
+        except ValueError as error:
+            if not self._has_seen_mask:
+                raise
+            # One odd batch among many costs a report, not the run.
+            self._collector.failures.update(dict.fromkeys(self._reader.names, str(error)))
+            return None
+        self._has_seen_mask = True
+        return mask
 
     def _read(self, name: str, output: Tensor) -> None:
         self.widths[name] = output.shape[-1]
@@ -233,9 +251,8 @@ class Measurement:
 
     def _make_report(self, step: int) -> None:
         with self._stopwatch.running():
-            spectra = {
-                name: _missing(name, self._collector.failures.get(name, NEVER_RAN)) for name in self._reader.names
-            }
+            failures = self._collector.failures
+            spectra = {name: _missing(name, failures.get(name, NEVER_RAN)) for name in self._reader.names}
             for names, parts, offered in self._collector.pool():
                 if self._steps_collected:
                     self.schedule.rows_per_step = offered / self._steps_collected

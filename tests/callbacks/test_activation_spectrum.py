@@ -294,14 +294,15 @@ def test_validation_that_will_not_run_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_logger_without_histograms_is_warned_of_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no histograms or figures.*TensorBoardLogger") as caught:
-        fit(tmp_path, ActivationSpectrum(every_n_steps=2), logger=CSVLogger(tmp_path), max_steps=4)
-    assert len([warning for warning in caught if "ActivationSpectrum" in str(warning.message)]) == 1
+    spectra = [ActivationSpectrum(every_n_steps=2, prefix=prefix) for prefix in ("a/", "b/")]
+    with pytest.warns(UserWarning, match="histograms and figures into TensorBoard only.*TensorBoardLogger") as caught:
+        fit(tmp_path, *spectra, logger=CSVLogger(tmp_path), max_steps=4)
+    assert len([warning for warning in caught if "histograms" in str(warning.message)]) == 1
 
 
 def test_fast_dev_run_and_no_logger(tmp_path: Path) -> None:
     for kwargs in ({"fast_dev_run": 2}, {"logger": False, "max_steps": 2}):
-        spectrum = Reports(every_n_steps=1)
+        spectrum = Reports(every_n_steps=1, num_groups=1)
         fit(tmp_path, spectrum, validate=True, **kwargs)
         assert list(spectrum.reports) == [1, 2]
 
@@ -311,7 +312,7 @@ def test_table_shows_the_first_report_and_the_last(tmp_path: Path, capsys: pytes
     fit(tmp_path, spectrum)
     lines = capsys.readouterr().out.splitlines()
     assert "mine/activation spectra, train" in lines[0]
-    cells = [line.split() for line in lines if " ± " in line]
+    cells = [line.split() for line in lines if " +/- " in line]
     assert [row[0] for row in cells if len(row) == 10] == ["network.blocks.0", "network.blocks.3"]
     assert [int(row[-9]) for row in cells] == [5, 10, 5, 10]
     alphas = [spectrum.reports[step][f"activation/network.blocks.{i}/alpha_tail"] for i in (0, 3) for step in (5, 10)]
@@ -405,7 +406,7 @@ def test_model_without_blocks_is_refused(tmp_path: Path) -> None:
 
 def test_rows_may_be_whole_samples(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randn(64, 1)), 16)
-    spectrum = Reports(layers="net.2", every_n_steps=2, num_tokens=20)
+    spectrum = Reports(layers="net.2", every_n_steps=2, num_tokens=20, num_groups=1)
     tiny_trainer(tmp_path, max_steps=4, callbacks=[spectrum]).fit(Perceptron(), loader)
     assert [values["activation/net.2/num_tokens"] for values in spectrum.reports.values()] == [20, 20]
 

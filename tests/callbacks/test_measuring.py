@@ -1,7 +1,10 @@
 """The life of a measuring callback: keys of its own, a shared measurement, failures that stop nothing, resuming."""
 
 import gc
+import io
 import re
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import ActivationSpectrum
+from lightning_spectral.measurement.collector import _Sums
 from tests.models import LanguageModel, Network, tiny_trainer, token_loader
 
 KEY = "activation/network.blocks.0/alpha_tail"
@@ -46,7 +50,11 @@ def fit(folder: Path, *callbacks: Callback, model: LanguageModel | None = None, 
 
 def ours(caught: pytest.WarningsRecorder) -> list[str]:
     """What the package warned of; Lightning has its own to say."""
-    return [str(warning.message) for warning in caught if "at step" in str(warning.message)]
+    return [
+        str(warning.message)
+        for warning in caught
+        if str(warning.message).startswith(("ActivationSpectrum ", "Reports "))
+    ]
 
 
 def num_hooks(model: torch.nn.Module) -> int:
@@ -101,7 +109,7 @@ class NanUntilKnown(Callback):
 
 @pytest.mark.parametrize("stage", ["train", "validate"])
 def test_key_can_be_monitored_before_its_first_report(tmp_path: Path, stage: str) -> None:
-    spectrum = Reports(stage=stage, every_n_steps=6)
+    spectrum = Reports(stage=stage, every_n_steps=6, num_groups=1)
     look = NanUntilKnown()
     stopping = EarlyStopping(KEY, patience=100, check_finite=False)
     checkpoint = ModelCheckpoint(tmp_path / "best", "{step}", monitor=KEY, save_top_k=-1)
@@ -155,7 +163,10 @@ def test_equal_requests_share_hooks_and_solves(tmp_path: Path, monkeypatch: pyte
 def test_unequal_requests_do_not(tmp_path: Path) -> None:
     alone = Reports(every_n_steps=4)
     fit(tmp_path, alone)
-    first, second = Reports(every_n_steps=4, prefix="a/"), Reports(every_n_steps=3, num_groups=2, prefix="b/")
+    first, second = (
+        Reports(every_n_steps=4, prefix="a/"),
+        Reports(every_n_steps=3, num_groups=2, num_tokens=96, prefix="b/"),
+    )
     fit(tmp_path, first, second)
     assert first.logged == alone.logged
     assert second.steps == [3, 6, 9, 12]
@@ -314,7 +325,8 @@ def test_resumed_run_reports_as_if_never_interrupted(whole_run, tmp_path: Path, 
 def test_window_that_was_cut_holds_fewer_rows(whole_run, tmp_path: Path) -> None:
     folder, _, _ = whole_run
     spectra = resumable()
-    fit(tmp_path, *spectra.values(), ckpt_path=folder / "step=13.ckpt", **RESUMABLE)
+    with pytest.warns(UserWarning, match="24 rows do not span 32 channels"):
+        fit(tmp_path, *spectra.values(), ckpt_path=folder / "step=13.ckpt", **RESUMABLE)
     rows = {step: values[KEY.replace("alpha_tail", "num_tokens")] for step, values in spectra["train"].logged}
     assert rows == {14: 32, 21: 64}
 
@@ -324,3 +336,125 @@ def test_checkpoint_is_safe_to_load(whole_run) -> None:
     checkpoint = torch.load(folder / "step=8.ckpt", weights_only=True)
     states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("Reports")]
     assert [state["measurement"]["last_validation"] for state in states] == [None, 4]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*ckpt_path=")
+@pytest.mark.parametrize("when", ["exception", "after fit"])
+def test_state_is_in_checkpoints_written_late(tmp_path: Path, when: str) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if when == "exception" and trainer.global_step == 6:
+                raise RuntimeError("stop")
+
+    spectrum = Reports(every_n_steps=4)
+    path = tmp_path / "late.ckpt"
+    if when == "exception":
+        with pytest.raises(RuntimeError, match="stop"):
+            fit(tmp_path, spectrum, Stop(), OnExceptionCheckpoint(tmp_path, "late"), enable_checkpointing=True)
+    else:
+        fit(tmp_path, spectrum, max_steps=6).save_checkpoint(path)
+    resumed = Reports(every_n_steps=4)
+    fit(tmp_path, resumed, ckpt_path=path)
+    assert resumed.steps == [8, 12]
+    assert resumed.summary()["first"] == spectrum.summary()["first"]
+
+
+def test_out_of_memory_for_the_buffers_is_a_failed_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    empty = _Sums.empty
+    # The layers' own sums fit (one leading axis), all of them in one buffer (two) do not.
+    monkeypatch.setattr(_Sums, "empty", lambda *batch, **kwargs: (fail if len(batch) > 1 else empty)(*batch, **kwargs))
+    spectrum = Reports(every_n_steps=4)
+    with pytest.warns(UserWarning, match="NaN, because no memory left"):
+        trainer = fit(tmp_path, spectrum)
+    assert trainer.global_step == 12
+    assert spectrum.steps == [4, 8, 12]
+    assert all(np.isnan(values[KEY]) for _, values in spectrum.logged)
+
+
+def test_forwards_after_the_backward_pass_are_not_rows(tmp_path: Path) -> None:
+    class Sample(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, _: int
+        ) -> None:
+            with torch.no_grad():
+                pl_module.network(batch["input_ids"])
+
+    alone, beside = Reports(every_n_steps=4, num_tokens=10_000), Reports(every_n_steps=4, num_tokens=10_000)
+    fit(tmp_path, alone)
+    fit(tmp_path, Sample(), beside)
+    assert beside.logged == alone.logged
+
+
+def test_buffers_go_with_the_fit_and_not_with_the_garbage(tmp_path: Path) -> None:
+    spectrum = Reports(every_n_steps=4)
+
+    class Look(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            (_, sums), *_ = spectrum._measurement._collector._buffers.values()
+            self.buffer = weakref.ref(sums.outer)
+
+    look = Look()
+    gc.disable()
+    try:
+        fit(tmp_path, spectrum, look)
+        assert look.buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_table_prints_where_only_ascii_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    fit(tmp_path, Reports(every_n_steps=4))
+    stream.flush()
+    assert b" +/- " in stream.buffer.getvalue()
+
+
+class Masked(torch.utils.data.Dataset):
+    """Token batches with a mask, but for some."""
+
+    def __init__(self, without: set[int]) -> None:
+        self.batches = [dict(batch) for batch in token_loader()]
+        for index, batch in enumerate(self.batches):
+            if index not in without:
+                batch["mask"] = torch.ones_like(batch["input_ids"])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.batches[index]
+
+
+def test_mask_missing_from_one_batch_costs_its_report_only(tmp_path: Path) -> None:
+    loader = torch.utils.data.DataLoader(Masked(without={6}), batch_size=None)
+    spectrum = Reports(every_n_steps=4, mask="mask", num_tokens=10_000)
+    trainer = tiny_trainer(tmp_path, callbacks=[spectrum], max_steps=12, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="NaN, because mask must name"):
+        trainer.fit(LanguageModel(), loader, token_loader())
+    assert [bool(np.isnan(values[KEY])) for _, values in spectrum.logged] == [False, True, False]
+
+
+def test_mask_missing_from_validation_shows_in_the_sanity_check(tmp_path: Path) -> None:
+    spectrum = Reports(stage="validate", every_n_steps=1, mask="mask")
+    with pytest.raises(ValueError, match=r"^mask must name"):
+        fit(tmp_path, spectrum, limit_val_batches=2, num_sanity_val_steps=1)
+
+
+def test_validation_loader_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    spectrum = Reports(stage="validate", every_n_steps=1, dataloader_idx=1)
+    with pytest.raises(ValueError, match=r"^dataloader_idx must be below 1, the number of validation loaders, got 1$"):
+        fit(tmp_path, spectrum, limit_val_batches=2)
+
+
+def test_seconds_can_be_monitored_from_the_start(tmp_path: Path) -> None:
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.seen = getattr(self, "seen", None) or set(trainer.callback_metrics)
+
+    look = Look()
+    fit(tmp_path, look, Reports(every_n_steps=4))
+    assert "spectral/seconds" in look.seen

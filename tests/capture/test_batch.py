@@ -87,3 +87,12 @@ def test_labels_without_padding_are_all_real() -> None:
 def test_mask_that_is_not_there_is_refused_in_one_line(batch, held: str) -> None:
     with pytest.raises(ValueError, match=rf"^mask must name a tensor with axes in the batch, got 'mask': .* {held}$"):
         token_mask(batch, "mask")
+
+
+def test_an_object_that_refers_to_itself_is_walked_once() -> None:
+    class Node:
+        pass
+
+    node = Node()
+    node.itself, node.tensor = node, torch.zeros(5, 2)
+    assert num_samples(node) == 5

@@ -151,3 +151,9 @@ def test_a_band_no_spectrum_has_is_refused_by_name(noisy, band, message):
         power_law(noisy, band)
     with pytest.raises(ValueError, match=rf"^tail must .*{message}"):
         resolve_band(band, 60, "tail")
+
+
+def test_a_nan_in_the_band_is_not_left_out() -> None:
+    values = torch.tensor([8.0, torch.nan, 4.0, 2.0, 1.0])
+    assert power_law(values, (1, 5)).exponent.isnan()
+    assert power_law(values, (3, 5)).exponent.isfinite()
