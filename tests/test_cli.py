@@ -106,8 +106,9 @@ def test_a_model_may_bring_its_own_loaders(user_folder: Path, capsys: pytest.Cap
     assert "blocks.2" in capsys.readouterr().out
 
 
-def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, command, config, path, *overridden = readme_command("examples/nanogpt.yaml")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, config, path, *overridden = readme_command("examples/nanogpt.yaml")
     overrides = {
         "model.num_layers": 2,
         "model.width": 32,
@@ -116,10 +117,13 @@ def test_example_trains_with_overrides(user_folder: Path, capsys: pytest.Capture
         "trainer.max_steps": 2,
         "trainer.val_check_interval": 2,
         "trainer.limit_val_batches": 2,
+        "trainer.limit_test_batches": 2,
+        "trainer.limit_predict_batches": 2,
     }
     words = [f"--{key}={value}" for key, value in overrides.items()]
     cli.main([command, config, str(REPOSITORY / path), *overridden, *words, *QUIET])
-    assert "gpt.blocks.1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ("gpt.blocks.1" in printed) == (command == "fit")
 
 
 def test_console_scripts_and_module_are_one_command() -> None:

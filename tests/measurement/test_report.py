@@ -1,0 +1,93 @@
+"""What a report says of a layer equals NumPy on the same rows: the spectrum, those without each group, the vectors."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_spectral.functional import Moments, moments
+from lightning_spectral.measurement.report import LayerSpectrum, decompose
+
+NUM_LAYERS, NUM_GROUPS, NUM_ROWS, WIDTH, NUM_VECTORS = 3, 4, 25, 7, 3
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    spread = np.arange(1, WIDTH + 1) ** -0.8
+    return np.random.default_rng(0).normal(10, spread, (NUM_LAYERS, NUM_GROUPS, NUM_ROWS, WIDTH))
+
+
+def spectra_of(rows: np.ndarray, **kwargs: int) -> list[LayerSpectrum]:
+    return decompose([f"layer{index}" for index in range(len(rows))], moments(torch.tensor(rows)), {}, **kwargs)
+
+
+def eigh(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values, vectors = np.linalg.eigh(np.cov(rows.reshape(-1, WIDTH), rowvar=False))
+    return values[::-1], vectors[:, ::-1]
+
+
+@pytest.mark.parametrize("num_vectors", [0, NUM_VECTORS])
+def test_spectra_with_and_without_each_group(rows: np.ndarray, num_vectors: int) -> None:
+    for layer, spectrum in zip(rows, spectra_of(rows, num_vectors=num_vectors), strict=True):
+        np.testing.assert_allclose(spectrum.eigenvalues, eigh(layer)[0], rtol=1e-9)
+        for group in range(NUM_GROUPS):
+            np.testing.assert_allclose(spectrum.leave_one_out[group], eigh(np.delete(layer, group, 0))[0], rtol=1e-9)
+        assert spectrum.num_tokens == NUM_GROUPS * NUM_ROWS
+        assert spectrum.num_rows_without == (NUM_GROUPS - 1) * NUM_ROWS
+
+
+def test_leading_vectors_of_the_whole_and_of_its_halves(rows: np.ndarray) -> None:
+    for layer, spectrum in zip(rows, spectra_of(rows, num_vectors=NUM_VECTORS), strict=True):
+        parts = [(layer, spectrum.eigenvalues, spectrum.vectors)]
+        parts += [(layer[half::2], spectrum.halves[half], spectrum.half_vectors[half]) for half in range(2)]
+        for part, values, vectors in parts:
+            expected_values, expected_vectors = eigh(part)
+            np.testing.assert_allclose(values, expected_values, rtol=1e-9)
+            cosines = np.abs(np.sum(expected_vectors[:, :NUM_VECTORS] * vectors.numpy(), axis=0))
+            np.testing.assert_allclose(cosines, 1, rtol=1e-9)
+
+
+def test_one_batched_solve_or_two_with_vectors(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("eigvalsh", "eigh"):
+        solver = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda x, n=name, s=solver: (calls.append((n, x.shape[:-2])), s(x))[1])
+    spectra_of(rows)
+    spectra_of(rows, num_vectors=NUM_VECTORS)
+    assert calls == [
+        ("eigvalsh", (NUM_LAYERS, 1 + NUM_GROUPS)),
+        ("eigh", (NUM_LAYERS, 3)),
+        ("eigvalsh", (NUM_LAYERS, NUM_GROUPS)),
+    ]
+
+
+def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
+    rows[1, 2, 3, 4] = np.inf
+    good, bad, other = spectra_of(rows)
+    assert bad.failure == "the rows hold NaN or infinity"
+    assert bad.eigenvalues.isnan().all()
+    for layer, spectrum in ((rows[0], good), (rows[2], other)):
+        assert spectrum.failure is None
+        np.testing.assert_allclose(spectrum.eigenvalues, eigh(layer)[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("num_rows", "has_error"), [(2, False), (3, True)])
+def test_error_bars_need_rows_that_span_the_channels_without_any_group(num_rows: int, has_error: bool) -> None:
+    # Three groups of 2 leave 6 rows, of rank 5 about their mean, for 7 channels; three of 3 leave 9.
+    rows = np.random.default_rng(1).normal(size=(1, NUM_GROUPS, num_rows, WIDTH))
+    (spectrum,) = spectra_of(rows)
+    exponent = spectrum.exponent((1, 5))
+    assert np.isfinite(exponent.value)
+    assert np.isfinite(exponent.stderr) == has_error
+    assert (exponent.reason is None) == has_error
+    assert has_error or "6 rows do not span 7 channels" in exponent.reason
+
+
+def test_an_empty_group_leaves_no_error_bar(rows: np.ndarray) -> None:
+    parts = moments(torch.tensor(rows[:1]))
+    scatter = parts.scatter.clone()
+    count, mean = parts.num_rows.clone(), parts.mean.clone()
+    count[0, 1], mean[0, 1], scatter[0, 1] = 0, 0, 0
+    (spectrum,) = decompose(["layer"], Moments(count, mean, scatter), {})
+    assert spectrum.num_groups == NUM_GROUPS - 1
+    assert np.isnan(spectrum.exponent((1, 5)).stderr)
+    assert "only 3 group(s)" in spectrum.exponent((1, 5)).reason
