@@ -18,6 +18,10 @@ RMS_EPS = 1e-6
 """Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
 
 
+_REDUCED = ("tf32", "bf16")
+"""Precisions in which a backend may multiply float32 matrices faster than in float32."""
+
+
 @dataclass
 class _Sums:
     """Sums of rows about a pivot, batched over leading axes: one layer's groups, or all layers of one width."""
@@ -216,7 +220,8 @@ class Collector:
             by_width[width].append(name)
         by_width.pop(0, None)
         for width, names in sorted(by_width.items()):
-            self._lay_out(width, names)
+            if width not in self._buffers or self._buffers[width][0] != names:
+                self._lay_out(width, names)
         return float(of_ranks[:, 0].sum())
 
     def _width(self, name: str) -> int:
@@ -302,6 +307,3 @@ def _ieee_products() -> Iterator[None]:
     finally:
         for matmul, precision in chosen:
             matmul.fp32_precision = precision
-
-
-_REDUCED = ("tf32", "bf16")
