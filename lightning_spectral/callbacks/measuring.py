@@ -162,6 +162,8 @@ class MeasuringCallback(SpectralCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a validation run; without ``fit`` it is always measured."""
+        if self.request.stage != "validate" and self._measurement is None:
+            return
         alone = trainer.state.fn == "validate"
         if alone and self._measurement is None:
             self._join(trainer, pl_module)
