@@ -195,10 +195,11 @@ class ActivationSpectrum(MeasuringCallback):
         layers = {name: report.layers[name] for name in self._layer_names if report.layers[name].failure is None}
         if not layers:
             return
+        exponents = {name: layer.exponent(self.tail).value for name, layer in layers.items()}
         fits = {
-            name: (resolve_band(self.tail, len(layer.eigenvalues)), layer.exponent(self.tail).value)
-            for name, layer in layers.items()
-            if layer.exponent(self.tail).num_values >= 3
+            name: (resolve_band(self.tail, len(layers[name].eigenvalues)), exponent)
+            for name, exponent in exponents.items()
+            if not isnan(exponent)
         }
         spectra = {name: layer.eigenvalues for name, layer in layers.items()}
         title = f"activation covariance, {self.request.stage}, step {report.step}"

@@ -100,11 +100,16 @@ class SpectralCallback(Callback):
         Raises:
             ValueError: If another callback writes one of the keys.
         """
-        self._session = session_of(trainer)
-        self._session.claim((self.prefix + key for key in self.keys()), self)
-        self._writes_seconds = self._session.claim_shared(self.prefix + SECONDS, self)
+        session = session_of(trainer)
+        try:
+            session.claim((self.prefix + key for key in self.keys()), self)
+        except ValueError:
+            session.release(self)
+            raise
+        self._writes_seconds = session.claim_shared(self.prefix + SECONDS, self)
+        self._session = session
         self.set_unknown(trainer)
-        return self._session
+        return session
 
     def close(self) -> None:
         """Give the keys back; the state stays for checkpoints that are written after an exception, or after ``fit``."""

@@ -122,10 +122,10 @@ def decompose(
     everything = torch.ones(1, num_groups)
     even = (torch.arange(num_groups) % 2 == 0).to(everything)
     without_each = 1 - torch.eye(num_groups) if num_groups > 1 else torch.ones(0, 1)
-    whole = pool(parts)
     vectors = halves = half_vectors = None
     if num_vectors == 0:
-        values = spectrum(pool(parts, torch.cat([everything, without_each])), rtol).cpu()
+        sample = pool(parts, torch.cat([everything, without_each]))
+        values = spectrum(sample, rtol).cpu()
         values, leave_one_out = values[:, 0], values[:, 1:]
     else:
         sample = pool(parts, torch.stack([everything[0], even, 1 - even]))
@@ -140,7 +140,7 @@ def decompose(
         failure = failures.get(name)
         if failure is None and bool(counts[index].isnan().any()):
             failure = "another rank could not measure it"
-        failure = failure or why_no_spectrum(Moments(*(part[index] for part in whole)))
+        failure = failure or why_no_spectrum(Moments(*(part[index, 0] for part in sample)))
         if failure is None and bool(values[index].isnan().any()):
             failure = "the eigensolver did not converge"
         nonempty = int((counts[index] > 0).sum())
