@@ -3,20 +3,33 @@
 from importlib.metadata import version
 
 from lightning_spectral import functional, metrics
-from lightning_spectral.callbacks import ActivationSpectrum
-from lightning_spectral.functional import PowerLaw, covariance_spectrum, power_law, rankme
-from lightning_spectral.metrics import CovarianceSpectrum
+from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum
+from lightning_spectral.capture import per_sample_gradients
+from lightning_spectral.functional import (
+    PowerLaw,
+    covariance_spectrum,
+    gradient_noise_scale,
+    power_law,
+    rankme,
+    singular_spectrum,
+)
+from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
 
 __version__ = version("lightning-spectral")
 
 __all__ = [
     "ActivationSpectrum",
     "CovarianceSpectrum",
+    "GradientSpectrum",
+    "PerSampleGradientSpectrum",
     "PowerLaw",
     "__version__",
     "covariance_spectrum",
     "functional",
+    "gradient_noise_scale",
     "metrics",
+    "per_sample_gradients",
     "power_law",
     "rankme",
+    "singular_spectrum",
 ]

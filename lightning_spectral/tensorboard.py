@@ -13,10 +13,14 @@ if TYPE_CHECKING:  # matplotlib takes a while to import, and a run without figur
 
 BIN_WIDTH = 0.2
 
-LOG10_EDGES = np.round(np.arange(-7.0, 4.01, BIN_WIDTH), 1)
+EIGENVALUE_EDGES = np.round(np.arange(-7.0, 4.01, BIN_WIDTH), 1)
 """Bin edges of log10 histograms. Fixed, so that steps and runs compare bin by bin; the first bin takes all that lies
 below, exact zeros included, and the last all above. Float32 products resolve 1e-7 beside an eigenvalue of 1, and the
 eigenvalues of RMS-normalised rows sum to no more than the width. TensorBoard draws 30 bins over the range."""
+
+SINGULAR_VALUE_EDGES = np.round(np.arange(-8.0, 3.01, BIN_WIDTH), 1)
+"""The same for singular values of per-sample gradients, whose norms are about 1 in small models and 1e-3 in large ones.
+The few hundred of one matrix span two or three decades."""
 
 _layouts: "weakref.WeakKeyDictionary[Any, dict[str, dict[str, Any]]]" = weakref.WeakKeyDictionary()
 
@@ -34,7 +38,7 @@ def writers(loggers: Sequence[Any]) -> list[Any]:
     return [experiment for experiment in experiments if hasattr(experiment, "add_histogram_raw")]
 
 
-def add_log10_histogram(writer: Any, tag: str, values: Tensor, step: int) -> None:
+def add_log10_histogram(writer: Any, tag: str, values: Tensor, step: int, edges: Sequence[float]) -> None:
     """Write a spectrum's histogram of log10 values; the counts sum to the number of values.
 
     TensorBoard draws 30 linear bins, which would put all but a few raw eigenvalues into the first.
@@ -44,14 +48,15 @@ def add_log10_histogram(writer: Any, tag: str, values: Tensor, step: int) -> Non
         tag: The histogram's name.
         values: ``(n,)``, non-negative; nothing is written where one is not finite.
         step: The global step.
+        edges: Equidistant bin edges; the first bin takes all that lies below, the last all above.
     """
     spectrum = values.numpy()
     if spectrum.size == 0 or not np.isfinite(spectrum).all():
         return
-    lowest, highest = LOG10_EDGES[0] - BIN_WIDTH, LOG10_EDGES[-1]
+    lowest, highest = edges[0] - BIN_WIDTH, edges[-1]
     logs = np.log10(np.clip(spectrum, 10.0**lowest, 10.0**highest)).clip(lowest, highest)
     # Right edges, as many as counts: the first bin is everything up to the first edge.
-    counts = np.bincount(np.searchsorted(LOG10_EDGES, logs), minlength=len(LOG10_EDGES))
+    counts = np.bincount(np.searchsorted(edges, logs), minlength=len(edges))
     writer.add_histogram_raw(
         tag,
         # TensorBoard closes the outer bins with these: with those of the values the bins would overlap.
@@ -60,7 +65,7 @@ def add_log10_histogram(writer: Any, tag: str, values: Tensor, step: int) -> Non
         num=int(counts.sum()),
         sum=float(logs.sum()),
         sum_squares=float((logs**2).sum()),
-        bucket_limits=LOG10_EDGES.tolist(),
+        bucket_limits=list(map(float, edges)),
         bucket_counts=counts.tolist(),
         global_step=step,
     )

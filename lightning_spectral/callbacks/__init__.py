@@ -1,5 +1,6 @@
 """Lightning callbacks: when to measure, from where, and under which key; wiring only."""
 
 from lightning_spectral.callbacks.activation_spectrum import ActivationSpectrum
+from lightning_spectral.callbacks.gradient_spectrum import GradientSpectrum
 
-__all__ = ["ActivationSpectrum"]
+__all__ = ["ActivationSpectrum", "GradientSpectrum"]

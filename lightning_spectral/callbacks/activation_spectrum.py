@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from math import isnan
-from typing import Any, Literal, cast
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import Literal, cast
 
 from lightning_spectral import tensorboard
+from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
-from lightning_spectral.callbacks.table import print_table
+from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.functional.spectrum import head_share, rankme
 from lightning_spectral.measurement import LayerSpectrum, Report
@@ -100,9 +99,21 @@ class ActivationSpectrum(MeasuringCallback):
         check_band("tail", tail)
         self.head = cast(Band, tuple(head))
         self.tail = cast(Band, tuple(tail))
-        self._first: dict[str, Any] | None = None
-        self._last: dict[str, Any] | None = None
-        self._num_reports = 0
+        self.display = SpectrumDisplay(
+            "activation",
+            "layer",
+            "eigenvalue",
+            tensorboard.EIGENVALUE_EDGES,
+            ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share"),
+            {
+                "alpha_tail": with_error("alpha_tail", 3),
+                "corrected": number("alpha_tail_corrected", 3),
+                "r2": number("r2_tail", 3),
+                "alpha_head": number("alpha_head", 3),
+                "RankMe": number("rankme", 1),
+                "tokens": number("num_tokens", 0),
+            },
+        )
 
     def check_widths(self, widths: dict[str, int]) -> None:
         """Refuse bands of ranks beyond the width of a layer.
@@ -128,16 +139,9 @@ class ActivationSpectrum(MeasuringCallback):
         Returns:
             Values by key, without the prefix.
         """
-        values = {
-            f"activation/{name}/{quantity}": value
-            for name in self._layer_names
-            for quantity, value in self._describe(report, report.layers[name]).items()
-        }
-        rows = {name: {q: values[f"activation/{name}/{q}"] for q in self.quantities} for name in self._layer_names}
-        self._last = {"step": report.step, "layers": rows}
-        self._first = self._first or self._last
-        self._num_reports += 1
-        return values
+        rows = {name: self._describe(report, report.layers[name]) for name in self._layer_names}
+        self.display.note(report.step, rows)
+        return {f"activation/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
 
     def _describe(self, report: Report, layer: LayerSpectrum) -> dict[str, float]:
         head, tail = layer.exponent(self.head), layer.exponent(self.tail)
@@ -164,74 +168,31 @@ class ActivationSpectrum(MeasuringCallback):
         hi = self.head[1]
         return min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))
 
-    def draw(self, writer: Any, report: Report) -> None:
-        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... and the last, the chart once.
+    def lines(self, report: Report) -> dict[str, Line]:
+        """The spectra to show.
 
         Args:
-            writer: A SummaryWriter.
             report: The shared report.
-        """
-        spectra = {name: report.layers[name].eigenvalues for name in self._layer_names}
-        for name, values in spectra.items():
-            tensorboard.add_log10_histogram(
-                writer, f"{self.prefix}activation/{name}/log10_eigenvalues", values, report.step
-            )
-        charts = {
-            f"{self.prefix}activation/{quantity}": [
-                f"{self.prefix}activation/{name}/{quantity}" for name in self._layer_names
-            ]
-            for quantity in ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share")
-        }
-        tensorboard.add_charts(writer, "activation spectra", charts)
-        if self._is_milestone:
-            self._draw_figure(writer, report)
-
-    @property
-    def _is_milestone(self) -> bool:
-        # A power of two: a figure costs more than the report it shows.
-        return self._num_reports & (self._num_reports - 1) == 0
-
-    def _draw_figure(self, writer: Any, report: Report) -> None:
-        layers = {name: report.layers[name] for name in self._layer_names if report.layers[name].failure is None}
-        if not layers:
-            return
-        exponents = {name: layer.exponent(self.tail).value for name, layer in layers.items()}
-        fits = {
-            name: (resolve_band(self.tail, len(layers[name].eigenvalues)), exponent)
-            for name, exponent in exponents.items()
-            if not isnan(exponent)
-        }
-        spectra = {name: layer.eigenvalues for name, layer in layers.items()}
-        title = f"activation covariance, {self.request.stage}, step {report.step}"
-        writer.add_figure(
-            f"{self.prefix}activation/spectra",
-            tensorboard.spectrum_figure(title, spectra, fits),
-            global_step=report.step,
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """The first report and the last.
 
         Returns:
-            Plain numbers and strings.
+            Those of the layers of this callback.
         """
-        return {"first": self._first, "last": self._last, "num_reports": self._num_reports}
+        layers = {name: report.layers[name] for name in self._layer_names}
+        return {
+            name: Line.of(layer.eigenvalues, self.tail, layer.exponent(self.tail).value)
+            for name, layer in layers.items()
+            if layer.failure is None
+        }
 
-    def restore(self, summary: dict[str, Any]) -> None:
-        """Take up what :meth:`summary` gave.
+    def title(self, report: Report | None = None) -> str:
+        """What is shown.
 
         Args:
-            summary: Its result, or an empty one to begin anew.
-        """
-        self._first, self._last = summary.get("first"), summary.get("last")
-        self._num_reports = summary.get("num_reports", 0)
+            report: One report, or None for all.
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the last report and print it, with the first, as a table."""
-        if self._seen is not None and not self._is_milestone:
-            self.show(trainer, self._seen, self._draw_figure)
-        if trainer.is_global_zero and self._first is not None and self._last is not None:
-            try:
-                print_table(f"{self.prefix}activation spectra, {self.request.stage}", self._first, self._last)
-            except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
-                self.warn(f"could not print its table: {error!r}")
+        Returns:
+            A heading.
+        """
+        if report is None:
+            return f"activation spectra, {self.stage}"
+        return f"activation covariance, {self.stage}, step {report.step}"

@@ -105,7 +105,7 @@ class _Hook:
         self.reader_id = reader_id
         self.index = index
         self.tag = torch.tensor([reader_id, index])
-        self.deliver = _outside_dynamo()
+        self.deliver = outside_dynamo(_deliver, type(self))
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -116,7 +116,7 @@ class _Hook:
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         # A module that is copied (an average of weights, a teacher), saved whole or sent to another process is not ours
         # to watch: its rows would count as those of the original.
-        return _no_hook, ()
+        return no_hook, ()
 
 
 def _deliver(reader_id: int, index: int, output: Any) -> None:
@@ -125,27 +125,39 @@ def _deliver(reader_id: int, index: int, output: Any) -> None:
         reader.read(index, output)
 
 
-def _ignore(module: nn.Module, args: Any, output: Any) -> None:
+def _ignore(*_: Any) -> None:
     return None
 
 
-def _no_hook() -> Callable[[nn.Module, Any, Any], None]:
+def no_hook() -> Callable[..., None]:
+    """What a hook of ours becomes in a copy of its module.
+
+    Returns:
+        A hook that does nothing.
+    """
     return _ignore
 
 
-def _outside_dynamo() -> Callable[[int, int, Any], None]:
-    """The delivery, kept from being compiled itself under a module that was compiled in place.
+def outside_dynamo(deliver: Callable[..., None], hook: type) -> Callable[..., None]:
+    """A hook's delivery, kept from being compiled itself under a module that was compiled in place.
 
     ``module.compile()`` runs hooks of the module outside its graph, yet within reach of dynamo, which would make a
     small graph of the hook. Skipping its code when it is called, not when it is inlined, avoids that. Without
     compilation in the process there is nothing to avoid, and no need to import dynamo.
+
+    Args:
+        deliver: What the hook calls.
+        hook: The hook's class, whose ``__call__`` is skipped.
+
+    Returns:
+        What the hook should call instead.
     """
     if "torch._dynamo" not in sys.modules:
-        return _deliver
+        return deliver
     skip_code = getattr(torch._dynamo.eval_frame, "skip_code", None)
     if skip_code is not None:
-        skip_code(_Hook.__call__.__code__)
-    return torch.compiler.disable(_deliver)
+        skip_code(hook.__call__.__code__)
+    return torch.compiler.disable(deliver)
 
 
 # The tag is declared as mutated so that no pass removes a call whose result nobody uses.

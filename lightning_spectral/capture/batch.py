@@ -1,9 +1,10 @@
-"""What a batch says about itself: how many samples it holds and which of its tokens are real."""
+"""What a batch says about itself: how many samples it holds, which of its tokens are real, and parts of it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -75,3 +76,48 @@ def token_mask(batch: Any, key: str) -> Tensor:
     # A mask holds nothing but 0 and 1; anything else are labels. Decided where the tensor lies: no GPU has to wait.
     is_mask = ((value == 0) | (value == 1)).all()
     return torch.where(is_mask, value == 1, value != IGNORE_INDEX)
+
+
+def hold(batch: Any) -> Any:
+    """A batch that stays what it is while others take things out of the original, as some training steps do.
+
+    Args:
+        batch: Tensors in mappings, sequences and dataclasses.
+
+    Returns:
+        Containers of its own around the same tensors; those made in inference mode, which no gradient can pass, are
+        copied.
+    """
+    with torch.inference_mode(False):
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Some of the samples of a batch, as a batch.
+
+    Args:
+        batch: Tensors in mappings, sequences and dataclasses. Those whose first axis is as long as there are samples
+            are cut; others (positions for all, say) stay whole.
+        start: First sample.
+        stop: One past the last.
+
+    Returns:
+        The same containers around views.
+    """
+    size = num_samples(batch)
+    return apply_to_collection(
+        batch, Tensor, lambda tensor: tensor[start:stop] if has_samples(tensor, size) else tensor
+    )
+
+
+def has_samples(tensor: Tensor, size: int | None) -> bool:
+    """Whether the first axis of a tensor counts the samples of its batch.
+
+    Args:
+        tensor: One of the batch.
+        size: How many samples the batch holds.
+
+    Returns:
+        True if it is as long.
+    """
+    return tensor.ndim > 0 and len(tensor) == size

@@ -1,33 +1,14 @@
 """Choosing layers by name: glob patterns, or the stack of equal blocks that every transformer has."""
 
-import difflib
-import fnmatch
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
-"""Attributes under which torch.compile, DistributedDataParallel and checkpoint_wrapper keep the wrapped module."""
+from lightning_spectral.capture.names import WRAPPERS, clean_name, matching
 
 NUM_PROBES = 5
 """Layers measured by default, as in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
-
-
-def clean_name(name: str) -> str:
-    """A module's or parameter's name without the wrappers' parts.
-
-    Args:
-        name: Dotted name as ``named_modules`` gives it.
-
-    Returns:
-        The name that the unwrapped model would have.
-
-    Example:
-        >>> clean_name("model._orig_mod.blocks.0._checkpoint_wrapped_module.mlp")
-        'model.blocks.0.mlp'
-    """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -52,9 +33,7 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
         blocks = find_blocks(root)
         return blocks if layers == "all" else _probes(blocks)
     modules = _by_clean_name(root)
-    chosen: set[str] = set()
-    for pattern in [layers] if isinstance(layers, str) else layers:
-        chosen.update(_matches(pattern, list(modules)))
+    chosen = matching("layers", layers, list(modules))
     if not chosen:
         raise ValueError(f"layers must name at least one layer, got {layers!r}: use None for the stack of blocks")
     return {name: module for name, module in modules.items() if name in chosen}
@@ -122,24 +101,6 @@ def _by_clean_name(root: nn.Module) -> dict[str, nn.Module]:
         if cleaned := clean_name(name):
             modules.setdefault(cleaned, module)
     return modules
-
-
-def _matches(pattern: str, names: list[str]) -> list[str]:
-    parts = pattern.split(".")
-    within = [
-        name
-        for name in names
-        if name.count(".") == len(parts) - 1 and all(map(fnmatch.fnmatchcase, name.split("."), parts))
-    ]
-    matched = within or fnmatch.filter(names, pattern)
-    if not matched:
-        raise ValueError(f"layers={pattern!r} matches no layer: did you mean {_close(pattern, names)}?")
-    return matched
-
-
-def _close(pattern: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-    return ", ".join(repr(name) for name in close)
 
 
 def _example(root: nn.Module) -> str:

@@ -2,7 +2,9 @@
 
 from lightning_spectral.functional.jackknife import Jackknife, jackknife
 from lightning_spectral.functional.moments import Moments, covariance, moments, pool
+from lightning_spectral.functional.noise import GradientMoments, gradient_moments, gradient_noise_scale
 from lightning_spectral.functional.powerlaw import Band, PowerLaw, power_law, resolve_band
+from lightning_spectral.functional.singular import gram, singular_spectrum, singular_values
 from lightning_spectral.functional.spectrum import (
     covariance_spectrum,
     eigenvalues,
@@ -14,12 +16,16 @@ from lightning_spectral.functional.spectrum import (
 
 __all__ = [
     "Band",
+    "GradientMoments",
     "Jackknife",
     "Moments",
     "PowerLaw",
     "covariance",
     "covariance_spectrum",
     "eigenvalues",
+    "gradient_moments",
+    "gradient_noise_scale",
+    "gram",
     "head_share",
     "jackknife",
     "js_divergence",
@@ -29,4 +35,6 @@ __all__ = [
     "power_law",
     "rankme",
     "resolve_band",
+    "singular_spectrum",
+    "singular_values",
 ]

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,15 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.capture.precision import ieee_products
 from lightning_spectral.functional.moments import Moments, from_shifted_sums
 from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
 
 RMS_EPS = 1e-6
 """Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
-
-
-_REDUCED = ("tf32", "bf16")
-"""Precisions in which a backend may multiply float32 matrices faster than in float32."""
 
 
 @dataclass
@@ -132,7 +128,7 @@ class Collector:
         if progress.is_full or name in self.failures:
             return
         try:
-            with torch.autocast(output.device.type, enabled=False), _ieee_products():
+            with torch.autocast(output.device.type, enabled=False), ieee_products():
                 self._add(self._sums_of(name, output), progress, output)
         except Exception as error:
             self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
@@ -286,24 +282,3 @@ class Collector:
         """Let go of all memory; the collector is of no use afterwards."""
         self._buffers.clear()
         self._sums.clear()
-
-
-@contextmanager
-def _ieee_products() -> Iterator[None]:
-    """Float32 products in float32: a user's choice of TF32 or bf16 for training must not reach the covariance."""
-    backends = [
-        (torch.backends.cuda.matmul, torch.backends),
-        (torch.backends.mkldnn.matmul, torch.backends.mkldnn),  # type: ignore[attr-defined]
-    ]
-    chosen = []
-    for matmul, parent in backends:
-        precision = matmul.fp32_precision
-        if precision in _REDUCED:
-            # What was inherited must go on following its parent.
-            chosen.append((matmul, "none" if parent.fp32_precision == precision else precision))
-            matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for matmul, precision in chosen:
-            matmul.fp32_precision = precision

@@ -1,0 +1,140 @@
+"""Per-sample gradients read off the backward pass of training, which happens anyway, by hooks that change nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.capture.activations import no_hook, outside_dynamo
+from lightning_spectral.capture.contraction import LayerRows, contracts, owners
+
+NO_GRADIENT = "no gradient reached its layers, or they ran compiled: use method='vmap'"
+
+
+class BackwardReader:
+    """Hooks on the layers of chosen parameters that turn gradients of outputs into rows while a batch is open.
+
+    A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
+    layer's input until then. In a compiled graph it does nothing. Under non-reentrant activation checkpointing the kept
+    inputs are memory that checkpointing would have saved.
+    """
+
+    def __init__(self) -> None:
+        self.rows: LayerRows | None = None
+        """Where the rows of the batch go; None while none is wanted."""
+        self._handles: list[RemovableHandle] = []
+        self._unchecked: dict[str, nn.Parameter] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._check_handles: list[RemovableHandle] = []
+
+    def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
+        """Watch one more parameter.
+
+        Args:
+            name: Its name.
+            parameter: A parameter of the tree that :func:`check_contracts` accepts.
+            root: The tree.
+        """
+        self._unchecked[name] = parameter
+        for module, attribute in owners(root, parameter):
+            hook = _ForwardHook(self, name, attribute)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def begin(self, rows: LayerRows) -> None:
+        """Open for the passes of one batch.
+
+        Args:
+            rows: Where its rows go. The first batch of which all rows are wanted also shows whether they add up to the
+                gradient of each parameter.
+        """
+        self.rows = rows
+        for name, parameter in self._unchecked.items():
+            if len(rows.out[name]) == rows.num_samples:
+                hook = parameter.register_hook(lambda gradient, name=name: self._add_gradient(name, gradient))
+                self._check_handles.append(hook)
+
+    def end(self) -> LayerRows | None:
+        """Close after the batch.
+
+        Returns:
+            Its rows, or None if there was no :meth:`begin`.
+        """
+        rows, self.rows = self.rows, None
+        for handle in self._check_handles:
+            handle.remove()
+        self._check_handles.clear()
+        if rows is not None:
+            for name, gradient in self._gradients.items():
+                rows.check(name, gradient)
+                if name not in rows.failures:
+                    # One that fails is looked at again: its rows must not pass as good the next time.
+                    del self._unchecked[name]
+        self._gradients.clear()
+        return rows
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        self.end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._unchecked.clear()
+
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        # Reentrant checkpointing delivers the gradient of a shared parameter in parts.
+        seen = self._gradients.get(name)
+        self._gradients[name] = gradient.detach().clone() if seen is None else seen + gradient.detach()
+
+    def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Ask for the gradient of one output.
+
+        Args:
+            name: The parameter.
+            attribute: Its name in the layer.
+            module: The layer.
+            inputs: What it was given.
+            output: What it returned.
+        """
+        rows = self.rows
+        if rows is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        x = inputs[0].detach()
+        output.register_hook(lambda grad: rows.add(name, module, attribute, x, grad))
+
+
+def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse parameters whose per-sample gradients cannot be read off inputs and gradients of outputs.
+
+    Args:
+        root: The module tree.
+        parameters: Some of its parameters, by name.
+
+    Raises:
+        ValueError: Naming them and their layers.
+    """
+    for name, parameter in parameters.items():
+        found = owners(root, parameter)
+        if not found or not all(contracts(module, attribute) for module, attribute in found):
+            kinds = ", ".join(sorted({type(module).__name__ for module, _ in found}))
+            raise ValueError(
+                f"method='hooks' reads linear layers and embeddings, got parameter {name!r} of {kinds}: "
+                "use method='vmap', or choose other parameters"
+            )
+
+
+class _ForwardHook:
+    """Holds its reader; a module that is copied or saved leaves the hook behind."""
+
+    def __init__(self, reader: BackwardReader, name: str, attribute: str) -> None:
+        self.reader = reader
+        self.name = name
+        self.attribute = attribute
+        self.watch = outside_dynamo(reader.watch, type(self))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.watch(self.name, self.attribute, module, args or tuple(kwargs.values()), output)
+
+    def __reduce__(self) -> Any:
+        return no_hook, ()

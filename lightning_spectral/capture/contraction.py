@@ -1,0 +1,163 @@
+"""What a layer's input and the gradient of its output say about each sample's gradient of its parameters."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.capture.precision import ieee_products
+
+CHECK_TOLERANCE = 0.05
+"""Between the rounding of bfloat16 products, below 0.01, and the share of any use of a weight worth the name."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies its input with a weight matrix: ``nn.Linear``, or the ``Conv1D`` of transformers.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for these and their subclasses.
+    """
+    return isinstance(module, nn.Linear) or (
+        any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 2
+    )
+
+
+def contracts(module: nn.Module, parameter: str) -> bool:
+    """Whether :func:`contract` can give the rows of a module's parameter.
+
+    Args:
+        module: Any module.
+        parameter: Its own name in the module, ``weight`` for example.
+
+    Returns:
+        True for weight and bias of linear layers, and for the weight of a plain embedding.
+    """
+    if is_linear(module):
+        return parameter in ("weight", "bias")
+    return (
+        isinstance(module, nn.Embedding)
+        and parameter == "weight"
+        and not (module.scale_grad_by_freq or module.sparse or module.max_norm)
+    )
+
+
+def owners(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a parameter, several for a tied one, each with its name for it.
+
+    Args:
+        root: Any module tree.
+        parameter: One of its parameters.
+
+    Returns:
+        In the tree's order.
+    """
+    return [
+        (module, name)
+        for module in root.modules()
+        for name, held in module.named_parameters(recurse=False, remove_duplicate=False)
+        if held is parameter
+    ]
+
+
+def contract(
+    module: nn.Module, parameter: str, x: Tensor, grad: Tensor, out: Tensor, add: bool, scale: float = 1.0
+) -> None:
+    r"""Per-sample gradients of a parameter: one contraction over everything but samples and channels.
+
+    For :math:`y = x W^\top + b` the gradient of sample b is :math:`\sum_t g_{bt} x_{bt}^\top` and :math:`\sum_t g_{bt}`.
+
+    Args:
+        module: A layer that :func:`contracts` accepts.
+        parameter: Its own name in the module.
+        x: The layer's input, ``(B, ..., d_in)``; indices ``(B, ...)`` of an embedding.
+        grad: Gradient of its output, ``(B, ..., d_out)``.
+        out: ``(B, P)`` written in place; float32 or float64.
+        add: Add to what is there: a shared layer runs several times for each sample.
+        scale: Factor on the gradient.
+    """
+    num_samples, width = len(grad), grad.shape[-1]
+    grad = grad.reshape(num_samples, -1, width).to(out.dtype)
+    if isinstance(module, nn.Embedding):
+        _scatter(module, x.reshape(num_samples, -1), grad * scale, out, add)
+    elif parameter == "bias":
+        torch.add(out if add else torch.zeros_like(out), grad.sum(1), alpha=scale, out=out)
+    else:
+        x = x.reshape(num_samples, -1, x.shape[-1]).to(out.dtype)
+        left, right = (grad, x) if isinstance(module, nn.Linear) else (x, grad)
+        rows = out.view(num_samples, left.shape[-1], right.shape[-1])
+        torch.baddbmm(rows, left.mT, right, beta=int(add), alpha=scale, out=rows)
+
+
+class LayerRows:
+    """One batch's rows of several parameters, filled as the gradients of layers' outputs come by.
+
+    Args:
+        num_samples: Samples B in the batch.
+        out: ``(b, P)`` by name, where the rows of the first b samples go; float32 or float64.
+        scale: Factor that makes a row the gradient of its sample's own loss: B times the number of accumulated batches
+            for a mean over the batch, over the loss scale.
+    """
+
+    def __init__(self, num_samples: int, out: dict[str, Tensor], scale: float) -> None:
+        self.num_samples = num_samples
+        self.out = out
+        self.scale = scale
+        self.seen: set[str] = set()
+        """Names whose rows have been written."""
+        self.failures: dict[str, str] = {}
+        """Why rows could not be had, by name."""
+
+    def add(self, name: str, module: nn.Module, attribute: str, x: Tensor, grad: Tensor) -> None:
+        """Take in one run of one layer; a failure is noted, never raised: a backward pass may be under way.
+
+        Args:
+            name: The parameter.
+            module: A layer that holds it.
+            attribute: Its name there.
+            x: The layer's input.
+            grad: Gradient of the layer's output.
+        """
+        if name in self.failures:
+            return
+        out = self.out[name]
+        try:
+            if grad.ndim < 2 or not len(x) == len(grad) == self.num_samples:
+                raise ValueError(
+                    f"the first axis of its layer's input {tuple(x.shape)} and output {tuple(grad.shape)} is not the "
+                    f"batch of {self.num_samples} samples: use method='vmap'"
+                )
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), ieee_products():
+                contract(module, attribute, x[: len(out)], grad[: len(out)], out, name in self.seen, self.scale)
+            self.seen.add(name)
+        except Exception as error:
+            self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
+
+    def check(self, name: str, gradient: Tensor) -> None:
+        """Compare the rows with the gradient of the whole batch, of which they must be the parts.
+
+        A weight that is also used outside its layers, as an embedding is by a tied head written with
+        ``F.linear``, gets gradient that no layer saw.
+
+        Args:
+            name: The parameter; its rows are those of all samples.
+            gradient: What autograd gave it.
+        """
+        if name in self.failures or name not in self.seen:
+            return
+        total, expected = self.out[name].sum(0) / self.scale, gradient.flatten().to(self.out[name])
+        if bool((total - expected).norm() > CHECK_TOLERANCE * expected.norm()):
+            self.failures[name] = "part of its gradient does not come from its own layers: use method='vmap'"
+
+
+def _scatter(module: nn.Embedding, indices: Tensor, grad: Tensor, out: Tensor, add: bool) -> None:
+    num_samples, width = len(grad), grad.shape[-1]
+    if module.padding_idx is not None:
+        grad = grad.masked_fill((indices == module.padding_idx).unsqueeze(-1), 0.0)
+    if not add:
+        out.zero_()
+    offsets = torch.arange(num_samples, device=indices.device).unsqueeze(-1) * module.num_embeddings
+    rows = out.view(num_samples * module.num_embeddings, width)
+    rows.index_add_(0, (indices + offsets).flatten(), grad.reshape(-1, width))

@@ -1,0 +1,72 @@
+"""Rows that lie on several ranks become one Gram matrix, exactly, with no rank ever holding all rows."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.functional.singular import gram
+from lightning_spectral.metrics.reduction import world_size
+
+SLAB_NUMBERS = 2**23
+"""Numbers that a rank receives at a time, 32 MiB in float32: what the exchange needs beside the rows themselves."""
+
+
+def gram_share(
+    rows: Tensor,
+    counts: list[int],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""This rank's share of the Gram matrix of all ranks' rows; the sum over ranks is the whole. A collective.
+
+    :math:`G G^\top = \sum_r G_r G_r^\top` over blocks of columns: slab by slab, each rank gets one block of every
+    rank's rows (all-to-all) and multiplies it with itself. In all a rank receives N x P / W numbers, but holds no more
+    of them than one slab.
+
+    Args:
+        rows: ``(n, P)`` this rank's rows; P is the same on every rank.
+        counts: n of every rank, by rank; they sum to N.
+        device: Where the process group exchanges and the products are computed; None for that of the rows.
+        dtype: In which the rows travel, the same on every rank; None for their own.
+        group: Process group, None for all ranks.
+
+    Returns:
+        ``(N, N)`` float64 on that device: rows ordered by rank, then as given.
+    """
+    device = rows.device if device is None else device
+    world = world_size(group)
+    if world == 1:
+        return gram(rows.to(device))
+    rank, num_rows, num_columns = dist.get_rank(group), sum(counts), rows.shape[1]
+    width = max(1, min(SLAB_NUMBERS // max(num_rows, 1), -(-num_columns // world)))
+    share = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    for start in range(0, num_columns, width * world):
+        slab = rows[:, start : start + width * world].to(device, dtype or rows.dtype)
+        blocks = [slab[:, r * width : (r + 1) * width] for r in range(world)]
+        mine = blocks[rank].shape[1]
+        received = slab.new_empty(num_rows * mine)
+        dist.all_to_all_single(
+            received,
+            torch.cat([block.flatten() for block in blocks]),
+            output_split_sizes=[count * mine for count in counts],
+            input_split_sizes=[block.numel() for block in blocks],
+            group=group,
+        )
+        share += gram(received.view(num_rows, mine))
+    return share
+
+
+def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum a tensor over ranks, in place; a collective.
+
+    Args:
+        share: The same shape on every rank.
+        group: Process group, None for all ranks.
+
+    Returns:
+        The same tensor.
+    """
+    if world_size(group) > 1:
+        dist.all_reduce(share, group=group)
+    return share
