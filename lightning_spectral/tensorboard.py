@@ -13,12 +13,17 @@ if TYPE_CHECKING:  # matplotlib takes a while to import, and a run without figur
 
 BIN_WIDTH = 0.2
 
-EIGENVALUE_EDGES = np.round(np.arange(-7.0, 4.01, BIN_WIDTH), 1)
+
+def _edges(lowest: float, highest: float) -> list[float]:
+    return np.round(np.arange(lowest, highest + BIN_WIDTH / 2, BIN_WIDTH), 1).tolist()
+
+
+EIGENVALUE_EDGES = _edges(-7.0, 4.0)
 """Bin edges of log10 histograms. Fixed, so that steps and runs compare bin by bin; the first bin takes all that lies
 below, exact zeros included, and the last all above. Float32 products resolve 1e-7 beside an eigenvalue of 1, and the
 eigenvalues of RMS-normalised rows sum to no more than the width. TensorBoard draws 30 bins over the range."""
 
-SINGULAR_VALUE_EDGES = np.round(np.arange(-8.0, 3.01, BIN_WIDTH), 1)
+SINGULAR_VALUE_EDGES = _edges(-8.0, 3.0)
 """The same for singular values of per-sample gradients, whose norms are about 1 in small models and 1e-3 in large ones.
 The few hundred of one matrix span two or three decades."""
 
@@ -65,7 +70,7 @@ def add_log10_histogram(writer: Any, tag: str, values: Tensor, step: int, edges:
         num=int(counts.sum()),
         sum=float(logs.sum()),
         sum_squares=float((logs**2).sum()),
-        bucket_limits=list(map(float, edges)),
+        bucket_limits=list(edges),
         bucket_counts=counts.tolist(),
         global_step=step,
     )

@@ -99,7 +99,7 @@ class ActivationSpectrum(MeasuringCallback):
         check_band("tail", tail)
         self.head = cast(Band, tuple(head))
         self.tail = cast(Band, tuple(tail))
-        self.display = SpectrumDisplay(
+        self.display = self._display = SpectrumDisplay(
             "activation",
             "layer",
             "eigenvalue",
@@ -140,7 +140,7 @@ class ActivationSpectrum(MeasuringCallback):
             Values by key, without the prefix.
         """
         rows = {name: self._describe(report, report.layers[name]) for name in self._layer_names}
-        self.display.note(report.step, rows)
+        self._display.note(report.step, rows)
         return {f"activation/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
 
     def _describe(self, report: Report, layer: LayerSpectrum) -> dict[str, float]:

@@ -70,11 +70,12 @@ class GradientSpectrum(StagedCallback):
         parameters: Glob patterns over parameter names, ``"all"`` for every trainable parameter, None for the attention
             output projections of five blocks spread evenly over the depth, as in *Spectral Lens*.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
-        stage: ``"train"`` takes the last training samples before a report, ``"validate"`` the first of a validation run.
+        stage: ``"train"`` takes the last training samples before a report, ``"validate"`` the first of a validation
+            run.
         num_samples: Samples N per report over all ranks; 512 in *Spectral Lens*.
         method: How per-sample gradients are had.
-        chunk_size: Samples at a time, for all methods but ``"loop"``; None for as many as fit into a quarter of the free
-            memory and are of use. Halved when memory runs out.
+        chunk_size: Samples at a time, for all methods but ``"loop"``; None for as many as fit into a quarter of the
+            free memory and are of use. Halved when memory runs out.
         loss_fn: ``loss_fn(module, batch) -> loss``, or its import path; None for ``training_step``.
         loss_reduction: For ``"hooks"``: whether the loss of a batch is the mean over its samples or their sum.
         weights: Log the spectra of the weights themselves, too.
@@ -175,7 +176,7 @@ class GradientSpectrum(StagedCallback):
         self._measurement: GradientMeasurement | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._is_whole_model = False
-        self.display = SpectrumDisplay(
+        self.display = self._display = SpectrumDisplay(
             "gradient",
             "parameter",
             "singular value",
@@ -286,7 +287,7 @@ class GradientSpectrum(StagedCallback):
         """
         self._warn_of_remedies()
         rows = {name: self._describe(report.step, spectrum) for name, spectrum in report.parameters.items()}
-        self.display.note(report.step, rows)
+        self._display.note(report.step, rows)
         values = {f"gradient/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
         for name, spectrum in report.weights.items():
             values |= {f"weight/{name}/{key}": value for key, value in self._describe_weight(spectrum).items()}

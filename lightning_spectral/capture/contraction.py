@@ -20,8 +20,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     return isinstance(module, nn.Linear) or (
         any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 2
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.ndim == 2
     )
 
 
@@ -67,7 +67,8 @@ def contract(
 ) -> None:
     r"""Per-sample gradients of a parameter: one contraction over everything but samples and channels.
 
-    For :math:`y = x W^\top + b` the gradient of sample b is :math:`\sum_t g_{bt} x_{bt}^\top` and :math:`\sum_t g_{bt}`.
+    For :math:`y = x W^\top + c` the gradients of sample b are :math:`\sum_t g_{bt} x_{bt}^\top` and
+    :math:`\sum_t g_{bt}`.
 
     Args:
         module: A layer that :func:`contracts` accepts.

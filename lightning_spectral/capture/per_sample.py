@@ -100,7 +100,7 @@ def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> 
 
 
 class ByHooks:
-    """One forward and backward pass for the whole batch; each layer's input and output gradient give its rows.
+    r"""One forward and backward pass for the whole batch; each layer's input and output gradient give its rows.
 
     Only gradients of activations are computed, down to the first layer that is asked for: no gradient of a parameter,
     unless the rows are still to be checked against it.
@@ -108,7 +108,7 @@ class ByHooks:
     Args:
         loss_reduction: How the loss of a batch comes from those of its samples. Under ``"mean"`` a row is B times its
             sample's part of the gradient of the batch. That is the gradient of the sample's own loss if samples weigh
-            the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \\sum n` times it.
+            the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it.
     """
 
     def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean") -> None:
@@ -205,7 +205,8 @@ def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean") -
     """
     if method == "hooks":
         return ByHooks(loss_reduction)
-    return {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}[method]
+    engines: dict[str, Engine] = {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}
+    return engines[method]
 
 
 def fill_rows(
@@ -272,8 +273,8 @@ def per_sample_gradients(
         module: A LightningModule, whose ``training_step`` gives the loss, or any module with a ``loss_fn``.
         batch: B samples: tensors in mappings, sequences and dataclasses.
         parameters: See :func:`lightning_spectral.capture.resolve_parameters`.
-        method: ``"vmap"`` (torch.func), ``"loop"`` (one backward pass a sample), ``"hooks"`` (one backward pass for all,
-            linear layers and embeddings only, see :class:`ByHooks`), ``"auto"`` (vmap, else loop).
+        method: ``"vmap"`` (torch.func), ``"loop"`` (one backward pass a sample), ``"hooks"`` (one backward pass for
+            all, linear layers and embeddings only, see :class:`ByHooks`), ``"auto"`` (vmap, else loop).
         chunk_size: Samples at a time, None for as many as fit, see :func:`fill_rows`.
         loss_fn: ``loss_fn(module, batch) -> loss``, or its import path.
         loss_reduction: For ``"hooks"``: how the loss of a batch comes from those of its samples.

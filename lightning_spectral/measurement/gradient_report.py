@@ -26,7 +26,7 @@ class ParameterSpectrum:
     centred: Tensor
     """Likewise, of the rows about their mean."""
     leave_one_out: Tensor
-    """``(G, min(M, P))`` singular values without each group; ``(0, ...)`` where a group is empty or there is but one."""
+    """``(G, min(M, P))`` singular values without each group; ``(0, 0)`` where a group is empty or there is but one."""
     grad_norm: float
     """Norm of the mean gradient."""
     moments: GradientMoments
@@ -79,27 +79,26 @@ def exponent_of(values: Tensor, leave_one_out: Tensor, band: Band, failure: str 
     Returns:
         The fit, without bias correction; what is missing is NaN with the reason.
     """
-    missing = Exponent(torch.nan, torch.nan, torch.nan, torch.nan, 0, failure)
     if failure is not None:
-        return missing
+        return _no_exponent(failure)
     try:
         ranks = resolve_band(band, len(values))
         plain = power_law(values, ranks) if ranks[0] < ranks[1] else None
     except ValueError as error:
-        return Exponent(*[torch.nan] * 4, 0, str(error))
+        return _no_exponent(str(error))
     num_values = 0 if plain is None else int(plain.num_values)
     if plain is None or num_values < MIN_VALUES:
-        reason = (
-            f"band {band} holds {num_values} positive singular values of the {MIN_VALUES} needed: take more samples"
+        return _no_exponent(
+            f"band {band} holds {num_values} positive singular values of the {MIN_VALUES} needed: take more samples",
+            num_values,
         )
-        return Exponent(*[torch.nan] * 4, num_values, reason)
-    reason, stderr = None, torch.tensor(torch.nan)
+    reason: str | None = None
+    stderr = torch.tensor(torch.nan)
     if len(leave_one_out) < 2:
         reason = "no error bar: a group of samples is empty, or there are fewer than 2"
     elif ranks[1] > leave_one_out.shape[-1]:
-        reason = (
-            f"no error bar: without one group band {band} reaches beyond the {leave_one_out.shape[-1]} samples left"
-        )
+        num_left = leave_one_out.shape[-1]
+        reason = f"no error bar: without one group band {band} reaches beyond the {num_left} samples left"
     else:
         without = power_law(leave_one_out, ranks)
         if bool((without.num_values != plain.num_values).any()):
@@ -107,6 +106,10 @@ def exponent_of(values: Tensor, leave_one_out: Tensor, band: Band, failure: str 
         else:
             stderr = jackknife(plain.exponent, without.exponent).stderr
     return Exponent(float(plain.exponent), float(stderr), torch.nan, float(plain.r2), num_values, reason)
+
+
+def _no_exponent(reason: str, num_values: int = 0) -> Exponent:
+    return Exponent(torch.nan, torch.nan, torch.nan, torch.nan, num_values, reason)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ class GradientRequest:
 class GradientMeasurement(StagedMeasurement):
     """Makes a row of each of the last samples before a report, and singular values of all ranks' rows.
 
-    By hooks in training, rows are read off the backward passes as they happen. Otherwise the batches wait for the report
-    and their rows are made then, at one and the same weights, by passes over a shadow of the module.
+    By hooks in training, rows are read off the backward passes as they happen. Otherwise the batches wait for the
+    report and their rows are made then, at one and the same weights, by passes over a shadow of the module.
 
     Args:
         request: What to measure.
