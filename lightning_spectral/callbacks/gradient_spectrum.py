@@ -64,7 +64,8 @@ class GradientSpectrum(StagedCallback):
 
     **Cost.** vmap and loop: about a forward and backward pass of ``num_samples`` samples every ``every_n_steps`` steps.
     Memory: rows of N x P numbers on each of W ranks, N = ``num_samples`` / W, P summed over parameters, and for vmap
-    and ``chunk`` samples at a time twice what autograd saves for them and twice their gradients.
+    about one and a half times what autograd saves for ``chunk_size`` samples and their gradients
+    (:func:`lightning_spectral.capture.per_sample.fill_rows` has the formula).
 
     Args:
         parameters: Glob patterns over parameter names, ``"all"`` for every trainable parameter, None for the attention

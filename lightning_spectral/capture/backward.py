@@ -41,6 +41,10 @@ class BackwardReader:
             hook = _ForwardHook(self, name, attribute)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    def checked(self) -> None:
+        """Take for granted that the rows add up to the gradient of each parameter, as an earlier batch has shown."""
+        self._unchecked.clear()
+
     def begin(self, rows: LayerRows) -> None:
         """Open for the passes of one batch.
 

@@ -108,7 +108,8 @@ class ByHooks:
     Args:
         loss_reduction: How the loss of a batch comes from those of its samples. Under ``"mean"`` a row is B times its
             sample's part of the gradient of the batch. That is the gradient of the sample's own loss if samples weigh
-            the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it.
+            the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it, over
+            the B samples of one pass.
     """
 
     def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean") -> None:
@@ -214,10 +215,10 @@ def fill_rows(
 ) -> int:
     r"""Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
 
-    At the peak it takes, beside ``out`` (N x P numbers), for each sample of a chunk about twice the bytes A that
-    autograd saves in one forward pass of one sample, and twice the bytes of the gradient: ``chunk (2 A + 2 x 4 P)``, P
-    summed over parameters. By hooks, which write their rows in place, ``chunk x 2 A``. A chunk that does not fit is
-    halved and tried again.
+    At the peak vmap takes, beside ``out`` (N x P numbers, P summed over parameters), about
+    ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5 what was
+    measured for temporaries (``benchmarks/per_sample.py``). By hooks, which write rows in place and differentiate
+    once, it is about half of A for each sample. A chunk that does not fit is halved and tried again.
 
     Args:
         engine: Of :func:`engine_of`.
@@ -310,14 +311,28 @@ def fitting_chunk(loss: BatchLoss, names: list[str], batch: Any) -> int:
         At least 1.
     """
     parameters = [loss.parameter(name)[1] for name in names]
-    per_sample = 2 * (saved_bytes(loss, names, batch) + 4 * sum(p.numel() for p in parameters))
+    per_sample = chunk_bytes(1, saved_bytes(loss, names, batch), sum(p.numel() for p in parameters))
     device = parameters[0].device
     fitting = int(MEMORY_SHARE * _free_bytes(device) / max(per_sample, 1))
     return max(1, min(fitting, LARGEST_CHUNK.get(device.type, LARGEST_CHUNK_ELSEWHERE)))
 
 
+def chunk_bytes(chunk_size: int, saved: int, num_numbers: int) -> int:
+    """What a chunk takes under vmap beside the rows it gives, by the formula of :func:`fill_rows`.
+
+    Args:
+        chunk_size: Samples at a time.
+        saved: A, of :func:`saved_bytes`.
+        num_numbers: P, summed over parameters.
+
+    Returns:
+        Bytes.
+    """
+    return chunk_size * (3 * saved // 2 + 4 * num_numbers)
+
+
 def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
-    """Bytes that autograd saves in the forward pass of one sample, without parameters.
+    """Bytes that autograd saves for one sample, in its forward pass and, as under vmap, in its backward pass.
 
     Args:
         loss: The loss of a batch.
@@ -325,7 +340,7 @@ def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
         batch: Its first sample is taken.
 
     Returns:
-        The bytes; 0 if the pass fails, which is for the engine to say.
+        The bytes, without those of parameters; 0 if the pass fails, which is for the engine to say.
     """
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in loss.parameters()}
@@ -337,14 +352,18 @@ def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
         return tensor
 
     loss.freeze()
-    for name in names:
-        loss.parameter(name)[1].requires_grad_(True)
+    parameters = [loss.parameter(name)[1].requires_grad_(True) for name in names]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             value = loss(take(batch, 0, 1))
+            # functorch keeps the graph of the backward pass, in case somebody differentiates it again.
+            gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
     except Exception:
         return 0
-    del value
+    del value, gradients
     return sum(storages.values())
 
 
