@@ -9,6 +9,12 @@ QUANTITIES = {
     *("alpha_tail", "alpha_tail_stderr", "alpha_tail_corrected", "r2_tail", "alpha_head", "alpha_head_stderr"),
     *("rankme", "head_share", "num_tokens"),
 }
+GRADIENT_QUANTITIES = {
+    *("alpha_tail", "alpha_tail_stderr", "r2_tail", "alpha_head", "alpha_head_stderr", "alpha_tail_centred"),
+    *("rankme", "noise_scale", "grad_norm", "num_samples"),
+}
+WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
+NUM_SAMPLES = 128
 LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
 
 
@@ -21,13 +27,20 @@ def main(folder: Path) -> None:
     val_loss = events.Scalars("val_loss")[-1].value
     assert val_loss < 2.2, f"val_loss must be below 2.2 nats per byte, got {val_loss}"
     wanted = {f"activation/{layer}/{quantity}" for layer in LAYERS for quantity in QUANTITIES}
-    missing = (wanted | {"activation/failed", "spectral/seconds"}) - set(tags["scalars"])
+    weights = {f"{layer}.attention.out.weight" for layer in LAYERS}
+    wanted |= {f"gradient/{weight}/{quantity}" for weight in weights for quantity in GRADIENT_QUANTITIES}
+    wanted |= {f"weight/{weight}/{quantity}" for weight in weights for quantity in WEIGHT_QUANTITIES}
+    missing = (wanted | {"activation/failed", "gradient/failed", "spectral/seconds"}) - set(tags["scalars"])
     assert not missing, f"missing: {missing}"
-    assert events.Scalars("activation/failed")[-1].value == 0
+    for kind in ("activation", "gradient"):
+        assert events.Scalars(f"{kind}/failed")[-1].value == 0
+        assert f"{kind}/spectra" in tags["images"]
     for layer in LAYERS:
         for event in events.Histograms(f"activation/{layer}/log10_eigenvalues"):
             assert sum(event.histogram_value.bucket) == WIDTH, f"{layer} at {event.step}"
-    assert "activation/spectra" in tags["images"]
+    for weight in weights:
+        for event in events.Histograms(f"gradient/{weight}/log10_singular_values"):
+            assert sum(event.histogram_value.bucket) == NUM_SAMPLES, f"{weight} at {event.step}"
     seconds = events.Scalars("spectral/seconds")[-1].value
     print(f"demo: val_loss {val_loss:.3f} nats per byte, {seconds:.1f} s of measuring, all keys there")
 

@@ -211,7 +211,12 @@ def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean") -
 
 
 def fill_rows(
-    engine: Engine, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor], chunk_size: int | None = None
+    engine: Engine,
+    loss: BatchLoss,
+    names: list[str],
+    batch: Any,
+    out: dict[str, Tensor],
+    chunk_size: int | None = None,
 ) -> int:
     r"""Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
 
