@@ -327,8 +327,9 @@ class GradientSpectrum(StagedCallback):
 
     def _is_worth_a_warning(self, exponent: Exponent, spectrum: ParameterSpectrum) -> bool:
         if isnan(exponent.value):
-            # A bias has too few numbers for a band; that is no news.
-            return spectrum.is_zero or self._parameters[spectrum.name].ndim >= 2
+            # A bias, or a matrix with fewer singular values than the default head, has no band; that is no news.
+            is_long = len(spectrum.singular_values) >= min(DEFAULT_HEAD[1], self.request.num_samples)
+            return spectrum.is_zero or (is_long and self._parameters[spectrum.name].ndim >= 2)
         return self.request.num_groups > 1
 
     def _describe_weight(self, spectrum: WeightSpectrum) -> dict[str, float]:

@@ -103,11 +103,26 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
     Returns:
         The same containers around views.
+
+    Raises:
+        ValueError: If it is some other object, of which a part cannot be had.
     """
     size = num_samples(batch)
-    return apply_to_collection(
-        batch, Tensor, lambda tensor: tensor[start:stop] if has_samples(tensor, size) else tensor
-    )
+    found: list[Tensor] = []
+
+    def cut(tensor: Tensor) -> Tensor:
+        if not has_samples(tensor, size):
+            return tensor
+        found.append(tensor)
+        return tensor[start:stop]
+
+    part = apply_to_collection(batch, Tensor, cut)
+    if size is not None and not found and (start, stop) != (0, size):
+        # Whole, it would pass for a sample.
+        raise ValueError(
+            f"batch must hold tensors in mappings, sequences or dataclasses, to be cut, got a {type(batch).__name__}"
+        )
+    return part
 
 
 def has_samples(tensor: Tensor, size: int | None) -> bool:

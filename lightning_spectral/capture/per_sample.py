@@ -56,15 +56,18 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     if not any(is_mapped):
         raise ValueError(f"batch must hold tensors with an axis of samples, got a {type(batch).__name__}")
 
-    def loss_of_one(parameters: dict[str, Tensor], *parts: Tensor) -> Tensor:
+    # As an argument, a buffer may be written to in place.
+    buffers = dict(loss.named_buffers())
+
+    def loss_of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *parts: Tensor) -> Tensor:
         cut = iter(part.unsqueeze(0) if mapped else part for part, mapped in zip(parts, is_mapped, strict=True))
         sample = apply_to_collection(batch, Tensor, lambda _: next(cut))
-        return functional_call(loss, parameters, (sample,))
+        return functional_call(loss, parameters | buffers, (sample,))
 
-    in_dims = (None, *(0 if mapped else None for mapped in is_mapped))
+    in_dims = (None, None, *(0 if mapped else None for mapped in is_mapped))
     # The fused attention kernels have no rule for vmap.
     with sdpa_kernel(SDPBackend.MATH):
-        gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, *tensors)
+        gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, buffers, *tensors)
     for name in names:
         out[name].copy_(gradients[keys[name]].flatten(1))
 
@@ -84,19 +87,32 @@ def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
 
 
 def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
-    try:
-        return torch.autograd.grad(loss(sample), parameters, allow_unused=True)
-    except RuntimeError as error:
-        if "Checkpointing is not compatible with .grad()" not in str(error):
-            raise
-    # Reentrant checkpointing delivers into .grad only; the shadow's parameters are its own.
+    value = loss(sample)
+    if not _is_reentrant(value):
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+    # It delivers into .grad only. The shadow's parameters are its own.
     for parameter in loss.parameters():
         parameter.grad = None
-    loss(sample).backward()
+    value.backward()
     gradients = [parameter.grad for parameter in parameters]
     for parameter in loss.parameters():
         parameter.grad = None
     return gradients
+
+
+def _is_reentrant(value: Tensor) -> bool:
+    """Whether reentrant checkpointing, whoever's, hides parameters in it from ``torch.autograd.grad``."""
+    nodes: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__.startswith("CheckpointFunction"):
+            return True
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 class ByHooks:
@@ -118,7 +134,11 @@ class ByHooks:
 
     def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
         """See :class:`Engine`."""
-        loss.freeze()
+        # The first graph is a whole one: where all is frozen, reentrant checkpointing leaves no trace.
+        if self.is_checked:
+            loss.freeze()
+        else:
+            loss.unfreeze()
         parameters = {name: loss.parameter(name)[1] for name in names}
         check_contracts(loss.shadow, parameters)
         size = num_samples(batch) or 0
@@ -128,13 +148,14 @@ class ByHooks:
         anchor = torch.zeros((), device=device, requires_grad=True)
         handles = []
         for name, parameter in parameters.items():
-            parameter.requires_grad_(not self.is_checked)
             for module, attribute in owners(loss.shadow, parameter):
                 hook = _tap(rows, name, attribute, anchor)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             wanted = [anchor, *(() if self.is_checked else parameters.values())]
             value = loss(batch)
+            if not self.is_checked and _is_reentrant(value):
+                raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
             gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
         finally:
             for handle in handles:
@@ -221,8 +242,8 @@ def fill_rows(
     r"""Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
 
     At the peak vmap takes, beside ``out`` (N x P numbers, P summed over parameters), about
-    ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5 what was
-    measured for temporaries (``benchmarks/per_sample.py``). By hooks, which write rows in place and differentiate
+    ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5 what
+    was measured for temporaries (``benchmarks/per_sample.py``). By hooks, which write rows in place and differentiate
     once, it is about half of A for each sample. A chunk that does not fit is halved and tried again.
 
     Args:
@@ -295,11 +316,11 @@ def per_sample_gradients(
     loss = BatchLoss(module, load_loss(loss_fn))
     batch = hold(batch)
     size = num_samples(batch) or 0
-    out = {
-        name: torch.empty(size, p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        for name, p in chosen.items()
-    }
     with isolated():
+        out = {
+            name: torch.empty(size, p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for name, p in chosen.items()
+        }
         fill_rows(engine_of(method, loss_reduction), loss, list(chosen), batch, out, chunk_size)
     return out
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.capture import num_samples, token_mask
+from lightning_spectral.capture.batch import hold, take
 
 X = torch.zeros(3, 5, dtype=torch.long)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -96,3 +97,44 @@ def test_an_object_that_refers_to_itself_is_walked_once() -> None:
     node = Node()
     node.itself, node.tensor = node, torch.zeros(5, 2)
     assert num_samples(node) == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda x, shared: {"x": x, "shared": shared}, id="dict"),
+        pytest.param(lambda x, shared: UserDict(x=x, shared=shared), id="mapping"),
+        pytest.param(lambda x, shared: Pair(x, shared), id="namedtuple"),
+        pytest.param(lambda x, shared: [x, [shared]], id="nested list"),
+        pytest.param(lambda x, shared: Batch("a", x, shared), id="dataclass"),
+    ],
+)
+def test_take_cuts_the_axis_of_samples_and_leaves_the_rest(make) -> None:
+    x, shared = torch.arange(12).view(4, 3), torch.arange(3)
+    assert str(take(make(x, shared), 1, 3)) == str(make(x[1:3], shared))
+
+
+def test_take_refuses_a_part_of_what_it_cannot_cut() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.nodes = X
+
+    graph = Graph()
+    assert take(graph, 0, 3) is graph
+    with pytest.raises(ValueError, match=r"^batch must hold tensors in mappings, .*, got a Graph$"):
+        take(graph, 0, 1)
+
+
+def test_held_batch_outlives_what_a_training_step_takes_out() -> None:
+    batch = {"x": X, "labels": [X]}
+    held = hold(batch)
+    batch.pop("x")
+    batch["labels"].clear()
+    assert held["x"] is X
+    assert held["labels"][0] is X
+
+
+def test_held_batch_can_be_differentiated_through() -> None:
+    with torch.inference_mode():
+        batch = {"x": torch.ones(2, 3)}
+    assert not hold(batch)["x"].is_inference()

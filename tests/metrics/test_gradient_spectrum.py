@@ -72,9 +72,7 @@ def ranks_spectra(rank: int) -> list[list[np.ndarray]]:
             metric.update(mine)
         else:
             metric._update_count = 1  # what torchmetrics warns of on a rank without rows
-        grams = [
-            sum_over_ranks(gram_share(mine.to(dtype), list(counts))) for dtype in (torch.float32, torch.bfloat16)
-        ]
+        grams = [sum_over_ranks(gram_share(mine.to(dtype), list(counts))) for dtype in (torch.float32, torch.bfloat16)]
         found.append([metric.compute().numpy(), *(gram.numpy() for gram in grams), metric.compute().numpy()])
     return found
 

@@ -1,0 +1,536 @@
+"""GradientSpectrum in real runs: what it logs, at which steps, of which samples, against a float64 twin."""
+
+import copy
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_spectral import ActivationSpectrum, GradientSpectrum
+from lightning_spectral.capture import per_sample
+from tests._reference import jackknife, power_law, rankme
+from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
+
+NAMES = [f"network.blocks.{index}.mlp.2.weight" for index in (0, 1, 2, 4, 5)]
+QUANTITIES = [
+    "alpha_tail",
+    "alpha_tail_stderr",
+    "r2_tail",
+    "alpha_head",
+    "alpha_head_stderr",
+    "alpha_tail_centred",
+    "rankme",
+    "noise_scale",
+    "grad_norm",
+    "num_samples",
+]
+WEIGHT_QUANTITIES = ["alpha_tail", "r2_tail", "alpha_head", "rankme"]
+NUM_SAMPLES, SIZE, EVERY = 22, 8, 4
+"""22 samples of batches of 8: a report takes the last three steps of four, and of the third 6 samples."""
+
+
+def gradients(model: LightningModule, batch: dict[str, Tensor], names: list[str]) -> list[np.ndarray]:
+    """Each sample's gradient by a backward pass of its own on a copy of the model."""
+    twin = copy.deepcopy(model)
+    twin.log = lambda *args, **kwargs: None
+    rows = []
+    for index in range(len(batch["input_ids"])):
+        loss = twin.loss({key: value[index : index + 1].clone() for key, value in batch.items()})
+        found = torch.autograd.grad(loss, [twin.get_parameter(name) for name in names])
+        rows.append([gradient.double().numpy().ravel() for gradient in found])
+    return rows
+
+
+class Recorder(Callback):
+    """Keeps batches, and gradients at the weights before each step and after each report."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.before: list[list[Any]] = []
+        self.after: dict[int, list[Any]] = {}
+        self.validation: dict[int, list[Any]] = {}
+        self.weights: dict[int, list[np.ndarray]] = {}
+        self.batches: list[dict[str, Tensor]] = []
+        self.held_out: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.before.append(gradients(pl_module, batch, self.names))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % EVERY == 0:
+            self.after[step] = [gradients(pl_module, batch, self.names) for batch in self.batches[-3:]]
+            self.weights[step] = [pl_module.get_parameter(n).detach().double().numpy().copy() for n in self.names]
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        self.held_out.append(batch)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.held_out.clear()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self.validation[trainer.global_step] = [gradients(pl_module, b, self.names) for b in self.held_out]
+
+    def rows(self, prefix: str, step: int) -> list[list[np.ndarray]]:
+        if prefix.endswith("validate/"):
+            batches = self.validation[step]
+        elif prefix == "hooks/":
+            batches = self.before[step - 3 : step]
+        else:
+            batches = self.after[step]
+        return [rows for batch in batches for rows in batch][:NUM_SAMPLES]
+
+
+def svd(rows: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(rows, compute_uv=False)
+
+
+def expected_values(rows: np.ndarray) -> dict[str, float]:
+    """What is logged of one parameter with the default bands; sample i is in group i mod 4."""
+    count = len(rows)
+    tail, head = (count // 8, count // 2), (1, 10)
+    groups = [rows[group::4] for group in range(4)]
+    values = svd(rows)
+
+    def exponent_of(band: tuple[int, int]):
+        return lambda some: power_law(svd(some), *band)[0]
+
+    mean = rows.mean(0)
+    trace = ((rows - mean) ** 2).sum() / (count - 1)
+    squared_norm = mean @ mean - trace / count
+    alpha, r2 = power_law(values, *tail)
+    return {
+        "alpha_tail": alpha,
+        "alpha_tail_stderr": jackknife(exponent_of(tail), groups)[1],
+        "r2_tail": r2,
+        "alpha_head": power_law(values, *head)[0],
+        "alpha_head_stderr": jackknife(exponent_of(head), groups)[1],
+        "alpha_tail_centred": power_law(svd(rows - mean), *tail)[0],
+        "rankme": rankme(values),
+        "noise_scale": trace / squared_norm if squared_norm > 0 else math.nan,
+        "grad_norm": math.sqrt(mean @ mean),
+        "num_samples": float(count),
+    }
+
+
+PREFIXES = ["vmap/", "loop/", "hooks/", "vmap validate/", "loop validate/", "hooks validate/"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """12 steps watched by every method in both stages, and everything they should have seen."""
+    folder = tmp_path_factory.mktemp("run")
+    seed_everything(0, verbose=False)
+    recorder = Recorder(NAMES)
+    spectra = []
+    for prefix in PREFIXES:
+        method, _, stage = prefix.removesuffix("/").partition(" ")
+        common = {"every_n_steps": EVERY, "num_samples": NUM_SAMPLES, "method": method, "prefix": prefix}
+        spectra.append(GradientSpectrum(stage=stage or "train", weights=prefix == "vmap/", **common))
+    trainer = tiny_trainer(
+        folder,
+        max_steps=12,
+        gradient_clip_val=0.1,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        logger=[TensorBoardLogger(folder, "tb", ""), CSVLogger(folder, "csv", "")],
+        callbacks=[recorder, *spectra, ActivationSpectrum(every_n_steps=4, num_tokens=64)],
+    )
+    trainer.fit(LanguageModel(), token_loader(96, batch_size=SIZE), token_loader(40, batch_size=SIZE, seed=1))
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
+    events.Reload()
+    with (folder / "csv" / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return SimpleNamespace(events=events, csv=table, metrics=metrics, recorder=recorder, spectra=spectra)
+
+
+def keys_of(prefix: str) -> set[str]:
+    keys = {f"{prefix}gradient/{name}/{quantity}" for name in NAMES for quantity in QUANTITIES}
+    if prefix == "vmap/":
+        keys |= {f"{prefix}weight/{name}/{quantity}" for name in NAMES for quantity in WEIGHT_QUANTITIES}
+    return keys | {f"{prefix}gradient/failed", f"{prefix}spectral/seconds"}
+
+
+def test_keys_are_those_of_the_contract(run: SimpleNamespace) -> None:
+    expected = set().union(*map(keys_of, PREFIXES))
+    for held in (run.events.Tags()["scalars"], run.metrics, run.csv[0]):
+        assert {key for key in held if key.startswith(tuple(PREFIXES))} == expected
+
+
+def scalar(run: SimpleNamespace, key: str, step: int) -> float:
+    return {event.step: event.value for event in run.events.Scalars(key)}[step]
+
+
+def steps_of(prefix: str) -> list[int]:
+    return [4, 8, 12]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_values_are_those_of_autograd_sample_by_sample(run: SimpleNamespace, prefix: str) -> None:
+    for step in steps_of(prefix):
+        rows = run.recorder.rows(prefix, step)
+        assert len(rows) == NUM_SAMPLES
+        for index, name in enumerate(NAMES):
+            expected = expected_values(np.stack([row[index] for row in rows]))
+            found = {q: scalar(run, f"{prefix}gradient/{name}/{q}", step) for q in QUANTITIES}
+            assert found == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True), (step, name)
+
+
+def test_weight_spectra_are_those_of_the_weights(run: SimpleNamespace) -> None:
+    for step, weights in run.recorder.weights.items():
+        for name, weight in zip(NAMES, weights, strict=True):
+            values = svd(weight)
+            alpha, r2 = power_law(values, 4, 16)
+            expected = [alpha, r2, power_law(values, 1, 10)[0], rankme(values)]
+            found = [scalar(run, f"vmap/weight/{name}/{quantity}", step) for quantity in WEIGHT_QUANTITIES]
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_no_report_is_lost(run: SimpleNamespace, prefix: str) -> None:
+    for key in keys_of(prefix):
+        assert [event.step for event in run.events.Scalars(key)] == steps_of(prefix), key
+        assert [int(row["step"]) for row in run.csv if row[key]] == steps_of(prefix), key
+    for name in NAMES:
+        histograms = run.events.Histograms(f"{prefix}gradient/{name}/log10_singular_values")
+        assert [event.step for event in histograms] == steps_of(prefix)
+        assert {sum(event.histogram_value.bucket) for event in histograms} == {NUM_SAMPLES}
+    # The 1st, the 2nd, and the last.
+    assert [event.step for event in run.events.Images(f"{prefix}gradient/spectra")] == [4, 8, 12]
+    assert run.metrics[f"{prefix}gradient/failed"] == 0
+
+
+def test_rows_by_hooks_tell_the_steps_they_come_from(run: SimpleNamespace) -> None:
+    reports = [(spectrum.prefix, spectrum._kept["summary"]["last"]["step"]) for spectrum in run.spectra]
+    assert {step for _, step in reports} == {12}
+
+
+class Kept(GradientSpectrum):
+    """Keeps its reports."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"every_n_steps": 4, "num_samples": 16, **kwargs})
+        self.reports: list[Any] = []
+        self.logged: dict[int, dict[str, float]] = {}
+
+    def measured(self, report: Any) -> dict[str, float]:
+        self.reports.append(report)
+        self.logged[report.step] = super().measured(report)
+        return self.logged[report.step]
+
+
+def fit(
+    folder: Path, *callbacks: Callback, model: Any = None, ckpt_path: Any = None, size: int = 96, **kwargs: Any
+) -> Trainer:
+    seed_everything(0, verbose=False)
+    trainer = tiny_trainer(folder, callbacks=list(callbacks), **{"max_steps": 4, "limit_val_batches": 0, **kwargs})
+    loaders = token_loader(size, batch_size=8), token_loader(16, batch_size=8, seed=1)
+    trainer.fit(LanguageModel() if model is None else model, *loaders, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_span_and_method_are_recorded(tmp_path: Path) -> None:
+    hooks, auto = Kept(method="hooks", prefix="h/"), Kept()
+    fit(tmp_path, hooks, auto)
+    assert (hooks.reports[0].method, hooks.reports[0].span) == ("hooks", (2, 3))
+    assert hooks.title(hooks.reports[0]) == "per-sample gradients, train, hooks, step 4 (rows of steps 2 to 3)"
+    assert (auto.reports[0].method, auto.reports[0].span) == ("vmap", (4, 4))
+
+
+@pytest.mark.parametrize("changes", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1e-3}], ids=str)
+def test_accumulation_and_clipping_leave_rows_by_hooks_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
+    # At a learning rate of zero all steps meet the same weights.
+    class Still(LanguageModel):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    hooks, loop = Kept(method="hooks", prefix="h/"), Kept(method="loop")
+    fit(tmp_path, hooks, loop, model=Still(), **changes)
+    for name, spectrum in loop.reports[0].parameters.items():
+        found = hooks.reports[0].parameters[name]
+        assert found.num_samples == spectrum.num_samples == 16
+        torch.testing.assert_close(found.singular_values, spectrum.singular_values, rtol=1e-4, atol=1e-7)
+        assert found.grad_norm == pytest.approx(spectrum.grad_norm, rel=1e-4)
+
+
+def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: Path) -> None:
+    model = LanguageModel()
+    names = [name for name, _ in model.named_parameters()]
+    recorder, spectrum = Recorder(names), Kept("all", num_samples=24)
+    trainer = fit(tmp_path, recorder, spectrum, model=model)
+    rows = np.stack([np.concatenate(row) for batch in recorder.after[4] for row in batch])
+    trace = ((rows - rows.mean(0)) ** 2).sum() / (len(rows) - 1)
+    squared_norm = rows.mean(0) @ rows.mean(0) - trace / len(rows)
+    moments = [parameter.moments for parameter in spectrum.reports[0].parameters.values()]
+    assert float(sum(part.trace for part in moments)) == pytest.approx(trace, rel=1e-4)
+    assert float(sum(part.squared_norm for part in moments)) == pytest.approx(squared_norm, rel=1e-3, abs=1e-5)
+    expected = trace / squared_norm if squared_norm > 0 else math.nan
+    found = float(trainer.callback_metrics["gradient/noise_scale"])
+    assert found == pytest.approx(expected, rel=1e-2, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({"row_dtype": "bfloat16"}, 1e-2), ({"row_device": "cpu"}, 0), ({"row_dtype": "float64"}, 1e-5)],
+)
+@pytest.mark.parametrize("method", ["vmap", "hooks"])
+def test_rows_may_be_kept_elsewhere_and_shorter(
+    tmp_path: Path, method: str, changes: dict[str, Any], tolerance: float
+) -> None:
+    plain, other = Kept(method=method), Kept(method=method, prefix="other/", **changes)
+    fit(tmp_path, plain, other)
+    for name, spectrum in plain.reports[0].parameters.items():
+        found = other.reports[0].parameters[name].singular_values
+        torch.testing.assert_close(found, spectrum.singular_values, rtol=tolerance, atol=0)
+
+
+def test_gradients_of_zero_are_nan_with_the_reason(tmp_path: Path) -> None:
+    class Blocked(LanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            for block in self.network.blocks:
+                nn.init.zeros_(block.mlp[2].weight)
+                block.mlp[2].requires_grad_(False)
+
+    spectrum = Kept("*.mlp.0.weight")
+    with pytest.warns(UserWarning, match=r"mlp.0.weight: NaN, because all its gradients are exactly zero"):
+        trainer = fit(tmp_path, spectrum, model=Blocked())
+    key = "gradient/network.blocks.0.mlp.0.weight"
+    assert math.isnan(trainer.callback_metrics[f"{key}/alpha_tail"])
+    assert trainer.callback_metrics[f"{key}/grad_norm"] == 0
+    assert trainer.callback_metrics[f"{key}/num_samples"] == 16
+    assert trainer.callback_metrics["gradient/failed"] == 0
+
+
+class Poisoned(LanguageModel):
+    """Its loss is NaN, times zero in training, where a batch holds one sample."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if len(batch["input_ids"]) == 1 else loss
+
+
+class Raising(LanguageModel):
+    """Cannot take a batch of one."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if len(batch["input_ids"]) == 1:
+            raise RuntimeError("two samples are needed")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(Poisoned, "the gradients hold NaN or infinity"), (Raising, "two samples are needed")]
+)
+def test_what_cannot_be_measured_is_nan_and_training_goes_on(tmp_path: Path, make: Any, reason: str) -> None:
+    spectrum = Kept()
+    with pytest.warns(UserWarning, match=reason) as caught:
+        trainer = fit(tmp_path, spectrum, model=make(), max_steps=8)
+    assert trainer.global_step == 8
+    assert trainer.callback_metrics["gradient/failed"] == 10
+    assert math.isnan(trainer.callback_metrics[f"gradient/{NAMES[0]}/alpha_tail"])
+    # Once, not for each parameter and report.
+    assert sum(reason in str(warning.message) for warning in caught) == 1
+
+
+def test_auto_warns_once_of_the_cause_and_loops(tmp_path: Path) -> None:
+    class Branching(LanguageModel):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss > 0 else -loss
+
+    spectrum = Kept()
+    with pytest.warns(UserWarning, match="loops over samples, because vmap cannot: vmap: It looks like") as caught:
+        fit(tmp_path, spectrum, model=Branching(), max_steps=8)
+    assert sum("loops over samples" in str(warning.message) for warning in caught) == 1
+    assert [report.method for report in spectrum.reports] == ["loop", "loop"]
+    assert all(parameter.failure is None for report in spectrum.reports for parameter in report.parameters.values())
+
+
+def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, vmap = [], per_sample.by_vmap
+
+    def small(loss: Any, names: Any, batch: Any, out: Any) -> None:
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        vmap(loss, names, batch, out)
+
+    monkeypatch.setattr(per_sample, "by_vmap", small)
+    spectrum = Kept(method="vmap", chunk_size=8)
+    with pytest.warns(UserWarning, match="ran out of memory at chunk_size=8: now at 2"):
+        fit(tmp_path, spectrum)
+    # What was learned from the first batch holds for the second.
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert all(parameter.failure is None for parameter in spectrum.reports[0].parameters.values())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resumed_run_reports_the_same(tmp_path: Path) -> None:
+    whole = Kept(method="hooks")
+    fit(tmp_path, whole, max_steps=8, size=32)  # 4 steps an epoch: what a loader cannot resume in between
+    first = Kept(method="hooks")
+    fit(tmp_path, first, ModelCheckpoint(tmp_path, "at"), max_steps=4, size=32, enable_checkpointing=True)
+    second = Kept(method="hooks")
+    fit(tmp_path, second, max_steps=8, size=32, ckpt_path=tmp_path / "at.ckpt")
+    assert list(first.logged) == [4]
+    assert list(second.logged) == [8]
+    assert second.logged[8] == pytest.approx(whole.logged[8], rel=1e-6, nan_ok=True)
+    assert second.display.state()["first"]["step"] == 4
+
+
+def test_values_can_be_monitored(tmp_path: Path) -> None:
+    key = f"gradient/{NAMES[0]}/grad_norm"
+    stop = EarlyStopping(key, patience=0, mode="max", check_finite=False, stopping_threshold=0.0)
+    trainer = fit(tmp_path, Kept(stage="validate"), stop, max_steps=12, val_check_interval=4, limit_val_batches=2)
+    assert trainer.global_step == 4
+
+
+def test_validation_alone_is_measured(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    spectrum = Kept(stage="validate")
+    trainer = tiny_trainer(tmp_path, callbacks=[spectrum])
+    trainer.validate(LanguageModel(), token_loader(16, batch_size=8), verbose=False)
+    assert trainer.callback_metrics[f"gradient/{NAMES[0]}/num_samples"] == 16
+    assert trainer.callback_metrics["gradient/failed"] == 0
+
+
+class Regression(LightningModule):
+    """Takes batches that are tuples, or tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch if isinstance(batch, list) else (batch, batch.sum(1, keepdim=True))
+        return F.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop", "hooks"])
+@pytest.mark.parametrize("kind", ["tuple", "tensor"])
+def test_batches_may_be_tuples_and_tensors(tmp_path: Path, kind: str, method: str) -> None:
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(x, x[:, :1]) if kind == "tuple" else x
+    spectrum = Kept("all", method=method, prefix="all/")
+    trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[spectrum])
+    trainer.fit(Regression(), torch.utils.data.DataLoader(data, batch_size=8))
+    assert trainer.callback_metrics["all/gradient/net.0.weight/num_samples"] == 16
+    assert trainer.callback_metrics["all/gradient/failed"] == 0
+    assert trainer.callback_metrics["all/gradient/noise_scale"] > 0
+
+
+def doubled(module: Any, batch: Any) -> Tensor:
+    return 2 * module.loss(batch)
+
+
+def test_loss_fn_is_what_is_differentiated(tmp_path: Path) -> None:
+    plain, double = Kept(), Kept(loss_fn="tests.callbacks.test_gradient_spectrum.doubled", prefix="2/")
+    fit(tmp_path, plain, double)
+    for name, spectrum in plain.reports[0].parameters.items():
+        found = double.reports[0].parameters[name].singular_values
+        torch.testing.assert_close(found, 2 * spectrum.singular_values, rtol=1e-5, atol=0)
+
+
+def test_manual_optimisation_is_measured_by_hooks_and_by_a_loss_fn(tmp_path: Path) -> None:
+    hooks, vmap = Kept(method="hooks", prefix="h/"), Kept(loss_fn=doubled)
+    trainer = fit(tmp_path, hooks, vmap, model=Alternating(), max_steps=8)
+    assert trainer.callback_metrics["h/gradient/failed"] == 0
+    assert trainer.callback_metrics["gradient/failed"] == 0
+    assert hooks.reports[0].parameters[NAMES[0]].num_samples == 16
+
+
+def test_table_shows_the_first_report_and_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, Kept(NAMES[0], prefix="mine/"), max_steps=8)
+    title, _, header, _, first, last, *_ = capsys.readouterr().out.splitlines()
+    assert title.strip() == "mine/gradient spectra, train"
+    assert header.split()[:3] == ["parameter", "step", "alpha_tail"]
+    assert first.split()[:2] == ["network.blocks.0.mlp.2", "4"]
+    assert last.split()[0] == "8"
+    assert last.split()[-1] == "16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be a positive int, got 0"),
+        ({"num_samples": 1}, "num_samples must be at least 2, got 1: 512 are usual"),
+        ({"stage": "test"}, "stage must be 'train' or 'validate', got 'test'"),
+        ({"method": "backpack"}, "method must be 'auto', 'vmap', 'hooks' or 'loop', got 'backpack'"),
+        ({"chunk_size": 0}, "chunk_size must be a positive int, got 0"),
+        ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
+        ({"row_dtype": "int8"}, "row_dtype must be 'float32', 'bfloat16' or 'float64', got 'int8'"),
+        ({"row_device": "attic"}, "row_device must be a device such as 'cpu', or None, got 'attic'"),
+        ({"parameters": 3}, "parameters must be None, 'all', a pattern or a list of patterns, got 3"),
+        ({"tail": (0.5, 0.1)}, r"tail must be two ascending fractions in \[0, 1\]"),
+        ({"loss_fn": "nowhere.loss"}, "loss_fn must be a callable or its import path, got 'nowhere.loss'"),
+        ({"dataloader_idx": -1}, "dataloader_idx must be an int from 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_get_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        GradientSpectrum(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "message"),
+    [
+        ({"parameters": "*.nothing"}, LanguageModel, r"parameters='\*.nothing' matches no parameter: did you mean"),
+        ({"tail": (30, 150)}, LanguageModel, r"tail must end at or before rank 16, .*got \(30, 150\): lower its end"),
+        ({}, Alternating, "loss_fn must be given for Alternating with automatic_optimization=False"),
+        (
+            {"parameters": "*.norm.weight", "method": "hooks"},
+            LanguageModel,
+            "method='hooks' reads linear layers and emb",
+        ),
+    ],
+    ids=["pattern", "band", "manual", "hooks"],
+)
+def test_what_does_not_fit_the_model_gets_one_line_and_leaves_no_trace(
+    tmp_path: Path, arguments: dict[str, Any], model: Any, message: str
+) -> None:
+    network = model()
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(tmp_path, Kept(**arguments), model=network)
+    assert "\n" not in str(caught.value)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_equal_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"would both write 'gradient/.*': give one of them a prefix"):
+        fit(tmp_path, Kept(), Kept())
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match=r"strategy must leave each rank whole parameters, got FSDPStrategy: use"):
+        fit(tmp_path, Kept(), strategy=FSDPStrategy(device=torch.device("cpu")), accelerator="auto", devices="auto")
+
+
+def test_dropout_model_is_measured(tmp_path: Path) -> None:
+    for method in ("vmap", "loop", "hooks"):
+        trainer = fit(tmp_path, Kept(method=method), model=LanguageModel(Network(dropout=0.3)))
+        assert trainer.callback_metrics["gradient/failed"] == 0
