@@ -211,7 +211,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 progress.advance(task)
         memory = {name: peak_bytes(name, arguments) for name in ("plain", "vmap", "hooks", "in_step", "opacus", "loop")}
         formula = []
-        for chunk, samples in ((1, 32), (4, 32), (8, 32), (16, 32), (8, 8), (8, 64)):
+        for point in arguments.memory_points:
+            chunk, samples = map(int, point.split(":"))
             found = peak_bytes("vmap", arguments, chunk=chunk, samples=samples)
             formula.append(
                 {
@@ -276,6 +277,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8, help="samples at a time, of vmap")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--published-repeats", type=int, default=2, help="the slow one's")
+    parser.add_argument(
+        "--memory-points",
+        nargs="+",
+        default=["1:32", "4:32", "8:32", "16:32", "8:8", "8:64"],
+        help="CHUNK:SAMPLES at which the memory of vmap is held against its formula",
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,0 +1,89 @@
+"""Training watched by GradientSpectrum is training without it, bit by bit, by every method and in both stages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_spectral import ActivationSpectrum, GradientSpectrum
+from tests.callbacks.test_do_no_harm import NO_GRADIENTS, Dropping, assert_identical, small_model, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Counted(GradientSpectrum):
+    """Keeps samples, failures and method of each report."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"num_samples": 12, "num_groups": 2, "head": (1, 3), "weights": True, **kwargs})
+        self.found: list[tuple[int, set[tuple[int, str | None]], str]] = []
+
+    def measured(self, report: Any) -> dict[str, float]:
+        spectra = {(parameter.num_samples, parameter.failure) for parameter in report.parameters.values()}
+        self.found.append((report.step, spectra, report.method))
+        return super().measured(report)
+
+
+SETTINGS = [
+    pytest.param(Dropping, {}, id="plain"),
+    pytest.param(Dropping, {"accumulate_grad_batches": 3}, id="accumulation"),
+    pytest.param(Dropping, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+    pytest.param(Dropping, {"gradient_clip_val": 0.1}, id="clipping"),
+    pytest.param(lambda: Dropping(use_reentrant=False), {}, id="checkpointing"),
+    pytest.param(lambda: Dropping(use_reentrant=True), {}, id="reentrant checkpointing", marks=NO_GRADIENTS),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Counted method='auto' loops over samples")
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+@pytest.mark.parametrize(("make", "kwargs"), SETTINGS)
+def test_run_is_bit_identical_with_and_without(tmp_path: Path, make, kwargs: dict[str, Any], method: str) -> None:
+    kwargs = {"max_steps": 10, "val_check_interval": 5, "check_val_every_n_epoch": None, **kwargs}
+    expected = train(tmp_path, make, [], **kwargs)
+    # In validation hooks make a pass of their own, which ends where reentrant checkpointing hides the layers.
+    is_reentrant = make().network.use_reentrant is True
+    stages = ["train"] if method == "hooks" and is_reentrant else ["train", "validate"]
+    spectra = [Counted(method=method, every_n_steps=4, stage=stage, prefix=f"{stage}/") for stage in stages]
+    found = train(tmp_path, make, [*spectra, ActivationSpectrum(every_n_steps=4, num_tokens=96)], **kwargs)
+    assert_identical(found, expected)
+    for spectrum in spectra:
+        assert len(spectrum.found) >= 1
+        for _, samples, used in spectrum.found:
+            assert samples == {(12, None)}
+            assert used == {"auto": "vmap", "loop": "loop", "hooks": "hooks"}[method] or used == "loop"
+    if method == "auto" and make().network.use_reentrant is None:
+        assert {used for _, _, used in spectra[0].found} == {"vmap"}
+
+
+@pytest.mark.parametrize("compiled", [(True, False), (False, True)], ids=["blocks", "model"])
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*attribute of a Tensor that is not a leaf.*")
+@pytest.mark.filterwarnings("ignore:Counted at step .* they ran compiled")
+def test_compiled_run_is_bit_identical(tmp_path: Path, compiled: tuple[bool, bool]) -> None:
+    runs, graphs = [], []
+    spectra = [
+        Counted(parameters="*.linear.weight", every_n_steps=3, method="auto", prefix="auto/"),
+        Counted(parameters="*.logits.weight", every_n_steps=3, method="hooks", prefix="hooks/"),
+    ]
+    for callbacks in ([], spectra):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        runs.append(train(tmp_path, lambda: small_model(*compiled), callbacks, max_steps=7, limit_val_batches=0))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert_identical(runs[1], runs[0])
+    assert graphs[0] == graphs[1]
+    auto, hooks = spectra
+    assert [(step, samples) for step, samples, _ in auto.found] == [(3, {(12, None)}), (6, {(12, None)})]
+    ((_, reason),) = hooks.found[0][1]
+    # A compiled layer cannot be read, and says so; one that is not compiled can.
+    assert (reason is not None and "ran compiled" in reason) if compiled[1] else reason is None
