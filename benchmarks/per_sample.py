@@ -28,17 +28,9 @@ from torch import Tensor
 
 from lightning_spectral.capture.backward import BackwardReader
 from lightning_spectral.capture.contraction import LayerRows
+from lightning_spectral.capture.engines import ByHooks, Engine, by_loop, by_vmap
 from lightning_spectral.capture.parameters import resolve_parameters
-from lightning_spectral.capture.per_sample import (
-    ByHooks,
-    Engine,
-    by_loop,
-    by_vmap,
-    chunk_bytes,
-    fill_rows,
-    isolated,
-    saved_bytes,
-)
+from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, isolated, saved_bytes
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.functional import gram, singular_values
 from lightning_spectral.functional.singular import BLOCK_NUMBERS

@@ -7,12 +7,11 @@ from typing import Literal, cast
 from lightning_spectral import tensorboard
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
+from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD
 from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.functional.spectrum import head_share, rankme
 from lightning_spectral.measurement import LayerSpectrum, Report
-
-DEFAULT_HEAD: tuple[int, int] = (1, 10)
 
 
 class ActivationSpectrum(MeasuringCallback):

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lightning_spectral import tensorboard
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
-from lightning_spectral.callbacks.staged_callback import StagedCallback, check_choice, check_positive, loss_scale
+from lightning_spectral.callbacks.staged_callback import (
+    DEFAULT_HEAD,
+    StagedCallback,
+    check_choice,
+    check_positive,
+    loss_scale,
+)
 from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.capture.parameters import resolve_parameters, trainable_parameters
 from lightning_spectral.capture.shadow import BatchLoss, check_loss, load_loss
@@ -24,8 +30,6 @@ from lightning_spectral.measurement import (
     WeightSpectrum,
 )
 from lightning_spectral.measurement.report import Exponent
-
-DEFAULT_HEAD: tuple[int, int] = (1, 10)
 
 SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""

@@ -12,6 +12,9 @@ from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.measurement import StagedMeasurement
 
+DEFAULT_HEAD: tuple[int, int] = (1, 10)
+"""Ranks of the head, as in *Spectral Lens* (arXiv 2605.05683)."""
+
 
 class StagedCallback(SpectralCallback):
     """Forwards the Trainer's events to a measurement and logs what it makes of each report.

@@ -1,5 +1,7 @@
 """Per-sample gradients read off the backward pass of training, which happens anyway, by hooks that change nothing."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +20,13 @@ class BackwardReader:
     A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
     layer's input until then. In a compiled graph it does nothing. Under non-reentrant activation checkpointing the kept
     inputs are memory that checkpointing would have saved.
+
+    Args:
+        timer: Makes a context to spend the time in that rows take within a backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self._timer = timer
         self.rows: LayerRows | None = None
         """Where the rows of the batch go; None while none is wanted."""
         self._handles: list[RemovableHandle] = []
@@ -104,7 +110,12 @@ class BackwardReader:
         if rows is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
         x = inputs[0].detach()
-        output.register_hook(lambda grad: rows.add(name, module, attribute, x, grad))
+
+        def read(grad: Tensor) -> None:
+            with self._timer():
+                rows.add(name, module, attribute, x, grad)
+
+        output.register_hook(read)
 
 
 def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

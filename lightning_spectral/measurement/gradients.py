@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts
 from lightning_spectral.capture.batch import hold, num_samples, take
 from lightning_spectral.capture.contraction import LayerRows
-from lightning_spectral.capture.per_sample import ByVmapOrLoop, Method, engine_of, fill_rows, fitting_chunk, isolated
+from lightning_spectral.capture.engines import ByVmapOrLoop, Method, engine_of
+from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk, isolated
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.functional.singular import gram, singular_values
 from lightning_spectral.measurement.gradient_report import (
@@ -106,7 +107,7 @@ class GradientMeasurement(StagedMeasurement):
         if request.method == "hooks":
             check_contracts(module, parameters)
             if request.stage == "train":
-                self._reader = BackwardReader()
+                self._reader = BackwardReader(stopwatch.running)
                 for name, parameter in parameters.items():
                     self._reader.add(name, parameter, module)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
-from lightning_spectral.capture import per_sample
+from lightning_spectral.capture import engines
 from tests._reference import jackknife, power_law, rankme
 from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
 
@@ -362,7 +362,7 @@ def test_auto_warns_once_of_the_cause_and_loops(tmp_path: Path) -> None:
 
 
 def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, vmap = [], per_sample.by_vmap
+    sizes, vmap = [], engines.by_vmap
 
     def small(loss: Any, names: Any, batch: Any, out: Any) -> None:
         sizes.append(len(batch["input_ids"]))
@@ -370,7 +370,7 @@ def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytes
             raise torch.OutOfMemoryError("CUDA out of memory")
         vmap(loss, names, batch, out)
 
-    monkeypatch.setattr(per_sample, "by_vmap", small)
+    monkeypatch.setattr(engines, "by_vmap", small)
     spectrum = Kept(method="vmap", chunk_size=8)
     with pytest.warns(UserWarning, match="ran out of memory at chunk_size=8: now at 2"):
         fit(tmp_path, spectrum)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import per_sample_gradients
-from lightning_spectral.capture.per_sample import ByVmapOrLoop, chunk_bytes, fill_rows, fitting_chunk, isolated
+from lightning_spectral.capture.engines import ByVmapOrLoop
+from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fitting_chunk, isolated
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.functional import singular_spectrum
 from lightning_spectral.nanogpt import NanoGPT

@@ -1,0 +1,232 @@
+"""Engines for per-sample gradients: vectorised, in a loop, or from layers' inputs and outputs, behind one interface."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
+from lightning_spectral.capture.batch import has_samples, num_samples, take
+from lightning_spectral.capture.contraction import LayerRows, owners
+from lightning_spectral.capture.shadow import BatchLoss
+
+Method = Literal["auto", "vmap", "hooks", "loop"]
+
+
+class Engine(Protocol):
+    """Writes the per-sample gradients of a batch."""
+
+    def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
+        """Fill ``out``.
+
+        Args:
+            loss: The loss of a batch.
+            names: Parameters, by clean name.
+            batch: B samples.
+            out: ``(B, P)`` by name.
+        """
+
+
+def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
+    """All samples at once: ``vmap(grad(...))`` over the loss of a batch of one. See :class:`Engine`."""
+    loss.freeze()
+    keys = {name: loss.parameter(name)[0] for name in names}
+    chosen = {keys[name]: loss.parameter(name)[1].detach() for name in names}
+    size = num_samples(batch)
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    is_mapped = [has_samples(tensor, size) for tensor in tensors]
+    if not any(is_mapped):
+        raise ValueError(f"batch must hold tensors with an axis of samples, got a {type(batch).__name__}")
+
+    # As an argument, a buffer may be written to in place.
+    buffers = dict(loss.named_buffers())
+
+    def loss_of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *parts: Tensor) -> Tensor:
+        cut = iter(part.unsqueeze(0) if mapped else part for part, mapped in zip(parts, is_mapped, strict=True))
+        sample = apply_to_collection(batch, Tensor, lambda _: next(cut))
+        return functional_call(loss, parameters | buffers, (sample,))
+
+    in_dims = (None, None, *(0 if mapped else None for mapped in is_mapped))
+    # The fused attention kernels have no rule for vmap.
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, buffers, *tensors)
+    for name in names:
+        out[name].copy_(gradients[keys[name]].flatten(1))
+
+
+def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
+    """One backward pass for each sample, of all parameters together; works wherever autograd works."""
+    loss.unfreeze()
+    parameters = [loss.parameter(name)[1] for name in names]
+    for index in range(num_samples(batch) or 0):
+        sample = take(batch, index, index + 1)
+        for name, gradient in zip(names, _gradients(loss, sample, parameters), strict=True):
+            row = out[name][index]
+            if gradient is None:
+                row.zero_()
+            else:
+                row.copy_(gradient.flatten())
+
+
+def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    value = loss(sample)
+    if not _is_reentrant(value):
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+    # It delivers into .grad only. The shadow's parameters are its own.
+    for parameter in loss.parameters():
+        parameter.grad = None
+    value.backward()
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in loss.parameters():
+        parameter.grad = None
+    return gradients
+
+
+def _is_reentrant(value: Tensor) -> bool:
+    """Whether reentrant checkpointing, whoever's, hides parameters in it from ``torch.autograd.grad``."""
+    nodes: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__.startswith("CheckpointFunction"):
+            return True
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+class ByHooks:
+    r"""One forward and backward pass for the whole batch; each layer's input and output gradient give its rows.
+
+    Only gradients of activations are computed, down to the first layer that is asked for: no gradient of a parameter,
+    unless the rows are still to be checked against it.
+
+    Args:
+        loss_reduction: How the loss of a batch comes from those of its samples. Under ``"mean"`` a row is B times its
+            sample's part of the gradient of the batch. That is the gradient of the sample's own loss if samples weigh
+            the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it, over
+            the B samples of one pass.
+    """
+
+    def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean") -> None:
+        self.loss_reduction = loss_reduction
+        self.is_checked = False
+
+    def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        # The first graph is a whole one: where all is frozen, reentrant checkpointing leaves no trace.
+        if self.is_checked:
+            loss.freeze()
+        else:
+            loss.unfreeze()
+        parameters = {name: loss.parameter(name)[1] for name in names}
+        check_contracts(loss.shadow, parameters)
+        size = num_samples(batch) or 0
+        rows = LayerRows(size, out, float(size) if self.loss_reduction == "mean" else 1.0)
+        device = next(iter(parameters.values())).device
+        # What each tapped output leads back to: the one thing a gradient is asked of.
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        handles = []
+        for name, parameter in parameters.items():
+            for module, attribute in owners(loss.shadow, parameter):
+                hook = _tap(rows, name, attribute, anchor)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            wanted = [anchor, *(() if self.is_checked else parameters.values())]
+            value = loss(batch)
+            if not self.is_checked and _is_reentrant(value):
+                raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
+            gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, gradient in zip(names, gradients[1:], strict=False):
+            if gradient is not None:
+                rows.check(name, gradient)
+        failures = {name: NO_GRADIENT for name in names if name not in rows.seen} | rows.failures
+        if failures:
+            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+        self.is_checked = True
+
+
+def _tap(rows: LayerRows, name: str, attribute: str, anchor: Tensor) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = (args or tuple(kwargs.values()))[0].detach()
+        return _Tap.apply(output, anchor, lambda gradient: rows.add(name, module, attribute, x, gradient))
+
+    return hook
+
+
+class _Tap(torch.autograd.Function):
+    """Hands on an output as it is, and its gradient to a reader on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, read: Callable[[Tensor], None]) -> Tensor:
+        ctx.read = read
+        # In place of itself: neither a copy nor a view, which an in-place activation after it would refuse.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.read(gradient)
+        return gradient, gradient.new_zeros(()), None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, on whichever device.
+
+    Args:
+        error: Any.
+
+    Returns:
+        True for those that a smaller chunk may cure.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+class ByVmapOrLoop:
+    """Vectorised while that works; from the first failure that a loop survives on, a loop."""
+
+    def __init__(self) -> None:
+        self.cause: str | None = None
+        """Why it loops; None while it does not."""
+
+    def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        cause = None
+        if self.cause is None:
+            try:
+                by_vmap(loss, names, batch, out)
+                return
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        by_loop(loss, names, batch, out)
+        self.cause = self.cause or cause
+
+
+def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean") -> Engine:
+    """The engine that a method means.
+
+    Args:
+        method: Its name.
+        loss_reduction: For ``"hooks"``, see :class:`ByHooks`.
+
+    Returns:
+        A new one: it may remember what it learns.
+    """
+    if method == "hooks":
+        return ByHooks(loss_reduction)
+    engines: dict[str, Engine] = {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}
+    return engines[method]
