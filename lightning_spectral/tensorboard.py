@@ -23,7 +23,7 @@ EIGENVALUE_EDGES = _edges(-7.0, 4.0)
 below, exact zeros included, and the last all above. Float32 products resolve 1e-7 beside an eigenvalue of 1, and the
 eigenvalues of RMS-normalised rows sum to no more than the width. TensorBoard draws 30 bins over the range."""
 
-SINGULAR_VALUE_EDGES = _edges(-8.0, 3.0)
+SINGULAR_VALUE_EDGES = _edges(-6.0, 2.0)
 """The same for singular values of per-sample gradients, whose norms are about 1 in small models and 1e-3 in large ones.
 The few hundred of one matrix span two or three decades."""
 
