@@ -68,3 +68,10 @@ def jackknife(statistic, groups):
     pseudo = [len(groups) * whole - (len(groups) - 1) * value for value in without]
     variance = (len(groups) - 1) / len(groups) * math.fsum((value - mean) ** 2 for value in without)
     return math.fsum(pseudo) / len(groups), math.sqrt(variance)
+
+
+def gradient_moments(rows):
+    """Unbiased squared norm of the mean row, pair by pair of different rows, and trace of NumPy's covariance."""
+    rows = np.asarray(rows, dtype=np.float64)
+    products = [math.fsum(a * b) for m, a in enumerate(rows) for n, b in enumerate(rows) if m != n]
+    return math.fsum(products) / len(products), math.fsum(rows.var(0, ddof=1))

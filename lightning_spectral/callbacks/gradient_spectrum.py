@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_spectral import tensorboard
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
@@ -131,7 +131,7 @@ class GradientSpectrum(StagedCallback):
         num_samples: int = 512,
         method: Literal["auto", "vmap", "hooks", "loop"] = "auto",
         chunk_size: int | None = None,
-        loss_fn: str | Callable[[nn.Module, Any], Tensor] | None = None,
+        loss_fn: str | Callable[..., Any] | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         weights: bool = False,
         head: tuple[int, int] | tuple[float, float] = DEFAULT_HEAD,

@@ -71,7 +71,9 @@ def resolve_band(band: Band, num_values: int, name: str = "band") -> tuple[int, 
     lo, hi = band
     if isinstance(lo, int) and isinstance(hi, int):
         if hi > num_values:
-            raise ValueError(f"{name} must end at or before rank {num_values}, the last there is, got {band}: lower its end")
+            raise ValueError(
+                f"{name} must end at or before rank {num_values}, the last there is, got {band}: lower its end"
+            )
         return lo, hi
     return max(1, math.floor(lo * num_values)), math.floor(hi * num_values)
 

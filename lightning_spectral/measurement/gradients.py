@@ -103,6 +103,7 @@ class GradientMeasurement(StagedMeasurement):
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
         self._rows: LayerRows | None = None
+        self._had_backward = False
         self._reader: BackwardReader | None = None
         if request.method == "hooks":
             check_contracts(module, parameters)
@@ -155,10 +156,11 @@ class GradientMeasurement(StagedMeasurement):
             if wanted > 0:
                 self._batches.append((take(hold(batch), 0, wanted), wanted))
                 self._waiting += wanted
-        elif self._store.room > 0 and not self._failures:
+        elif self._store.room > 0 and len(self._failures) < len(self._parameters):
             wanted = min(size, self._store.room)
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
             self._rows = LayerRows(size, self._store.open(wanted), mean_of)
+            self._had_backward = False
             self._reader.begin(self._rows)
             self._span = [*self._span[:1], step]
 
@@ -168,6 +170,7 @@ class GradientMeasurement(StagedMeasurement):
         Args:
             scale: Tells the factor between the gradients that the pass gives and those of the batch's own loss.
         """
+        self._had_backward = True
         if self._rows is not None:
             samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
             self._rows.scale = samples / scale()
@@ -179,6 +182,8 @@ class GradientMeasurement(StagedMeasurement):
         with self.stopwatch.running():
             rows, self._rows = self._reader.end(), None
             assert rows is not None
+            if not (rows.seen or rows.failures or self._had_backward):
+                return  # a training step that gave no loss
             unseen = {name: NO_GRADIENT for name in self._parameters if name not in rows.seen}
             self._failures |= unseen | rows.failures
             self._store.commit()
@@ -197,7 +202,6 @@ class GradientMeasurement(StagedMeasurement):
             if self._reader is None:
                 self._fill_store()
                 self._span = [step]
-            # The weights belong to the report's step; so must the flags of a validation pass that is still under way.
             with torch.inference_mode(False), torch.no_grad():
                 parameters = self._decompose()
                 weights = self._weights() if self.request.weights else {}

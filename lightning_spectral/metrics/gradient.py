@@ -42,7 +42,6 @@ class PerSampleGradientSpectrum(Metric):
         kwargs.setdefault("dist_sync_fn", _factor_of_all_ranks)
         super().__init__(**kwargs)
         self.centred = centred
-        self.num_columns: int | None = None
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, g: Tensor) -> None:
@@ -54,11 +53,11 @@ class PerSampleGradientSpectrum(Metric):
         Raises:
             ValueError: If it is no matrix, or has another number of columns than before.
         """
-        if g.ndim != 2 or g.shape[1] != (self.num_columns or g.shape[1]):
-            columns = "P" if self.num_columns is None else self.num_columns
-            raise ValueError(f"g must have shape (samples, {columns}), got {tuple(g.shape)}: flatten each gradient")
-        self.num_columns = g.shape[1]
         assert isinstance(self.rows, list)
+        # Of the rows themselves, so that merged and loaded ones count.
+        columns = self.rows[0].shape[1] if self.rows else "P"
+        if g.ndim != 2 or (self.rows and g.shape[1] != columns):
+            raise ValueError(f"g must have shape (samples, {columns}), got {tuple(g.shape)}: flatten each gradient")
         self.rows.append(g.detach().to(self.device))
 
     def compute(self) -> Tensor:
@@ -72,11 +71,6 @@ class PerSampleGradientSpectrum(Metric):
         if rows.numel() == 0:
             return torch.zeros(0, dtype=torch.float64, device=self.device)
         return singular_spectrum(rows, self.centred)
-
-    def reset(self) -> None:
-        """Forget all rows, and how long they were."""
-        super().reset()
-        self.num_columns = None
 
 
 def _factor_of_all_ranks(rows: Tensor, group: Any = None) -> list[Tensor]:

@@ -267,6 +267,19 @@ def test_accumulation_and_clipping_leave_rows_by_hooks_alone(tmp_path: Path, cha
         assert found.grad_norm == pytest.approx(spectrum.grad_norm, rel=1e-4)
 
 
+def test_steps_without_a_loss_give_no_rows(tmp_path: Path) -> None:
+    class Skipping(LanguageModel):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx % 2 else loss
+
+    spectrum = Kept(method="hooks", num_samples=100)
+    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
+        fit(tmp_path, spectrum, model=Skipping())
+    parameters = spectrum.reports[0].parameters.values()
+    assert {(parameter.num_samples, parameter.failure) for parameter in parameters} == {(16, None)}
+
+
 def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: Path) -> None:
     model = LanguageModel()
     names = [name for name, _ in model.named_parameters()]

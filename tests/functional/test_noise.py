@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_spectral.functional import gradient_moments, gradient_noise_scale, singular_spectrum
 from lightning_spectral.functional.noise import mean_row_norm
+from tests import _reference
 
 
 def test_linear_model_has_the_analytic_spectrum_and_noise_scale() -> None:
@@ -30,6 +32,26 @@ def test_linear_model_has_the_analytic_spectrum_and_noise_scale() -> None:
     assert float(mean_row_norm(rows.double() @ rows.double().T)) == pytest.approx(math.sqrt(65) / 4)
 
 
+def test_linear_model_with_each_input_twice_has_the_analytic_spectrum_and_noise_scale() -> None:
+    # Orthogonal inputs 2 e_1 and 3 e_2, each with two residuals: (3, 4) and (1, 2).
+    inputs = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
+    residuals, true = torch.tensor([3.0, 4.0, 1.0, 2.0]), torch.tensor([0.5, -1.0])
+    targets, rows = inputs @ true - residuals, []
+    for x, y in zip(inputs, targets, strict=True):
+        weight = true.clone().requires_grad_()
+        rows.append(torch.autograd.grad((weight @ x - y).square() / 2, weight)[0])
+    rows = torch.stack(rows)
+    torch.testing.assert_close(rows, residuals.unsqueeze(1) * inputs)
+    # Columns of gradients (6, 8, 0, 0) and (0, 0, 3, 6): lengths 10 and the root of 45.
+    assert singular_spectrum(rows).tolist() == pytest.approx([10, math.sqrt(45)])
+    # Pairs that differ: 2 * (6 * 8 + 3 * 6) of 4 * 3. Columns have means 3.5 and 2.25, squares sum to 100 and 45.
+    squared_norm, trace = gradient_moments(rows @ rows.T)
+    assert float(squared_norm) == pytest.approx(11)
+    assert float(trace) == pytest.approx((100 - 4 * 3.5**2 + 45 - 4 * 2.25**2) / 3)
+    assert float(gradient_noise_scale(rows @ rows.T)) == pytest.approx((145 - 49 - 20.25) / 33)
+    assert float(mean_row_norm(rows.double() @ rows.double().T)) == pytest.approx(math.hypot(3.5, 2.25))
+
+
 def test_common_input_has_the_analytic_noise_scale() -> None:
     # All inputs x with |x| = 5: gradients r_i x. Residuals 1, 2, 3, 6: mean 3, variance 14 / 3.
     rows = torch.tensor([1.0, 2.0, 3.0, 6.0]).unsqueeze(1) * torch.tensor([3.0, 0.0, 4.0])
@@ -49,6 +71,45 @@ def test_moments_are_unbiased() -> None:
         assert abs(float(found.mean()) - truth) < 4 * float(found.std()) / math.sqrt(len(found))
 
 
+def test_moments_of_correlated_gradients_are_unbiased() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mean, mixing = torch.tensor([1.0, -0.5, 0.2]), torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.4, 0.0], [-2.0, 0.3, 0.1]])
+    rows = mean + torch.randn(20_000, 4, 3, dtype=torch.float64, generator=generator) @ mixing.T.double()
+    squared_norm, trace = gradient_moments(rows @ rows.mT)
+    truths = (float(mean.square().sum()), float((mixing @ mixing.T).trace()))
+    for found, truth in zip((squared_norm, trace), truths, strict=True):
+        assert abs(float(found.mean()) - truth) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 10])
+def test_batched_moments_equal_a_naive_twin(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, num_rows, 20, dtype=torch.float64, generator=generator) + 0.5
+    grams = rows @ rows.mT
+    found = torch.stack(tuple(gradient_moments(grams)), -1)
+    expected = [_reference.gradient_moments(matrix) for matrix in rows.flatten(0, 1)]
+    np.testing.assert_allclose(found.flatten(0, 1), expected, rtol=1e-10)
+    norms = np.linalg.norm(rows.mean(-2).numpy(), axis=-1)
+    np.testing.assert_allclose(mean_row_norm(grams), norms, rtol=1e-10)
+
+
+def test_noise_scale_is_nan_only_where_the_gradient_is_hidden() -> None:
+    rows = torch.tensor([[[2.0, 1.0], [2.0, -1.0]], [[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    found = gradient_noise_scale(rows @ rows.mT)
+    assert found.dtype == torch.float64
+    assert float(found[0]) == pytest.approx(2 / 3)
+    assert found[1:].isnan().all()
+
+
+def test_equal_gradients_have_no_noise() -> None:
+    assert float(gradient_noise_scale(torch.full((4, 4), 9.0))) == 0
+
+
+def test_noise_scale_does_not_know_the_scale_of_gradients() -> None:
+    rows = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    torch.testing.assert_close(gradient_noise_scale(1e-12 * rows @ rows.T), gradient_noise_scale(rows @ rows.T))
+
+
 def test_moments_add_up_over_parameters() -> None:
     rows = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     left, right = rows[:, :11], rows[:, 11:]
@@ -57,11 +118,21 @@ def test_moments_add_up_over_parameters() -> None:
     torch.testing.assert_close(whole.trace, sum(part.trace for part in parts))
 
 
-def test_one_sample_has_no_noise_scale() -> None:
-    assert gradient_noise_scale(torch.ones(3, 1, 1)).isnan().all()
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_fewer_than_two_samples_have_no_moments(num_rows: int) -> None:
+    gram = torch.ones(3, num_rows, num_rows)
+    assert gradient_noise_scale(gram).shape == (3,)
+    for values in (gradient_noise_scale(gram), *gradient_moments(gram)):
+        assert values.isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_the_mean_of_no_rows_has_no_norm() -> None:
+    assert mean_row_norm(torch.ones(3, 0, 0)).isnan().all()
+    assert mean_row_norm(torch.full((1, 1), 9.0)) == 3
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (3, 3, 4)])
 def test_what_is_no_gram_matrix_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="gram must be square in its last two axes, got shape"):
+    with pytest.raises(ValueError, match="gram must be square in its last two axes, got shape") as caught:
         gradient_noise_scale(torch.zeros(shape))
+    assert "\n" not in str(caught.value)

@@ -51,6 +51,37 @@ def test_values_down_to_a_ten_thousandth_are_exact_to_a_ten_thousandth() -> None
     np.testing.assert_allclose(singular_spectrum(torch.tensor(rows)).numpy(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["plain", "tiny tail"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (64, 2000), (300, 16)], ids=str)
+def test_about_a_large_mean_centred_values_keep_four_digits(kind: str, shape: tuple[int, int]) -> None:
+    rows = rows_of(kind, *shape) + 1e3 * np.random.default_rng(1).standard_normal(shape[1])
+    found, expected = singular_spectrum(torch.tensor(rows), centred=True).numpy(), svd(rows - rows.mean(0))
+    large = expected > 1e-4 * expected[0]
+    np.testing.assert_allclose(found[large], expected[large], rtol=1e-4)
+    assert (found[~large] <= 1.01e-4 * expected[0]).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 2000), (300, 16)], ids=["wide", "tall"])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_beyond_the_rank_nothing_but_rounding_is_left(shape: tuple[int, int], scale: float) -> None:
+    rows = rows_of("low rank", *shape) * scale
+    found = singular_spectrum(torch.tensor(rows)).numpy()
+    np.testing.assert_allclose(found[:3], svd(rows)[:3], rtol=1e-10)
+    assert (found[3:] < 1e-6 * found[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_any_dtype_are_squared_in_float64(dtype: torch.dtype) -> None:
+    # Squared, 6e4 is beyond float16.
+    rows = (torch.tensor(rows_of("plain", 6, 90)) * 1e4).to(dtype)
+    np.testing.assert_allclose(singular_spectrum(rows).numpy(), svd(rows.double().numpy()), rtol=1e-10)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_of_zeros_have_zeros(centred: bool) -> None:
+    assert singular_spectrum(torch.zeros(3, 5), centred).tolist() == [0, 0, 0]
+
+
 @given(num_rows=st.integers(1, 12), num_columns=st.integers(1, 40), seed=st.integers(0, 99))
 def test_spectrum_is_scipys_for_any_shape(num_rows: int, num_columns: int, seed: int) -> None:
     rows = rows_of("plain", num_rows, num_columns, seed)
@@ -58,9 +89,32 @@ def test_spectrum_is_scipys_for_any_shape(num_rows: int, num_columns: int, seed:
     np.testing.assert_allclose(found, svd(rows), rtol=1e-6, atol=1e-6)
 
 
-def test_blocks_of_columns_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@given(
+    kind=st.sampled_from(["plain", "large mean", "low rank", "tiny tail"]),
+    num_rows=st.integers(1, 12),
+    num_columns=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_large_values_keep_four_digits_for_any_shape(kind: str, num_rows: int, num_columns: int, seed: int) -> None:
+    rows = rows_of(kind, num_rows, num_columns, seed)
+    found, expected = singular_spectrum(torch.tensor(rows)).numpy(), svd(rows)
+    large = expected > 1e-4 * expected[0]
+    np.testing.assert_allclose(found[large], expected[large], rtol=1e-4)
+    assert (np.diff(found) <= 0).all()
+
+
+@given(num_rows=st.integers(2, 10), num_columns=st.integers(1, 30), seed=st.integers(0, 99))
+def test_spectrum_knows_neither_order_nor_sign_of_rows(num_rows: int, num_columns: int, seed: int) -> None:
+    rows = rows_of("plain", num_rows, num_columns, seed)
+    moved = np.random.default_rng(seed).permutation(rows) * np.where(np.arange(num_rows) % 2, 1, -1)[:, None]
+    found, expected = singular_spectrum(torch.tensor(moved)), singular_spectrum(torch.tensor(rows))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 35, 515, 10**6], ids="{}_numbers".format)
+def test_blocks_of_columns_add_up(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     rows = torch.randn(5, 103, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(singular, "BLOCK_NUMBERS", 35)
+    monkeypatch.setattr(singular, "BLOCK_NUMBERS", numbers)
     torch.testing.assert_close(gram(rows), rows.double() @ rows.double().T, rtol=1e-14, atol=1e-14)
 
 
@@ -82,20 +136,55 @@ def test_without_groups_deletes_the_rows_of_each_group() -> None:
             assert not values[len(left) :].any()
 
 
-def test_floor_lies_just_above_the_rounding_of_the_rows() -> None:
-    rows = torch.tensor(rows_of("low rank", 40, 5000))
-    rounded = rows.bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_floor_lies_just_above_the_rounding_of_the_rows(dtype: torch.dtype, scale: float) -> None:
+    rounded = torch.tensor(rows_of("low rank", 40, 5000) * scale).to(dtype)
     noise = singular_spectrum(rounded)[3:]
-    floor = rounding_floor(gram(rounded), torch.bfloat16)
+    floor = rounding_floor(gram(rounded), dtype)
     assert 0.2 * floor < noise.max() < floor
+    assert noise.median() > 0.1 * floor
 
 
-def test_rows_that_are_not_finite_give_nan_with_the_reason() -> None:
-    with pytest.warns(UserWarning, match="singular_spectrum returns NaN: the rows hold NaN or infinity"):
-        assert singular_spectrum(torch.tensor([[1.0, torch.inf]])).isnan().all()
+def test_floor_is_the_unit_roundoff_of_the_typical_norm_of_each_matrix() -> None:
+    rows = torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
+    grams = torch.stack([rows @ rows.T, 4 * rows @ rows.T])
+    assert rounding_floor(grams, torch.bfloat16).tolist() == pytest.approx([5 * 2.0**-8, 10 * 2.0**-8])
+    assert rounding_floor(grams, torch.float32).tolist() == pytest.approx([5 * 2.0**-24, 10 * 2.0**-24])
+
+
+def test_a_group_without_rows_deletes_nothing() -> None:
+    rows = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = singular_values(without_groups(rows @ rows.T, torch.tensor([0, 2, 0, 0]), 3)).numpy()
+    for group, left in enumerate((rows[[1]], rows, rows[[0, 2, 3]])):
+        np.testing.assert_allclose(found[group], np.pad(svd(left.numpy()), (0, 4 - len(left))), rtol=1e-10)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2)], ids=["wide", "tall"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_that_are_not_finite_give_nan_with_the_reason(value: float, shape: tuple[int, int], centred: bool) -> None:
+    rows = torch.ones(shape)
+    rows[1, 1] = value
+    message = "singular_spectrum returns NaN: the rows hold NaN or infinity"
+    with pytest.warns(UserWarning, match=message) as caught:
+        values = singular_spectrum(rows, centred)
+    assert values.shape == (2,)
+    assert values.isnan().all()
+    assert caught[0].filename == __file__
+
+
+def test_a_failed_solve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    with pytest.warns(UserWarning, match="singular_spectrum returns NaN: the eigensolver did not converge"):
+        assert singular_spectrum(torch.ones(2, 3)).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3), (3, 0)])
 def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rows must be a matrix \(samples, P\)"):
+    with pytest.raises(ValueError, match=r"rows must be a matrix \(samples, P\)") as caught:
         singular_spectrum(torch.zeros(shape))
+    assert "\n" not in str(caught.value)
