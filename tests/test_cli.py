@@ -146,7 +146,7 @@ def test_console_scripts_and_module_are_one_command() -> None:
         ),
         (
             ["--trainer.callbacks.tail=[3,99]"],
-            "tail must end at or before rank 16, the last one, got (3, 99): lower its end",
+            "tail must end at or before rank 16, the last there is, got (3, 99): lower its end",
         ),
     ],
     ids=["band", "pattern", "width"],
