@@ -86,7 +86,7 @@ class Setting:
 
     def hooks(self) -> Tensor:
         """By a pass of its own. The check that rows add up to the gradient belongs to the first report alone."""
-        return spectra(self.rows(self._hooks, self.samples))
+        return spectra(self.rows(self._hooks, self.chunk))
 
     def loop(self) -> Tensor:
         return spectra(self.rows(by_loop, None))
@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=256, help="a sample")
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--chunk", type=int, default=8, help="samples at a time, of vmap")
+    parser.add_argument(
+        "--chunk", type=int, default=8, help="samples at a time"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--published-repeats", type=int, default=2, help="the slow one's")
     parser.add_argument(
