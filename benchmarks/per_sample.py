@@ -266,9 +266,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=256, help="a sample")
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument(
-        "--chunk", type=int, default=8, help="samples at a time"
-    )
+    parser.add_argument("--chunk", type=int, default=8, help="samples at a time")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--published-repeats", type=int, default=2, help="the slow one's")
     parser.add_argument(
