@@ -269,7 +269,7 @@ class GradientSpectrum(StagedCallback):
         measurement.remove()
 
     def failures(self, report: GradientReport) -> Iterator[tuple[str, str, bool]]:
-        """The parameters that could not be measured.
+        """The parameters and weights that could not be measured.
 
         Args:
             report: The report.
@@ -280,6 +280,9 @@ class GradientSpectrum(StagedCallback):
         for name, spectrum in report.parameters.items():
             if spectrum.failure is not None:
                 yield name, spectrum.failure, spectrum.failed_here
+        for name, weight in report.weights.items():
+            if weight.failure is not None:
+                yield f"the weights of {name}", weight.failure, True
 
     def measured(self, report: GradientReport) -> dict[str, float]:
         """The logged values of each parameter.

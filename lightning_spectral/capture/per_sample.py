@@ -205,10 +205,12 @@ def isolated() -> Iterator[None]:
     """
     # Without dynamo in the process nothing is compiled, and importing it takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with (
-        isolate_rng(include_cuda=torch.cuda.is_available()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        eager,
-    ):
-        yield
+    failure: BaseException | None = None
+    with isolate_rng(include_cuda=torch.cuda.is_available()):
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), eager:
+                yield
+        except BaseException as error:  # one that passes through isolate_rng keeps it from restoring anything
+            failure = error
+    if failure is not None:
+        raise failure

@@ -117,6 +117,8 @@ class WeightSpectrum:
     """Singular values of one weight matrix; ``(min(rows, columns),)`` float64 on the CPU."""
 
     singular_values: Tensor
+    failure: str | None = None
+    """Why they could not be had; None if they could."""
 
     def exponent(self, band: Band) -> Exponent:
         """Power-law exponent over a band; a matrix has no samples, so no error bar.
@@ -127,7 +129,8 @@ class WeightSpectrum:
         Returns:
             The fit.
         """
-        failure = None if bool(self.singular_values.isfinite().all()) else "the weights hold NaN or infinity"
+        is_finite = bool(self.singular_values.isfinite().all())
+        failure = self.failure or (None if is_finite else "the weights hold NaN or infinity")
         return exponent_of(self.singular_values, torch.empty(0, 0), band, failure)
 
 

@@ -259,9 +259,16 @@ class GradientMeasurement(StagedMeasurement):
         if num_rows == 0:
             spectra |= {name: missing(name, 0, "no sample was seen", False) for name in wanted}
         elif wanted:
-            shares = [gram_share(self._store.take(name), counts, self._device) for name in wanted]
-            grams = dict(zip(wanted, sum_over_ranks(torch.stack(shares)), strict=True))
-            spectra |= self._solve(grams, counts)
+            try:
+                shares = torch.stack([gram_share(self._store.take(name), counts, self._device) for name in wanted])
+            except RuntimeError as error:
+                if self._world > 1:
+                    raise  # the other ranks wait in a collective
+                reason = str(error).partition("\n")[0]
+                spectra |= {name: missing(name, num_rows, reason, True) for name in wanted}
+            else:
+                grams = dict(zip(wanted, sum_over_ranks(shares), strict=True))
+                spectra |= self._solve(grams, counts)
         return {name: spectra[name] for name in names}
 
     def _solve(self, grams: dict[str, Tensor], counts: list[int]) -> dict[str, ParameterSpectrum]:
@@ -284,7 +291,12 @@ class GradientMeasurement(StagedMeasurement):
             by_shape.setdefault(matrix.shape, []).append(name)
         spectra = {}
         for (height, width), names in by_shape.items():
-            small = [gram(matrices[name] if height <= width else matrices[name].mT) for name in names]
-            for name, values in zip(names, singular_values(torch.stack(small)).cpu(), strict=True):
-                spectra[name] = WeightSpectrum(values)
+            try:
+                small = [gram(matrices[name] if height <= width else matrices[name].mT) for name in names]
+                for name, values in zip(names, singular_values(torch.stack(small)).cpu(), strict=True):
+                    spectra[name] = WeightSpectrum(values)
+            except RuntimeError as error:  # out of memory, most likely
+                unknown = torch.full((min(height, width),), torch.nan, dtype=torch.float64)
+                failed = WeightSpectrum(unknown, str(error).partition("\n")[0])
+                spectra |= dict.fromkeys(names, failed)
         return {name: spectra[name] for name in matrices}
