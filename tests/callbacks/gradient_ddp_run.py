@@ -21,12 +21,11 @@ METHODS = ("vmap", "loop", "hooks")
 
 
 class Model(LightningModule):
-    """Two layers; a batch of one on rank 1 raises, if asked to."""
+    """Two layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, 4))
-        self.raises = False
 
     def loss(self, batch: Tensor) -> Tensor:
         return self.net(batch).square().sum(1).mean()
@@ -39,6 +38,16 @@ class Model(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Fussy(Model):
+    """Rank 1 refuses one sample that comes alone: the first of its last training batch, and of its validation data."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        refused = (loader(TRAIN_BATCHES[1], 1).dataset[-1][0], loader(VALIDATION_BATCHES[1], 11).dataset[0][0])
+        if len(batch) == self.global_rank == 1 and any(torch.equal(batch[0], sample) for sample in refused):
+            raise RuntimeError("rank 1 cannot")
+        return super().training_step(batch, batch_idx)
 
 
 def fails_on_rank_1(module: Any, batch: Tensor) -> Tensor:
@@ -106,9 +115,9 @@ def loader(sizes: list[int], seed: int) -> DataLoader:
     return DataLoader([1 + torch.randn(size, WIDTH, generator=generator) for size in sizes], batch_size=None)
 
 
-def fit(folder: Path, callbacks: list[Callback]) -> tuple[Trainer, Model]:
+def fit(folder: Path, callbacks: list[Callback], make: type[Model] = Model) -> tuple[Trainer, Model]:
     torch.manual_seed(0)
-    model = Model()
+    model = make()
     trainer = Trainer(
         strategy="ddp",
         devices=2,
@@ -136,7 +145,12 @@ def main(folder: Path) -> None:
     spectra += [Kept(f"{method} validate/", method=method, stage="validate") for method in METHODS]
     broken = Kept("broken/", loss_fn=fails_on_rank_1)
     trainer, watched = fit(folder, [recorder, *spectra, broken, seen])
+    fussy = [Kept(f"{stage}/", method="loop", stage=stage) for stage in ("train", "validate")]
+    fussy_trainer, fussed = fit(folder, fussy, Fussy)
     found = {
+        "fussy": {s.prefix: s.report.parameters["net.0.weight"].failure for s in fussy},
+        "fussy metrics": {key: float(value) for key, value in fussy_trainer.callback_metrics.items()},
+        "fussy identical": all(map(torch.equal, plain.parameters(), fussed.parameters())),
         "identical": all(map(torch.equal, plain.parameters(), watched.parameters())),
         "gradients": len(seen.seen) == 16 and all(map(torch.equal, seen.seen, expected.seen)),
         "before": recorder.before,

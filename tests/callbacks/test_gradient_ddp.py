@@ -57,6 +57,17 @@ def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
     assert [found["metrics"]["broken/gradient/failed"] for found in ranks] == [1, 1]
 
 
+@pytest.mark.parametrize("stage", ["train", "validate"])
+def test_one_sample_that_one_rank_cannot_take_is_nan_on_all(ranks: list[dict], stage: str) -> None:
+    # In training its rows of the step before are there already; nothing hangs, and the run is none the worse.
+    reasons = [found["fussy"][f"{stage}/"] for found in ranks]
+    assert reasons == ["another rank could not measure it", "rank 1 cannot"]
+    for found in ranks:
+        assert found["fussy metrics"][f"{stage}/gradient/failed"] == 1
+        assert np.isnan(found["fussy metrics"][f"{stage}/gradient/net.0.weight/rankme"])
+        assert found["fussy identical"]
+
+
 def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:
     np.testing.assert_equal(ranks[0]["metrics"], ranks[1]["metrics"])
 

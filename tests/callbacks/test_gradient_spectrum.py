@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from lightning_spectral.capture import engines
+from lightning_spectral.measurement import gradients as measurement_of_gradients
 from tests._reference import jackknife, power_law, rankme
 from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
 
@@ -320,8 +321,11 @@ def test_gradients_of_zero_are_nan_with_the_reason(tmp_path: Path) -> None:
                 block.mlp[2].requires_grad_(False)
 
     spectrum = Kept("*.mlp.0.weight")
-    with pytest.warns(UserWarning, match=r"mlp.0.weight: NaN, because all its gradients are exactly zero"):
-        trainer = fit(tmp_path, spectrum, model=Blocked())
+    zero = "mlp.0.weight: NaN, because all its gradients are exactly zero"
+    with pytest.warns(UserWarning, match=zero) as caught:
+        trainer = fit(tmp_path, spectrum, model=Blocked(), max_steps=8)
+    # Once, not for each parameter, band and report.
+    assert sum(zero in str(warning.message) for warning in caught) == 1
     key = "gradient/network.blocks.0.mlp.0.weight"
     assert math.isnan(trainer.callback_metrics[f"{key}/alpha_tail"])
     assert trainer.callback_metrics[f"{key}/grad_norm"] == 0
@@ -393,13 +397,19 @@ def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_resumed_run_reports_the_same(tmp_path: Path) -> None:
-    whole = Kept(method="hooks")
-    fit(tmp_path, whole, max_steps=8, size=8)  # one batch: what order a loader resumes in does not matter
-    first = Kept(method="hooks")
-    fit(tmp_path, first, ModelCheckpoint(tmp_path, "at"), max_steps=4, size=8, enable_checkpointing=True)
-    second = Kept(method="hooks")
-    fit(tmp_path, second, max_steps=8, size=8, ckpt_path=tmp_path / "at.ckpt")
+@pytest.mark.parametrize(
+    "arguments", [{"method": "hooks"}, {"method": "vmap"}, {"method": "vmap", "stage": "validate"}], ids=str
+)
+def test_resumed_run_reports_the_same(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    arguments = arguments | {"num_samples": 8, "num_groups": 1, "head": (1, 3)}
+    common: dict[str, Any] = {"size": 8, "limit_val_batches": 2, "check_val_every_n_epoch": 4}
+    whole = Kept(**arguments)
+    fit(tmp_path, whole, max_steps=8, **common)  # one batch: what order a loader resumes in does not matter
+    first = Kept(**arguments)
+    saving = ModelCheckpoint(tmp_path, "at", every_n_epochs=4, save_on_train_epoch_end=True)
+    fit(tmp_path, first, saving, max_steps=4, enable_checkpointing=True, **common)
+    second = Kept(**arguments)
+    fit(tmp_path, second, max_steps=8, ckpt_path=tmp_path / "at.ckpt", **common)
     assert list(first.logged) == [4]
     assert list(second.logged) == [8]
     assert second.logged[8] == pytest.approx(whole.logged[8], rel=1e-6, nan_ok=True)
@@ -413,12 +423,19 @@ def test_values_can_be_monitored(tmp_path: Path) -> None:
     assert trainer.global_step == 4
 
 
-def test_validation_alone_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["vmap", "loop", "hooks"])
+def test_validation_alone_is_measured_in_inference_mode(tmp_path: Path, method: str) -> None:
     seed_everything(0, verbose=False)
-    spectrum = Kept(stage="validate")
+    model, spectrum = LanguageModel(), Kept(stage="validate", method=method)
+    loader = token_loader(16, batch_size=8)
     trainer = tiny_trainer(tmp_path, callbacks=[spectrum])
-    trainer.validate(LanguageModel(), token_loader(16, batch_size=8), verbose=False)
-    assert trainer.callback_metrics[f"gradient/{NAMES[0]}/num_samples"] == 16
+    trainer.validate(model, loader, verbose=False)
+    rows = [row for batch in loader for row in gradients(model, batch, NAMES)]
+    for index, name in enumerate(NAMES):
+        expected = expected_values(np.stack([row[index] for row in rows]))
+        # Of the 16 samples a group of four leaves 12: enough for both bands.
+        found = {q: float(trainer.callback_metrics[f"gradient/{name}/{q}"]) for q in QUANTITIES}
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True), name
     assert trainer.callback_metrics["gradient/failed"] == 0
 
 
@@ -440,7 +457,8 @@ class Regression(LightningModule):
 @pytest.mark.parametrize("method", ["vmap", "loop", "hooks"])
 @pytest.mark.parametrize("kind", ["tuple", "tensor"])
 def test_batches_may_be_tuples_and_tensors(tmp_path: Path, kind: str, method: str) -> None:
-    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    seed_everything(0, verbose=False)
+    x = torch.randn(32, 6)
     data = torch.utils.data.TensorDataset(x, x[:, :1]) if kind == "tuple" else x
     spectrum = Kept("all", method=method, prefix="all/")
     trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[spectrum])
@@ -487,6 +505,10 @@ def test_table_shows_the_first_report_and_the_last(tmp_path: Path, capsys: pytes
         ({"num_samples": 1}, "num_samples must be at least 2, got 1: 512 are usual"),
         ({"stage": "test"}, "stage must be 'train' or 'validate', got 'test'"),
         ({"method": "backpack"}, "method must be 'auto', 'vmap', 'hooks' or 'loop', got 'backpack'"),
+        ({"num_groups": 0}, "num_groups must be a positive int, got 0"),
+        ({"num_samples": 0}, "num_samples must be a positive int, got 0"),
+        ({"prefix": None}, "prefix must be a string, got None"),
+        ({"head": (3, 1)}, r"head must be two ascending ranks"),
         ({"chunk_size": 0}, "chunk_size must be a positive int, got 0"),
         ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
         ({"row_dtype": "int8"}, "row_dtype must be 'float32', 'bfloat16' or 'float64', got 'int8'"),
@@ -521,16 +543,63 @@ def test_bad_arguments_get_one_line(arguments: dict[str, Any], message: str) -> 
 def test_what_does_not_fit_the_model_gets_one_line_and_leaves_no_trace(
     tmp_path: Path, arguments: dict[str, Any], model: Any, message: str
 ) -> None:
-    network = model()
+    seed_everything(0, verbose=False)
+    loaders = token_loader(96, batch_size=8), token_loader(16, batch_size=8, seed=1)
+    network, spectrum, beside = model(), Kept(**arguments), Kept(method="hooks", prefix="beside/")
+    trainer = tiny_trainer(tmp_path, callbacks=[beside, spectrum], max_steps=4, limit_val_batches=0)
     with pytest.raises(ValueError, match=message) as caught:
-        fit(tmp_path, Kept(**arguments), model=network)
+        trainer.fit(network, *loaders)
     assert "\n" not in str(caught.value)
-    assert not any(module._forward_hooks for module in network.modules())
+    assert num_hooks(network) == 0
+    # The same Trainer takes another callback that writes the same keys.
+    trainer.callbacks.remove(spectrum)
+    trainer.callbacks.append(other := Kept(loss_fn=doubled))
+    trainer.fit(network, *loaders)
+    assert list(other.logged)[-1:] == list(beside.logged)[-1:] == [4]
+    assert num_hooks(network) == 0
 
 
-def test_equal_keys_are_refused(tmp_path: Path) -> None:
+def num_hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def test_equal_keys_are_refused_and_free_again(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    loaders = token_loader(96, batch_size=8), token_loader(16, batch_size=8, seed=1)
+    first, second, model = Kept(method="hooks"), Kept(method="hooks"), LanguageModel()
+    trainer = tiny_trainer(tmp_path, callbacks=[first, second], max_steps=4, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"would both write 'gradient/.*': give one of them a prefix"):
-        fit(tmp_path, Kept(), Kept())
+        trainer.fit(model, *loaders)
+    assert num_hooks(model) == 0
+    trainer.callbacks.remove(first)
+    trainer.fit(model, *loaders)
+    assert list(second.logged) == [4]
+    assert num_hooks(model) == 0
+
+
+@pytest.mark.parametrize("method", ["vmap", "hooks"])
+@pytest.mark.parametrize("where", ["_solve", "gram_share", "gram", "measured"])
+def test_whatever_else_goes_wrong_is_nan_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, method: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left\nand a trace")
+
+    solve = "decompose_grams" if where == "_solve" else where
+    owner = GradientSpectrum if where == "measured" else measurement_of_gradients
+    monkeypatch.setattr(owner, solve, fail)
+    model = LanguageModel()
+    with pytest.warns(UserWarning, match="no memory left") as caught:
+        trainer = fit(
+            tmp_path, GradientSpectrum(every_n_steps=4, num_samples=16, method=method, weights=True), model=model
+        )
+    assert trainer.global_step == 4
+    assert num_hooks(model) == 0
+    assert sum("no memory left" in str(warning.message) for warning in caught) == 1
+    assert trainer.callback_metrics[f"weight/{NAMES[0]}/rankme"].isnan() == (where in ("gram", "measured"))
+    assert trainer.callback_metrics[f"gradient/{NAMES[0]}/rankme"].isnan() == (where != "gram")
+    assert trainer.callback_metrics["gradient/failed"] > 0
 
 
 def test_sharded_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
