@@ -14,6 +14,7 @@ from lightning_spectral.functional import (
     singular_spectrum,
 )
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
+from lightning_spectral.runs import Run
 
 __version__ = version("lightning-spectral")
 
@@ -23,6 +24,7 @@ __all__ = [
     "GradientSpectrum",
     "PerSampleGradientSpectrum",
     "PowerLaw",
+    "Run",
     "__version__",
     "covariance_spectrum",
     "functional",

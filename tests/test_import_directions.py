@@ -13,7 +13,8 @@ ALLOWED = {
     "capture": set(),
     "measurement": {"functional", "metrics", "capture"},
     "tensorboard": set(),
-    "callbacks": {"functional", "metrics", "capture", "measurement", "tensorboard"},
+    "callbacks": {"functional", "metrics", "capture", "measurement", "runs", "tensorboard"},
+    "runs": {"functional"},
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""

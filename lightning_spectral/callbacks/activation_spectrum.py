@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from math import isnan
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from lightning_spectral import tensorboard
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
+from lightning_spectral.callbacks.run_about import check_notes
 from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD
 from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
@@ -49,6 +50,12 @@ class ActivationSpectrum(MeasuringCallback):
         mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
+        family: Name that comparable runs share in their records; None for one made of the model's class and its
+            configuration, without batch size, learning rate and seed.
+        tags: Whatever else the record of the run is to say, JSON-like.
+        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
+            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
+            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -90,9 +97,13 @@ class ActivationSpectrum(MeasuringCallback):
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
+        family: str | None = None,
+        tags: dict[str, Any] | None = None,
+        tokens_per_sample: int | str | None = None,
     ) -> None:
+        notes = check_notes(family, tags, tokens_per_sample)
         super().__init__(
-            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix
+            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
         )
         check_band("head", head)
         check_band("tail", tail)
@@ -113,6 +124,14 @@ class ActivationSpectrum(MeasuringCallback):
                 "tokens": number("num_tokens", 0),
             },
         )
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made and its spectra are summed up.
+
+        Returns:
+            JSON-like values by name.
+        """
+        return super().settings() | {"head": list(self.head), "tail": list(self.tail)}
 
     def check_widths(self, widths: dict[str, int]) -> None:
         """Refuse bands of ranks beyond the width of a layer.

@@ -1,6 +1,7 @@
 """The callback that watches the singular values of per-sample gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from math import isnan
 from typing import Any, Literal, cast
 
@@ -9,14 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_spectral import tensorboard
+from lightning_spectral.callbacks.arguments import check_choice, check_positive
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
-from lightning_spectral.callbacks.staged_callback import (
-    DEFAULT_HEAD,
-    StagedCallback,
-    check_choice,
-    check_positive,
-    loss_scale,
-)
+from lightning_spectral.callbacks.loss_scale import loss_scale
+from lightning_spectral.callbacks.run_about import check_notes
+from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD, StagedCallback
 from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.capture.parameters import resolve_parameters, trainable_parameters
 from lightning_spectral.capture.shadow import BatchLoss, check_loss, load_loss
@@ -92,6 +90,12 @@ class GradientSpectrum(StagedCallback):
             gradient norm are then rounding, and zero.
         row_device: Where rows are kept, ``"cpu"`` for many parameters on a small GPU; None for where they are made.
         dataloader_idx: Which validation loader to read.
+        family: Name that comparable runs share in their records; None for one made of the model's class and its
+            configuration, without batch size, learning rate and seed.
+        tags: Whatever else the record of the run is to say, JSON-like.
+        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
+            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
+            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, keys that two
@@ -108,7 +112,7 @@ class GradientSpectrum(StagedCallback):
         >>> trainer = Trainer(callbacks=[GradientSpectrum(every_n_steps=100, method="hooks")], logger=False)
     """
 
-    kind = "gradient"
+    kind = measures = "gradient"
     quantities = (
         "alpha_tail",
         "alpha_tail_stderr",
@@ -141,8 +145,12 @@ class GradientSpectrum(StagedCallback):
         row_dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         row_device: str | None = None,
         dataloader_idx: int = 0,
+        family: str | None = None,
+        tags: dict[str, Any] | None = None,
+        tokens_per_sample: int | str | None = None,
     ) -> None:
-        super().__init__(every_n_steps, stage, num_groups, dataloader_idx, prefix)
+        notes = check_notes(family, tags, tokens_per_sample)
+        super().__init__(every_n_steps, stage, num_groups, dataloader_idx, prefix, notes)
         check_positive(num_samples=num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, got {num_samples}: 512 are usual")
@@ -211,6 +219,15 @@ class GradientSpectrum(StagedCallback):
         if self._is_whole_model:
             keys.append("gradient/noise_scale")
         return [*keys, "gradient/failed"]
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made and its spectra are summed up.
+
+        Returns:
+            JSON-like values by name.
+        """
+        bands = {"head": list(self.head), "tail": list(self.tail)}
+        return asdict(self.request) | {"parameters": list(self._parameters)} | bands
 
     def _matrices(self) -> list[str]:
         return [name for name, parameter in self._parameters.items() if parameter.ndim >= 2]

@@ -1,12 +1,15 @@
 """What every callback on the shared activation measurement has in common."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_spectral.callbacks.staged_callback import StagedCallback, check_choice, check_positive
+from lightning_spectral.callbacks.arguments import check_choice, check_positive
+from lightning_spectral.callbacks.run_about import RunNotes
+from lightning_spectral.callbacks.staged_callback import StagedCallback
 from lightning_spectral.capture.layers import resolve_layers
 from lightning_spectral.measurement import Measurement, Report, Request
 
@@ -18,6 +21,7 @@ class MeasuringCallback(StagedCallback):
     (:meth:`measured`); it may choose among the layers (:meth:`choose_layers`).
     """
 
+    measures = "activation"
     quantities: tuple[str, ...] = ()
     """Last parts of the keys, for each layer."""
     num_vectors = 0
@@ -35,8 +39,9 @@ class MeasuringCallback(StagedCallback):
         mask: str | None,
         dataloader_idx: int,
         prefix: str,
+        notes: RunNotes,
     ) -> None:
-        super().__init__(every_n_steps, stage, num_groups, dataloader_idx, prefix)
+        super().__init__(every_n_steps, stage, num_groups, dataloader_idx, prefix, notes)
         check_positive(num_tokens=num_tokens)
         check_choice("dtype", dtype, ("float32", "float64"))
         if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)):
@@ -54,6 +59,15 @@ class MeasuringCallback(StagedCallback):
         """The keys this callback writes: each quantity of each layer, and how often one could not be had."""
         keys = [f"{self.kind}/{name}/{quantity}" for name in self._layer_names for quantity in self.quantities]
         return [*keys, f"{self.kind}/failed"]
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made, for the record of the run.
+
+        Returns:
+            JSON-like values by name.
+        """
+        layers = [] if self._measurement is None else self._measurement.layers
+        return asdict(self.request) | {"layers": layers}
 
     def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """The layers to measure.

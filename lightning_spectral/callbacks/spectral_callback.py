@@ -80,6 +80,14 @@ class SpectralCallback(Callback):
         """
         return {}
 
+    def run_state(self) -> dict[str, Any] | None:
+        """What the record of the run needs to go on after a resume.
+
+        Returns:
+            Plain numbers and strings; None for no record.
+        """
+        return None
+
     def begin_anew(self) -> None:
         """Forget an earlier fit of this object, perhaps of another model, unless a checkpoint is being resumed."""
         if self._restored is None:
@@ -190,6 +198,7 @@ class SpectralCallback(Callback):
             "seconds": session.stopwatch.seconds,
             "num_failed": self.num_failed,
             "summary": self.summary(),
+            "run": self.run_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,7 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_spectral import tensorboard
+from lightning_spectral.callbacks.arguments import check_choice, check_positive
 from lightning_spectral.callbacks.display import Line, SpectrumDisplay
+from lightning_spectral.callbacks.loss_scale import gradient_scale
+from lightning_spectral.callbacks.run_about import RunNotes
+from lightning_spectral.callbacks.run_recorder import RunRecorder
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.measurement import StagedMeasurement
 
@@ -28,13 +32,23 @@ class StagedCallback(SpectralCallback):
         num_groups: Groups of the jackknife.
         dataloader_idx: Which validation loader is read.
         prefix: Put before every key.
+        notes: What the record of the run is to say.
 
     Raises:
         ValueError: For arguments out of range.
     """
 
+    measures: str
+    """Kind of the spectra in the measurement's reports."""
+
     def __init__(
-        self, every_n_steps: int, stage: Literal["train", "validate"], num_groups: int, dataloader_idx: int, prefix: str
+        self,
+        every_n_steps: int,
+        stage: Literal["train", "validate"],
+        num_groups: int,
+        dataloader_idx: int,
+        prefix: str,
+        notes: RunNotes,
     ) -> None:
         super().__init__(prefix)
         check_positive(every_n_steps=every_n_steps, num_groups=num_groups)
@@ -43,10 +57,25 @@ class StagedCallback(SpectralCallback):
             raise ValueError(f"dataloader_idx must be an int from 0, got {dataloader_idx!r}")
         self.stage = stage
         self.dataloader_idx = dataloader_idx
+        self.notes = notes
         self.display: SpectrumDisplay | None = None
         """How reports are shown; None for a callback that only logs."""
         self._measurement: StagedMeasurement | None = None
+        self._recorder: RunRecorder | None = None
         self._seen: Any = None
+
+    @property
+    def measurement(self) -> StagedMeasurement | None:
+        """What this callback takes part in, during a run."""
+        return self._measurement
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made, for the record of the run.
+
+        Returns:
+            JSON-like values by name.
+        """
+        raise NotImplementedError
 
     def join(self, trainer: Trainer, pl_module: LightningModule) -> StagedMeasurement:
         """Open, and take part in a measurement.
@@ -167,6 +196,14 @@ class StagedCallback(SpectralCallback):
         """
         return {} if self._measurement is None else self._measurement.state_dict()
 
+    def run_state(self) -> dict[str, Any] | None:
+        """What the record of the run needs to go on after a resume.
+
+        Returns:
+            Plain numbers and strings.
+        """
+        return None if self._recorder is None else self._recorder.state_dict()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and hook them: after ``configure_model``, before the first, perhaps compiled, call."""
         if self.stage == "validate" and not trainer.enable_validation:
@@ -185,6 +222,8 @@ class StagedCallback(SpectralCallback):
             self._session.stopwatch.seconds = max(self._session.stopwatch.seconds, self._restored["seconds"])
         if measurement := self._led():
             measurement.start_training(trainer.global_step)
+        if self._recorder is not None:
+            self._recorder.start(self, trainer, pl_module)
         # The sanity check clears what was there.
         self.set_unknown(trainer)
 
@@ -207,12 +246,16 @@ class StagedCallback(SpectralCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a report if one is due."""
+        if self._recorder is not None:
+            self._recorder.end_train_batch(self, trainer, pl_module, outputs, batch)
         if measurement := self._led():
             measurement.end_train_batch(trainer.global_step)
         self._take_report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a validation run; without ``fit`` it is always measured."""
+        if self._recorder is not None:
+            self._recorder.start_validation(self)
         if self.stage != "validate" and self._measurement is None:
             return
         alone = trainer.state.fn == "validate"
@@ -254,6 +297,16 @@ class StagedCallback(SpectralCallback):
             measurement.end_validation(trainer.global_step)
         self._take_report(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the loss, which is known only now."""
+        if self._recorder is not None:
+            self._recorder.end_validation(self, trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what came after the last report."""
+        if self._recorder is not None:
+            self._recorder.end_training(self, trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last report and print it, with the first, as a table."""
         if self.display is None:
@@ -281,6 +334,9 @@ class StagedCallback(SpectralCallback):
 
     def _join(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement = self.join(trainer, pl_module)
+        if self._session is not None:
+            self._recorder = self._session.shared(RunRecorder)
+            self._recorder.join(self, None if self._restored is None else self._restored.get("run"))
         shows = not trainer.is_global_zero or tensorboard.writers(trainer.loggers) or not trainer.loggers
         if not shows and self._session is not None and self._session.is_first("a warning of missing histograms"):
             rank_zero_warn(
@@ -290,6 +346,9 @@ class StagedCallback(SpectralCallback):
 
     def _leave(self) -> None:
         self.close()
+        if self._recorder is not None:
+            self._recorder.leave(self)
+        self._recorder = None
         if self._measurement is not None:
             self.leave(self._measurement)
         self._measurement = self._seen = None
@@ -300,10 +359,14 @@ class StagedCallback(SpectralCallback):
             return
         report = self._seen = self._measurement.report
         assert report is not None
+        if self._recorder is not None:
+            self._recorder.agree()
         with self._session.stopwatch.running():
             values = self._values(report)
             self.show(trainer, report, self.draw)
         self.publish(trainer, values, report.step)
+        if self._recorder is not None:
+            self._recorder.add_report(trainer, self._measurement, report)
 
     def _values(self, report: Any) -> dict[str, float]:
         """The values of all keys; NaN for what failed, whatever the cause."""
@@ -318,61 +381,3 @@ class StagedCallback(SpectralCallback):
             self.warn(f"at step {report.step}: NaN, because {error!r}")
         values[f"{self.kind}/failed"] = float(self.num_failed)
         return values
-
-
-def gradient_scale(trainer: Trainer, pl_module: LightningModule) -> float:
-    """Factor between the gradients of a training step's backward pass and those of the loss it returned.
-
-    Args:
-        trainer: The Trainer: it divides by the number of batches whose gradients it accumulates, under automatic
-            optimisation, and multiplies by the scale of float16's gradient scaler.
-        pl_module: The module that is trained.
-
-    Returns:
-        The factor.
-    """
-    accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-    return loss_scale(trainer) / accumulated
-
-
-def loss_scale(trainer: Trainer) -> float:
-    """What float16's gradient scaler multiplies the loss with; 1 without one.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        The current scale.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def check_positive(**numbers: int) -> None:
-    """Refuse arguments that are no positive ints.
-
-    Args:
-        numbers: Values by argument.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive int, got {value!r}")
-
-
-def check_choice(name: str, choice: str, known: tuple[str, ...]) -> None:
-    """Refuse an argument that is none of those there are.
-
-    Args:
-        name: The argument.
-        choice: Its value.
-        known: What it may be.
-
-    Raises:
-        ValueError: Naming the argument and its choices.
-    """
-    if choice not in known:
-        choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-        raise ValueError(f"{name} must be {choices}, got {choice!r}")

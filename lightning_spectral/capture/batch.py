@@ -1,7 +1,8 @@
-"""What a batch says about itself: how many samples it holds, which of its tokens are real, and parts of it."""
+"""What a batch says about itself: its samples and tokens, which of them are real, and parts of it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -54,12 +55,13 @@ def num_samples(batch: Any) -> int | None:
     return next((len(tensor) for tensor in tensors(batch) if tensor.ndim > 0), None)
 
 
-def token_mask(batch: Any, key: str) -> Tensor:
+def token_mask(batch: Any, key: str, argument: str = "mask") -> Tensor:
     """Which tokens of a batch are real.
 
     Args:
         batch: A mapping, or an object with attributes.
         key: Name of a tensor: a mask with 1 where a token is real, or labels with -100 where a token is not.
+        argument: Name of the argument that gave the key, for the message.
 
     Returns:
         Boolean tensor of the same shape.
@@ -70,7 +72,7 @@ def token_mask(batch: Any, key: str) -> Tensor:
     value = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
     if not isinstance(value, Tensor) or value.ndim == 0:
         held = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"mask must name a tensor with axes in the batch, got {key!r}: the batch holds {held}")
+        raise ValueError(f"{argument} must name a tensor with axes in the batch, got {key!r}: the batch holds {held}")
     if value.dtype == torch.bool:
         return value
     # A mask holds nothing but 0 and 1; anything else are labels. Decided where the tensor lies: no GPU has to wait.
@@ -136,3 +138,63 @@ def has_samples(tensor: Tensor, size: int | None) -> bool:
         True if it is as long.
     """
     return tensor.ndim > 0 and len(tensor) == size
+
+
+def num_tokens(batch: Any, per_sample: int | str | None = None) -> int | Tensor:
+    """Number of training tokens in a batch.
+
+    The elements of ``input_ids`` if the batch has it, else of its first integer tensor of two or more axes, else its
+    number of samples.
+
+    Args:
+        batch: Whatever a data loader yields.
+        per_sample: Tokens of each sample, for batches that do not show them; or the key of a tensor to count instead:
+            the ones of a mask, the labels that are not -100, or else all elements.
+
+    Returns:
+        The count; for a mask a tensor, so that no GPU has to be waited for.
+
+    Raises:
+        ValueError: If the batch has no tensor of that key, or no samples.
+    """
+    if isinstance(per_sample, str):
+        return token_mask(batch, per_sample, "tokens_per_sample").sum()
+    size = num_samples(batch)
+    if size is None:
+        raise ValueError(
+            f"batch must hold a tensor with an axis of samples for its tokens to be counted, got a "
+            f"{type(batch).__name__}: name a tensor with tokens_per_sample"
+        )
+    if per_sample is not None:
+        return per_sample * size
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        return batch["input_ids"].numel()
+    integers = (tensor for tensor in tensors(batch) if tensor.ndim >= 2 and not _has_fractions(tensor))
+    return next((tensor.numel() for tensor in integers), size)
+
+
+def _has_fractions(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+
+
+def checksum(batch: Any, limit: int) -> int:
+    """Checksum of the first samples of a batch, whatever batches they come in.
+
+    Args:
+        batch: Tensors in mappings, sequences and dataclasses.
+        limit: How many samples at the most.
+
+    Returns:
+        The sum of a CRC-32 per sample: of two batches one after the other it is the sum of theirs.
+
+    Raises:
+        ValueError: If the batch cannot be cut into samples.
+    """
+    total = 0
+    for index in range(min(limit, num_samples(batch) or 0)):
+        sample = take(batch, index, index + 1)
+        code = 0
+        for tensor in tensors(sample):
+            code = crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), code)
+        total += code
+    return total

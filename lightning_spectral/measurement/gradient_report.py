@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,23 @@ class ParameterSpectrum:
     """Why there is no spectrum; None if there is one."""
     failed_here: bool = False
     """Whether the cause is one that other ranks may not know."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a record keeps of it.
+
+        Returns:
+            Arrays by field.
+        """
+        return {
+            "singular_values": self.singular_values.numpy(),
+            "centred": self.centred.numpy(),
+            "leave_one_out": self.leave_one_out.numpy(),
+            "num_samples": np.asarray(self.num_samples),
+            "grad_norm": np.asarray(self.grad_norm),
+            "squared_norm": self.moments.squared_norm.numpy(),
+            "trace": self.moments.trace.numpy(),
+            "failure": np.asarray(self.failure or ""),
+        }
 
     @property
     def is_zero(self) -> bool:
@@ -120,6 +138,14 @@ class WeightSpectrum:
     failure: str | None = None
     """Why they could not be had; None if they could."""
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a record keeps of it.
+
+        Returns:
+            Arrays by field.
+        """
+        return {"singular_values": self.singular_values.numpy(), "failure": np.asarray(self.failure or "")}
+
     def exponent(self, band: Band) -> Exponent:
         """Power-law exponent over a band; a matrix has no samples, so no error bar.
 
@@ -145,6 +171,17 @@ class GradientReport:
     """First and last ``global_step`` at whose weights gradients were taken; equal but for hooks in training."""
     parameters: dict[str, ParameterSpectrum]
     weights: dict[str, WeightSpectrum] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a record keeps of it.
+
+        Returns:
+            Arrays by ``gradient/{parameter}/{field}`` and ``weight/{parameter}/{field}``, and how the rows were had.
+        """
+        parts = {f"gradient/{name}": spectrum.arrays() for name, spectrum in self.parameters.items()}
+        parts |= {f"weight/{name}": spectrum.arrays() for name, spectrum in self.weights.items()}
+        arrays = {f"{part}/{field}": array for part, fields in parts.items() for field, array in fields.items()}
+        return arrays | {"method": np.asarray(self.method), "span": np.asarray(self.span)}
 
     @property
     def noise_scale(self) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,20 @@ class LayerSpectrum:
             return f"no error bar: without one group band {band} loses positive eigenvalues: {remedy}"
         return None
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a record keeps of it.
+
+        Returns:
+            Arrays by field.
+        """
+        tensors = {
+            "eigenvalues": self.eigenvalues,
+            "leave_one_out": self.leave_one_out,
+            "vectors": self.vectors,
+        }
+        arrays = {field: tensor.numpy() for field, tensor in tensors.items() if tensor is not None}
+        return arrays | {"num_tokens": np.asarray(self.num_tokens), "failure": np.asarray(self.failure or "")}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -100,6 +115,18 @@ class Report:
 
     step: int
     layers: dict[str, LayerSpectrum]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a record keeps of it.
+
+        Returns:
+            Arrays by ``activation/{layer}/{field}``.
+        """
+        return {
+            f"activation/{name}/{field}": array
+            for name, layer in self.layers.items()
+            for field, array in layer.arrays().items()
+        }
 
 
 def decompose(

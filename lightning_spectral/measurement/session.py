@@ -1,13 +1,15 @@
 """What all callbacks of one Trainer have in common: measurements, the keys they write, the time they took."""
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
 from lightning_spectral.measurement.shared import Measurement, Request
 from lightning_spectral.measurement.stopwatch import Stopwatch
+
+T = TypeVar("T")
 
 
 class Session:
@@ -19,6 +21,20 @@ class Session:
         self._measurements: weakref.WeakValueDictionary[Request, Measurement] = weakref.WeakValueDictionary()
         self._owners: dict[str, weakref.ref[Any]] = {}
         self._done: set[str] = set()
+        self._shared: dict[Any, Any] = {}
+
+    def shared(self, kind: Callable[[Stopwatch], T]) -> T:
+        """The one object of a class that all callbacks of this Trainer have in common.
+
+        Args:
+            kind: The class; made with the stopwatch, by the first who asks.
+
+        Returns:
+            The object.
+        """
+        if kind not in self._shared:
+            self._shared[kind] = kind(self.stopwatch)
+        return self._shared[kind]
 
     def measurement(self, request: Request, device: torch.device) -> Measurement:
         """The one measurement for a request; once its last member has left, the next to ask gets a new one.

@@ -92,6 +92,11 @@ class Measurement(StagedMeasurement):
             self._collector.release()
 
     @property
+    def layers(self) -> list[str]:
+        """Names of all that is watched."""
+        return list(self._reader.names)
+
+    @property
     def has_members(self) -> bool:
         """Whether anyone takes part still."""
         return bool(self._members)

@@ -1,4 +1,4 @@
-"""The time that measuring takes, added up."""
+"""The time that measuring takes, and that training takes without it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,3 +19,37 @@ class Stopwatch:
             yield
         finally:
             self.seconds += perf_counter() - start
+
+
+class TrainingClock:
+    """Wall time of training with its waiting for data, without validation and without measuring.
+
+    Args:
+        stopwatch: Counts the time that measuring takes.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self._before = 0.0
+        self._since: float | None = None
+        self._own = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time so far."""
+        if self._since is None:
+            return self._before
+        return self._before + (perf_counter() - self._since) - (self._stopwatch.seconds - self._own)
+
+    def start(self, seconds: float | None = None) -> None:
+        """Run on.
+
+        Args:
+            seconds: Time so far; None for what the clock shows.
+        """
+        self._before = self.seconds if seconds is None else seconds
+        self._since, self._own = perf_counter(), self._stopwatch.seconds
+
+    def pause(self) -> None:
+        """Stand still."""
+        self._before, self._since = self.seconds, None

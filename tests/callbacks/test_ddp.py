@@ -80,15 +80,19 @@ def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:
     np.testing.assert_equal(ranks[0]["metrics"], ranks[1]["metrics"])
 
 
-def test_a_report_costs_two_collectives(ranks: list[dict]) -> None:
-    # Besides, each measurement agrees once on widths and rows, and on having the memory: after the first training step,
-    # and with the first validation report.
+def test_a_report_costs_three_collectives(ranks: list[dict]) -> None:
+    # Two of its own, and one of tokens and losses for the record. Besides, each measurement agrees once on widths and
+    # rows, and on having the memory: after the first training step, and with the first validation report; and then on
+    # the checksum of the validation data.
     for rank in ranks:
         assert rank["calls"] == [
             (1, "all_reduce"),
             (1, "all_reduce"),
             (3, "all_reduce"),
             (3, "all_reduce"),
+            (3, "all_reduce"),
+            (6, "all_reduce"),
+            (6, "all_reduce"),
             (6, "all_reduce"),
             (6, "all_reduce"),
             (6, "all_reduce"),

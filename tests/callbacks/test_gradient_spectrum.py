@@ -406,10 +406,10 @@ def test_resumed_run_reports_the_same(tmp_path: Path, arguments: dict[str, Any])
     whole = Kept(**arguments)
     fit(tmp_path, whole, max_steps=8, **common)  # one batch: what order a loader resumes in does not matter
     first = Kept(**arguments)
-    saving = ModelCheckpoint(tmp_path, "at", every_n_epochs=4, save_on_train_epoch_end=True)
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=4, save_on_train_epoch_end=True)
     fit(tmp_path, first, saving, max_steps=4, enable_checkpointing=True, **common)
     second = Kept(**arguments)
-    fit(tmp_path, second, max_steps=8, ckpt_path=tmp_path / "at.ckpt", **common)
+    fit(tmp_path, second, max_steps=8, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
     assert list(first.logged) == [4]
     assert list(second.logged) == [8]
     assert second.logged[8] == pytest.approx(whole.logged[8], rel=1e-6, nan_ok=True)

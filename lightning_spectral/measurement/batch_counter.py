@@ -1,0 +1,107 @@
+"""Tokens and losses of training batches, counted on each rank and added up over all when somebody asks."""
+
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.capture.batch import num_tokens
+from lightning_spectral.metrics.exchange import sum_over_ranks
+from lightning_spectral.metrics.reduction import world_size
+
+
+class BatchCounter:
+    """Counts without waiting for a GPU; only :meth:`agree` does, and is a collective of three numbers.
+
+    Args:
+        per_sample: How tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`.
+        device: Where the process group can reduce float64.
+        tokens: Those of the run before.
+    """
+
+    def __init__(self, per_sample: int | str | None, device: torch.device, tokens: float = 0.0) -> None:
+        self.per_sample = per_sample
+        self.tokens = tokens
+        """Tokens over all ranks when they last agreed."""
+        self.num_batches = 0
+        """Batches on this rank."""
+        self._device = device
+        self._at_start = tokens
+        self._agreed_batches = 0
+        self._loss_sum, self._num_losses = 0.0, 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._new_tokens: int | Tensor = 0
+        self._new_losses: float | Tensor = 0.0
+        self._num_new_losses = 0
+
+    def add(self, batch: Any, loss: Tensor | None) -> None:
+        """Count a batch of this rank.
+
+        Args:
+            batch: The batch.
+            loss: Its loss, 0-dim; None for none.
+
+        Raises:
+            ValueError: If its tokens cannot be counted; it counts as a batch without any.
+        """
+        self.num_batches += 1
+        if loss is not None:
+            exact = torch.float32 if loss.device.type == "mps" else torch.float64
+            self._new_losses = self._new_losses + loss.detach().to(exact)
+            self._num_new_losses += 1
+        self._new_tokens = self._new_tokens + num_tokens(batch, self.per_sample)
+
+    def agree(self) -> None:
+        """Bring ``tokens`` up to date; a collective if a batch was counted since the last time."""
+        if self.num_batches == self._agreed_batches:
+            return
+        tokens, losses, num_losses = self._sum(
+            float(self._new_tokens), float(self._new_losses), float(self._num_new_losses)
+        )
+        self.tokens += tokens
+        self._loss_sum += losses
+        self._num_losses += num_losses
+        self._agreed_batches = self.num_batches
+        self._forget()
+
+    def sum_over_ranks(self, number: float) -> float:
+        """Add up any number; a collective.
+
+        Args:
+            number: This rank's, exact in float64.
+
+        Returns:
+            That of all.
+        """
+        return self._sum(number)[0]
+
+    def _sum(self, *numbers: float) -> list[float]:
+        return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether there is a loss that was agreed on and not taken."""
+        return self._num_losses > 0
+
+    def take_loss(self) -> float:
+        """Mean loss of the batches agreed on since it was taken last.
+
+        Returns:
+            NaN if there was none.
+        """
+        mean = self._loss_sum / self._num_losses if self._num_losses else nan
+        self._loss_sum, self._num_losses = 0.0, 0.0
+        return mean
+
+    @property
+    def tokens_per_batch(self) -> float:
+        """Mean tokens of a batch, over all ranks, among those agreed on; NaN before the first."""
+        return (self.tokens - self._at_start) / self._agreed_batches if self._agreed_batches else nan
+
+    @property
+    def estimate(self) -> float:
+        """Tokens so far without a collective: as if all ranks had seen since what this one has."""
+        return self.tokens + float(self._new_tokens) * world_size()

@@ -1,0 +1,96 @@
+"""A run's history of steps, tokens, seconds and losses, and where its loss came down to a value."""
+
+from math import exp, isnan, log, nan
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_spectral.runs.record import Row, read_history
+
+
+class Point(NamedTuple):
+    """Somewhere between two entries of a history; NaN for nowhere."""
+
+    step: float
+    tokens: float
+    seconds: float
+
+
+class History(NamedTuple):
+    """One entry per step at which something was written, ascending; float64 arrays of one length."""
+
+    step: np.ndarray
+    tokens: np.ndarray
+    """Training tokens so far, over all ranks."""
+    seconds: np.ndarray
+    """Training time so far, without validation and without measuring."""
+    train_loss: np.ndarray
+    """Mean since the entry before; NaN where there is none."""
+    val_loss: np.ndarray
+    """NaN where there was no validation."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "History":
+        """The history in a record.
+
+        Args:
+            folder: The record's own folder.
+
+        Returns:
+            One entry per step: a report and a validation run at one step are two lines, and what one does not know the
+            other does.
+
+        Raises:
+            ValueError: If it is missing or broken.
+        """
+        rows: dict[int, Row] = {}
+        for row in read_history(folder):
+            known = {key: value for key, value in row._asdict().items() if not isnan(value)}
+            rows[row.step] = rows.get(row.step, row)._replace(**known)
+        columns = list(zip(*(rows[step] for step in sorted(rows)), strict=True)) or [()] * len(Row._fields)
+        return cls(*(np.asarray(column, dtype=np.float64) for column in columns))
+
+    @property
+    def loss_name(self) -> str:
+        """Which loss is meant by "the loss": that of validation, or of training in a run without validation."""
+        return "val_loss" if np.isfinite(self.val_loss).any() else "train_loss"
+
+    def with_loss(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the loss is known.
+
+        Returns:
+            Indices of the entries, and the loss there.
+        """
+        loss = self.val_loss if self.loss_name == "val_loss" else self.train_loss
+        known = np.flatnonzero(np.isfinite(loss))
+        return known, loss[known]
+
+    def first_at(self, loss: float) -> Point:
+        """Where the loss first came down to a value.
+
+        Args:
+            loss: The value.
+
+        Returns:
+            Interpolated between two entries, log tokens against loss; NaN if the loss never came down to it, or was
+            below it from the first entry on.
+        """
+        entries, losses = self.with_loss()
+        below = np.flatnonzero(losses <= loss)
+        if not len(below) or (below[0] == 0 and losses[0] < loss):
+            return Point(nan, nan, nan)
+        i = int(below[0])
+        after = int(entries[i])
+        if losses[i] == loss:
+            return Point(float(self.step[after]), float(self.tokens[after]), float(self.seconds[after]))
+        before = int(entries[i - 1])
+        weight = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+        start, end = float(self.tokens[before]), float(self.tokens[after])
+        tokens = exp(log(start) + weight * log(end / start)) if start > 0 else weight * end
+        # Between two entries steps and seconds run evenly with tokens.
+        share = (tokens - start) / (end - start) if end > start else weight
+        step, seconds = (
+            float(column[before] + share * (column[after] - column[before])) for column in (self.step, self.seconds)
+        )
+        return Point(step, tokens, seconds)

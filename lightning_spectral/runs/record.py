@@ -1,0 +1,299 @@
+"""What a run leaves on disk while it trains: written whole or not at all, so that a kill loses nothing before it."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+FOLDER = "spectra"
+"""Name of the record's folder in the log directory of a run."""
+ABOUT = "run.json"
+HISTORY = "history.csv"
+FORMAT = 1
+"""Version of the record's layout; a reader refuses others."""
+
+_REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")
+
+
+class Row(NamedTuple):
+    """One line of a run's history; NaN for what is not known."""
+
+    step: int
+    """Optimizer steps."""
+    tokens: float
+    """Training tokens so far, over all ranks."""
+    seconds: float
+    """Training time so far, without validation and without measuring."""
+    train_loss: float
+    """Mean over the batches since the line before."""
+    val_loss: float
+
+
+class Report(NamedTuple):
+    """The file of one report."""
+
+    series: str
+    """Which measurement it is of: ``activation-validate``, for example."""
+    step: int
+    path: Path
+
+
+def reports(folder: Path) -> list[Report]:
+    """The reports of a record, by series and step.
+
+    Args:
+        folder: The record's own folder.
+
+    Returns:
+        One per file; files of other names are nobody's business here.
+    """
+    found = []
+    for path in folder.glob("*.npz"):
+        if not path.name.startswith(".") and (match := _REPORT.fullmatch(path.name)):
+            found.append(Report(match["series"], int(match["step"]), path))
+    return sorted(found)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The description of a run.
+
+    Args:
+        folder: The record's own folder.
+
+    Returns:
+        What ``run.json`` holds.
+
+    Raises:
+        ValueError: If there is no record, it is broken, or of another version.
+    """
+    path = folder / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: it has no {ABOUT}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error}): restore it") from error
+    if not isinstance(about, dict) or "format" not in about or not isinstance(about.get("series"), dict):
+        raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: its {ABOUT} is something else's")
+    if about["format"] != FORMAT:
+        raise ValueError(
+            f"run has a record of format {about['format']}, this version reads {FORMAT}: {str(folder)!r} needs "
+            "another version of lightning-spectral"
+        )
+    return about
+
+
+def read_history(folder: Path) -> list[Row]:
+    """The lines of a run's history, in the order in which they were written.
+
+    Args:
+        folder: The record's own folder.
+
+    Returns:
+        All whole lines; one that a kill tore off at the end does not count.
+
+    Raises:
+        ValueError: If the file is missing, or a line before the last is no line of a history.
+    """
+    path = folder / HISTORY
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
+    lines = text.split("\n")[:-1]  # the last is empty, or was torn off
+    rows = []
+    for number, fields in enumerate(csv.reader(lines), start=1):
+        if number == 1 and tuple(fields) == Row._fields:
+            continue
+        try:
+            step, *others = fields
+            rows.append(Row(int(step), *map(float, others)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"run has a broken record: line {number} of {str(path)!r} must hold {', '.join(Row._fields)}, "
+                f"got {','.join(fields)!r}"
+            ) from error
+    return rows
+
+
+class Record:
+    """The record of one run, for the one process that writes it.
+
+    Args:
+        folder: The record's own folder, which exists.
+        about: The description of the run; has an ``id`` that no other run has.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.about = about
+
+    @classmethod
+    def begin(cls, folder: Path, about: Mapping[str, Any]) -> "Record":
+        """Start the record of a new run; one that another run left there is set aside as ``{folder}-1``, ``-2``, ...
+
+        Args:
+            folder: The record's own folder.
+            about: The description of the run.
+
+        Returns:
+            An empty record.
+
+        Raises:
+            ValueError: If the folder holds something that is no record.
+            OSError: If it cannot be written.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / ABOUT).exists():
+                raise ValueError(f"{str(folder)!r} holds files that are no record of a run: move them")
+            folder.rename(_free_name(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        record = cls(folder, {"format": FORMAT, "series": {}, **about})
+        record._write_history([])
+        record.describe()
+        return record
+
+    @classmethod
+    def resume(cls, folder: Path, about: Mapping[str, Any], source: Path | None, step: int) -> "Record":
+        """Go on with the record of a run that is resumed from a checkpoint.
+
+        What the interrupted run wrote after that checkpoint will be measured again, and is set aside. A run that is
+        resumed into another log directory takes a copy of what it had with it.
+
+        Args:
+            folder: Where to write from now on.
+            about: The description of the run; its ``id`` is that of the interrupted run.
+            source: Where the interrupted run wrote, if that is known.
+            step: The checkpoint's step.
+
+        Returns:
+            The record, up to that step; a new one if there is none of this run.
+
+        Raises:
+            ValueError: If the folder holds something that is no record.
+            OSError: If it cannot be written.
+        """
+        known = next((place for place in (folder, source) if place is not None and _is_of(place, about["id"])), None)
+        if known is None:
+            return cls.begin(folder, about)
+        before = read_about(known)
+        if known == folder:
+            _set_aside_after(folder, step)
+        else:
+            record = cls.begin(folder, about)
+            for report in reports(known):
+                if report.step <= step:
+                    shutil.copyfile(report.path, folder / report.path.name)
+            record._write_history([row for row in read_history(known) if row.step <= step])
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        kept: dict[str, Any] = {key: before[key] for key in ("started", "batch_tokens") if key in before}
+        # Facts that are known only once a run is under way are not known again yet.
+        series = {name: before["series"].get(name, {}) | settings for name, settings in about.get("series", {}).items()}
+        resumed = [*before.get("resumed", []), step]
+        record = cls(folder, {"format": FORMAT, **about, **kept, "series": before["series"] | series})
+        record.describe(resumed=resumed)
+        return record
+
+    def describe(self, **facts: Any) -> None:
+        """Add to the description of the run.
+
+        Args:
+            facts: By key; JSON-like.
+        """
+        self.about |= facts
+        text = json.dumps(self.about, indent=1)
+        _write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
+
+    def append(self, row: Row) -> None:
+        """Add a line to the history.
+
+        Args:
+            row: The line.
+
+        Raises:
+            ValueError: If another run writes into the folder by now.
+        """
+        self._check_owner()
+        with (self.folder / HISTORY).open("a", encoding="utf-8", newline="") as file:
+            file.write(_line(row))
+
+    def write_report(self, series: str, step: int, arrays: Mapping[str, Any]) -> None:
+        """Write one report.
+
+        Args:
+            series: Which measurement it is of.
+            step: Its step.
+            arrays: By name; numbers and strings, nothing that would have to be pickled.
+
+        Raises:
+            ValueError: If another run writes into the folder by now.
+        """
+        self._check_owner()
+        assert not any(array.dtype.hasobject for array in arrays.values()), "this would be pickled"
+        _write_atomically(self.folder / f"{series}-{step:09d}.npz", lambda file: np.savez(file, **arrays))
+
+    def _check_owner(self) -> None:
+        if not _is_of(self.folder, self.about["id"]):
+            raise ValueError(
+                f"{str(self.folder)!r} is no longer the record of this run: give each run a log directory of its own"
+            )
+
+    def _write_history(self, rows: list[Row]) -> None:
+        text = ",".join(Row._fields) + "\n" + "".join(map(_line, rows))
+        _write_atomically(self.folder / HISTORY, lambda file: file.write(text.encode()))
+
+
+def _line(row: Row) -> str:
+    line = io.StringIO()
+    # repr of a float is the shortest that reads back to the same.
+    csv.writer(line, lineterminator="\n").writerow([row.step, *(repr(float(value)) for value in row[1:])])
+    return line.getvalue()
+
+
+def _is_of(folder: Path, run_id: str) -> bool:
+    try:
+        return read_about(folder).get("id") == run_id
+    except ValueError:
+        return False
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (name := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return name
+
+
+def _set_aside_after(folder: Path, step: int) -> None:
+    """Leave in a record what it held at a step, and put the rest into a record beside it."""
+    rows, late = read_history(folder), [report for report in reports(folder) if report.step > step]
+    kept = [row for row in rows if row.step <= step]
+    if late or len(kept) < len(rows):
+        aside = _free_name(folder)
+        aside.mkdir()
+        for name in (ABOUT, HISTORY):
+            shutil.copyfile(folder / name, aside / name)
+        for report in late:
+            report.path.rename(aside / report.path.name)
+    # Also without the line that a kill tore off.
+    Record(folder, {})._write_history(kept)
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write beside the file and move into its place: who reads it sees it whole, before or after."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

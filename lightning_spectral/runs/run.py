@@ -1,0 +1,339 @@
+"""Reading a run back from its record: its history, its spectra, and where it reached a loss."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from math import isnan, log, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from lightning_spectral.runs.history import History
+from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
+from lightning_spectral.runs.spectrum import Spectrum, between
+
+VALUES = {"activation": "eigenvalues", "gradient": "singular_values", "weight": "singular_values"}
+"""What a spectrum of each kind consists of."""
+_COUNTS = {"activation": "num_tokens", "gradient": "num_samples", "weight": ""}
+_MEASURED_WITH = {"activation": "activation", "gradient": "gradient", "weight": "gradient"}
+_SAME = 1e-12
+"""Token counts that differ by less, relatively, are one: a loss that was reached at a report."""
+
+
+class Matched(NamedTuple):
+    """A run where its loss first came down to a value; NaN where it never did."""
+
+    run: "Run"
+    loss: float
+    step: float
+    tokens: float
+    seconds: float
+
+    def spectrum(self, kind: str, name: str) -> Spectrum:
+        """A spectrum there, see :meth:`Run.spectrum_at`.
+
+        Args:
+            kind: ``"activation"``, ``"gradient"``, ``"weight"``, or one series, such as ``"activation-train"``.
+            name: Layer or parameter.
+
+        Returns:
+            Interpolated between the reports on both sides; NaN, with the reason, where there are none.
+
+        Raises:
+            ValueError: If the run has no spectrum of that kind and name.
+        """
+        return self.run.spectrum_at(kind, name, self.tokens)
+
+
+class Run:
+    """The record that one training run left behind.
+
+    Args:
+        path: The run's log directory, or the ``spectra`` folder in it.
+
+    Raises:
+        ValueError: If there is no record, or it is broken.
+
+    Example::
+
+        run = Run("lightning_logs/version_0")
+        run.tokens_to(2.0)
+        run.spectrum("activation", "gpt.blocks.3", step=600).exponent((0.125, 0.5))
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        folder = Path(path)
+        self.folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+        """The record's own folder."""
+        self.path = self.folder.parent if self.folder.name == FOLDER else self.folder
+        """The log directory."""
+        self.about = read_about(self.folder)
+        """The description of the run: family, tags, series, batch, world size, versions."""
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def family(self) -> str:
+        """Name that runs of one model and configuration share."""
+        return str(self.about.get("family", ""))
+
+    @property
+    def tags(self) -> dict[str, Any]:
+        """What the user said of the run."""
+        return dict(self.about.get("tags", {}))
+
+    @cached_property
+    def history(self) -> History:
+        """Steps, tokens, seconds and losses; one entry per step, ascending."""
+        return History.read(self.folder)
+
+    @cached_property
+    def _reports(self) -> dict[str, dict[int, Report]]:
+        found: dict[str, dict[int, Report]] = {}
+        for report in reports(self.folder):
+            found.setdefault(report.series, {})[report.step] = report
+        return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of spectra that were recorded."""
+        return [kind for kind in VALUES if self._find_series(kind) is not None]
+
+    def series(self, kind: str) -> str:
+        """The series that a kind means: of several the one on validation rows, which compare between steps and runs.
+
+        Args:
+            kind: A kind, or a series.
+
+        Returns:
+            The name of the series.
+
+        Raises:
+            ValueError: If the run has none.
+        """
+        series = self._find_series(kind)
+        if series is None:
+            known = ", ".join([*self.kinds, *self._reports]) or "nothing"
+            raise ValueError(f"kind must be one that {self} has a report of, {known}, got {kind!r}")
+        return series
+
+    def _find_series(self, kind: str) -> str | None:
+        if kind in self._reports:
+            return kind
+        found = [
+            name
+            for name in self._reports
+            if name.partition("-")[0] == _MEASURED_WITH.get(kind)
+            and (kind != "weight" or self.settings(name).get("weights"))
+        ]
+        return min(found, key=lambda name: (self.settings(name).get("stage") != "validate", name), default=None)
+
+    def settings(self, kind: str) -> dict[str, Any]:
+        """How a kind was measured.
+
+        Args:
+            kind: A kind, or a series.
+
+        Returns:
+            Stage, layers or parameters, rows, bands and whatever else can be set.
+        """
+        series = kind if kind in self._reports else self._find_series(kind)
+        return dict(self.about["series"].get(series, {}))
+
+    def steps(self, kind: str) -> list[int]:
+        """Steps at which a kind was reported.
+
+        Args:
+            kind: ``"activation"``, ``"gradient"``, ``"weight"``, or one series, such as ``"activation-train"``.
+
+        Returns:
+            Ascending; empty if there are none.
+        """
+        series = self._find_series(kind)
+        return [] if series is None else sorted(self._reports[series])
+
+    def names(self, kind: str) -> list[str]:
+        """Layers or parameters of a kind.
+
+        Args:
+            kind: As for :meth:`steps`.
+
+        Returns:
+            In the model's order.
+
+        Raises:
+            ValueError: If there are no reports of that kind.
+        """
+        path = self._path(kind, max(self._reports[self.series(kind)]))
+        start = f"{_part(kind)}/"
+        with _arrays(path) as arrays:
+            return list(dict.fromkeys(key.split("/")[1] for key in arrays.files if key.startswith(start)))
+
+    def spectrum(self, kind: str, name: str, step: int) -> Spectrum:
+        """One spectrum of one report.
+
+        Args:
+            kind: As for :meth:`steps`.
+            name: Layer or parameter.
+            step: One of :meth:`steps`.
+
+        Returns:
+            The spectrum.
+
+        Raises:
+            ValueError: If it is not there, or the report's file is broken.
+        """
+        part, path = _part(kind), self._path(kind, step)
+        start = f"{part}/{name}/"
+        with _arrays(path) as arrays:
+            found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
+            tokens = float(arrays["tokens"])
+        if VALUES[part] not in found:
+            raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
+        values = torch.from_numpy(found[VALUES[part]])
+        optional = {
+            field: torch.from_numpy(found[field]) if field in found else None
+            for field in ("vectors", "leave_one_out_vectors")
+        }
+        return Spectrum(
+            part,
+            name,
+            step,
+            tokens,
+            values,
+            torch.from_numpy(found.get("leave_one_out", np.empty((0, len(values))))),
+            int(found.get(_COUNTS[part], 0)),
+            str(found.get("failure", "")) or None,
+            **optional,
+        )
+
+    def tokens_at(self, kind: str, step: int) -> float:
+        """Training tokens at a report.
+
+        Args:
+            kind: As for :meth:`steps`.
+            step: One of them.
+
+        Returns:
+            The count over all ranks.
+
+        Raises:
+            ValueError: If there is no such report, or its file is broken.
+        """
+        path = self._path(kind, step)
+        with _arrays(path) as arrays:
+            return float(arrays["tokens"])
+
+    def _path(self, kind: str, step: int) -> Path:
+        found = self._reports[self.series(kind)]
+        if step not in found:
+            steps = sorted(found)
+            shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]]))
+            raise ValueError(f"step must be one of {shown} for {kind!r} in {self}, got {step}")
+        return found[step].path
+
+    def spectrum_at(self, kind: str, name: str, tokens: float) -> Spectrum:
+        """A spectrum at a number of training tokens.
+
+        Args:
+            kind: As for :meth:`steps`.
+            name: Layer or parameter.
+            tokens: How many.
+
+        Returns:
+            Values interpolated in their logarithms, by log tokens, between the reports on both sides; NaN, with the
+            reason, where there are none. Eigenvectors are those of the nearer report.
+
+        Raises:
+            ValueError: If the run has no spectrum of that kind and name.
+        """
+        steps = sorted(self._reports[self.series(kind)])
+        at = [self.tokens_at(kind, step) for step in steps]
+        after = next((i for i, there in enumerate(at) if there >= tokens * (1 - _SAME)), None)
+        if after is None or (after == 0 and at[0] > tokens * (1 + _SAME)):
+            reason = "the loss was never reached" if isnan(tokens) else f"{tokens:,.0f} tokens lie outside its reports"
+            last = self.spectrum(kind, name, steps[-1])
+            missing = torch.full_like(last.values, nan)
+            return Spectrum(last.kind, name, nan, tokens, missing, last.leave_one_out[:0], last.count, reason)
+        second = self.spectrum(kind, name, steps[after])
+        if at[after] <= tokens * (1 + _SAME):
+            return second
+        first = self.spectrum(kind, name, steps[after - 1])
+        return between(first, second, log(tokens / at[after - 1]) / log(at[after] / at[after - 1]), tokens)
+
+    def tokens_to(self, loss: float) -> float:
+        """Training tokens until the loss first came down to a value.
+
+        Args:
+            loss: The value, of the validation loss, or of the training loss in a run without validation.
+
+        Returns:
+            Interpolated between two entries of the history, log tokens against loss; NaN if it never came down to it,
+            or was below it from the first entry on.
+        """
+        return self.at_loss(loss).tokens
+
+    def at_loss(self, loss: float) -> Matched:
+        """The run where its loss first came down to a value.
+
+        Args:
+            loss: The value, as for :meth:`tokens_to`.
+
+        Returns:
+            Step, tokens and seconds, interpolated, and spectra on demand; NaN where :meth:`tokens_to` is.
+        """
+        return Matched(self, loss, *self.history.first_at(loss))
+
+
+def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> list[Run]:
+    """The runs that paths and glob patterns name.
+
+    Args:
+        paths: Log directories, ``spectra`` folders, or patterns of them.
+        name: The argument's name, for the message.
+
+    Returns:
+        At least one, each once. Of a pattern, folders without a record are passed over.
+
+    Raises:
+        ValueError: If one names no run, or a record is broken.
+    """
+    patterns = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    found: dict[Path, Run] = {}
+    for pattern in map(str, patterns):
+        is_pattern = any(sign in pattern for sign in "*?[") and not Path(pattern).exists()
+        runs = _runs_like(pattern) if is_pattern else [Run(pattern)]
+        if not runs:
+            raise ValueError(f"{name} must name runs with a record, got {pattern!r}: no folder with one matches")
+        found |= {run.folder.resolve(): run for run in runs}
+    if not found:
+        raise ValueError(f"{name} must name at least one run, got {paths!r}: give a log directory")
+    return list(found.values())
+
+
+def _runs_like(pattern: str) -> list[Run]:
+    folders = map(Path, sorted(glob.glob(pattern)))
+    return [Run(folder) for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
+
+
+def _part(kind: str) -> str:
+    """First part of the names of a kind's, or a series', arrays."""
+    return kind.partition("-")[0]
+
+
+@contextmanager
+def _arrays(path: Path) -> Iterator[Any]:
+    """The arrays of a report; what is wrong with its file is told in one line."""
+    try:
+        # NumPy leaves a file that it opened, and could not read, open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"run has a broken record: {str(path)!r} cannot be read ({error}): restore it or remove it"
+        ) from error
