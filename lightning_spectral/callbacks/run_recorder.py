@@ -257,7 +257,7 @@ class RunRecorder:
 def _folder(trainer: Trainer) -> Path:
     """The record's folder, the same on all ranks; a collective."""
     logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is None or hasattr(logger, "log_dir"):
+    if logger is None or getattr(logger, "log_dir", None) is not None:
         return Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
     # Without a directory for each run, as Lightning's ModelCheckpoint does.
     run = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"

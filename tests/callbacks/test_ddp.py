@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_spectral import Run
 from tests.callbacks import ddp_run
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ddp")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
         [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240
@@ -100,3 +105,23 @@ def test_a_report_costs_three_collectives(ranks: list[dict]) -> None:
             (6, "all_reduce"),
             (6, "all_reduce"),
         ]
+
+
+def test_two_ranks_leave_one_record_of_all_rows(ranks: list[dict], folder: Path) -> None:
+    run = Run(folder / "lightning_logs" / "version_0")
+    assert [path.name for path in folder.rglob("run.json")] == ["run.json"]
+    assert run.about["world_size"] == 2
+    samples = [sum(sizes) for sizes in zip(*ddp_run.TRAIN_BATCHES.values(), strict=True)]
+    assert run.history.step.tolist() == [3, 6]
+    assert run.history.tokens.tolist() == [sum(samples[:3]), sum(samples[:6])]
+    assert run.about["batch_tokens"] == sum(samples[:3]) / 3
+    for series, prefix in (
+        ("activation-train", "train"),
+        ("activation-train-2", "others"),
+        ("activation-validate",) * 2,
+    ):
+        for report in ranks[0]["reports"][prefix.removeprefix("activation-")]:
+            for name, (num_tokens, eigenvalues) in report["layers"].items():
+                found = run.spectrum(f"activation-{series}", name, report["step"])
+                assert found.count == num_tokens
+                np.testing.assert_array_equal(found, eigenvalues)

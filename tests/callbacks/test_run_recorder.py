@@ -1,0 +1,355 @@
+"""Any Trainer with one of the callbacks leaves a record: what it holds, and that it goes on after a resume."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from lightning_spectral import ActivationSpectrum, GradientSpectrum, Run
+from lightning_spectral.callbacks import run_recorder
+from lightning_spectral.measurement import stopwatch
+from tests.models import LENGTH, PROBES, Alternating, LanguageModel, Perceptron, tiny_trainer, token_loader
+
+BLOCK = "network.blocks.0"
+
+
+def fit(folder: Path, *callbacks: Callback, model: Any = None, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
+    seed_everything(0, verbose=False)
+    defaults = {
+        "max_steps": 12,
+        "limit_val_batches": 2,
+        "val_check_interval": 4,
+    }
+    trainer = tiny_trainer(folder, callbacks=list(callbacks), **{**defaults, **kwargs})
+    model = LanguageModel() if model is None else model
+    trainer.fit(model, token_loader(48), token_loader(16, seed=1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def spectra(**kwargs: Any) -> ActivationSpectrum:
+    return ActivationSpectrum(**{"stage": "validate", "every_n_steps": 4, "num_tokens": 64, "num_groups": 1, **kwargs})
+
+
+class Seen(Callback):
+    """What a run says of itself by other ways."""
+
+    def __init__(self) -> None:
+        self.reports: dict[int, Any] = {}
+        self.losses: list[float] = []
+        self.val_losses: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.val_losses[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+
+
+def test_record_holds_history_reports_and_a_description(tmp_path: Path) -> None:
+    spectrum, seen = spectra(num_tokens=128, num_groups=2, tags={"note": "first"}), Seen()
+    kept: dict[int, Any] = {}
+    measured = spectrum.measured
+    spectrum.measured = lambda report: (kept.setdefault(report.step, report), measured(report))[1]  # type: ignore[method-assign]
+    gradients = GradientSpectrum("*.mix.weight", every_n_steps=6, num_samples=24, num_groups=2, weights=True)
+    trainer = fit(tmp_path, spectrum, gradients, seen, limit_val_batches=4)
+    run = Run(tmp_path)
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        *(f"activation-validate-{step:09d}.npz" for step in (4, 8, 12)),
+        *(f"gradient-train-{step:09d}.npz" for step in (6, 12)),
+        "history.csv",
+        "run.json",
+    ]
+    history = run.history
+    assert history.step.tolist() == [4, 6, 8, 12]
+    assert history.tokens.tolist() == [step * 4 * LENGTH for step in (4, 6, 8, 12)]
+    np.testing.assert_array_equal(history.val_loss[[0, 2, 3]], [seen.val_losses[step] for step in (4, 8, 12)])
+    means = [np.mean(seen.losses[start:stop]) for start, stop in ((0, 4), (4, 6), (6, 8), (8, 12))]
+    np.testing.assert_allclose(history.train_loss, means, rtol=1e-6)
+    assert run.kinds == ["activation", "gradient", "weight"]
+    assert run.names("activation") == [f"network.{probe}" for probe in PROBES]
+    for step, report in kept.items():
+        for name, layer in report.layers.items():
+            found = run.spectrum("activation", name, step)
+            np.testing.assert_array_equal(found, layer.eigenvalues)
+            np.testing.assert_array_equal(found.leave_one_out, layer.leave_one_out)
+            assert (found.count, found.tokens) == (128, step * 4 * LENGTH)
+            expected = layer.exponent((2, 20))
+            assert found.exponent((2, 20)) == (expected.value, pytest.approx(expected.stderr, nan_ok=True))
+    about = run.about
+    assert about["tags"] == {"note": "first"}
+    assert about["batch_tokens"] == 4 * LENGTH
+    assert (about["world_size"], about["precision"], about["seed"]) == (1, "32-true", 0)
+    assert set(about["versions"]) == {"lightning-spectral", "lightning", "torch", "python"}
+    settings = run.settings("activation")
+    assert settings["layers"] == [f"network.{probe}" for probe in PROBES]
+    assert (settings["stage"], settings["tail"], settings["num_tokens"]) == ("validate", [0.125, 0.5], 128)
+    assert run.settings("gradient")["method"] == "auto"
+    matrix = f"{BLOCK}.mix.weight"
+    weights = dict(trainer.lightning_module.named_parameters())[matrix].detach()
+    np.testing.assert_allclose(run.spectrum("weight", matrix, 12), torch.linalg.svdvals(weights), rtol=1e-5)
+    assert run.spectrum("gradient", matrix, 12).count == 24
+
+
+def test_weight_has_no_count(tmp_path: Path) -> None:
+    gradients = GradientSpectrum("*.mix.weight", every_n_steps=6, num_samples=24, num_groups=2, weights=True)
+    fit(tmp_path, gradients)
+    assert Run(tmp_path).spectrum("weight", f"{BLOCK}.mix.weight", 6).count == 0
+
+
+class FakeClock:
+    """Time passes where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(stopwatch, "perf_counter", lambda: self.now)
+
+
+def test_seconds_leave_out_validation_and_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+
+    class Slow(LanguageModel):
+        def training_step(self, batch, batch_idx):
+            clock.now += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            clock.now += 1000
+            return super().validation_step(batch, batch_idx)
+
+    class SlowToMeasure(ActivationSpectrum):
+        def measured(self, report):
+            clock.now += 100_000
+            return super().measured(report)
+
+    quick = {"every_n_steps": 4, "num_tokens": 64, "num_groups": 1}
+    fit(tmp_path, SlowToMeasure(**quick), SlowToMeasure(stage="validate", prefix="v/", **quick), model=Slow())
+    run = Run(tmp_path)
+    assert run.history.seconds.tolist() == [4.0, 8.0, 12.0]
+    assert run.steps("activation-train") == run.steps("activation-validate") == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "tokens", "steps"),
+    [
+        pytest.param(
+            LanguageModel, {"accumulate_grad_batches": 3, "max_steps": 4}, 3 * 4 * LENGTH, 4, id="accumulation"
+        ),
+        pytest.param(Alternating, {"max_steps": 8}, 4 * LENGTH, 4, id="manual optimisation"),
+    ],
+)
+def test_tokens_of_a_step(tmp_path: Path, model: Any, kwargs: dict[str, Any], tokens: int, steps: int) -> None:
+    module = model()
+    fit(tmp_path, spectra(every_n_steps=2), model=module, **kwargs)
+    run = Run(tmp_path)
+    assert run.history.tokens[-1] == steps * tokens
+    assert run.about["batch_tokens"] == tokens
+    assert np.isfinite(run.history.train_loss).any() == module.automatic_optimization
+
+
+def test_accumulated_losses_are_not_divided(tmp_path: Path) -> None:
+    seen = Seen()
+    fit(tmp_path, spectra(every_n_steps=2), seen, accumulate_grad_batches=3, max_steps=4)
+    history = Run(tmp_path).history
+    assert history.step[-1] == 4
+    np.testing.assert_allclose(np.nanmean(history.train_loss), np.mean(seen.losses), rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_sample", "tokens"),
+    [(None, 4 * LENGTH), (1000, 4000), ("real", 4 * (LENGTH - 3)), ("labels", 4 * LENGTH)],
+)
+def test_tokens_are_counted_as_asked(tmp_path: Path, tokens_per_sample: Any, tokens: int) -> None:
+    def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = torch.utils.data.default_collate(samples)
+        return batch | {"real": torch.arange(LENGTH).expand(len(samples), -1) >= 3}
+
+    loader = DataLoader(token_loader().dataset, batch_size=4, collate_fn=collate)
+    callback = spectra(stage="train", every_n_steps=2, tokens_per_sample=tokens_per_sample)
+    trainer = tiny_trainer(tmp_path, callbacks=[callback], max_steps=4, limit_val_batches=0)
+    trainer.fit(LanguageModel(), loader, token_loader())
+    assert Run(tmp_path).history.tokens.tolist() == [2 * tokens, 4 * tokens]
+
+
+def test_a_key_that_the_batch_does_not_hold_is_one_line(tmp_path: Path) -> None:
+    message = r"tokens_per_sample must name a tensor with axes in the batch, got 'msk': the batch holds \['input_ids',"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, spectra(tokens_per_sample="msk"))
+
+
+def test_batches_without_tokens_count_samples(tmp_path: Path) -> None:
+    batches = [(torch.randn(6, 4), torch.randn(6, 1)) for _ in range(4)]
+    callback = ActivationSpectrum("net.1", every_n_steps=2, num_groups=1)
+    tiny_trainer(tmp_path, callbacks=[callback], max_steps=4).fit(Perceptron(), DataLoader(batches, batch_size=None))
+    run = Run(tmp_path)
+    assert run.history.tokens.tolist() == [12, 24]
+    assert run.history.loss_name == "train_loss"
+
+
+def test_a_run_leaves_nothing_behind_that_is_not_json(tmp_path: Path) -> None:
+    fit(tmp_path, spectra(family="mine"))
+    (path,) = tmp_path.rglob("run.json")
+    about = json.loads(path.read_text())
+    assert about["family"] == "mine"
+    assert about["model"]["class"] == "tests.models.LanguageModel"
+    assert about["model"]["num_parameters"] == sum(p.numel() for p in LanguageModel().parameters())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"family": "a"}, {"family": "b"}, "family must be the same in all callbacks of a Trainer, got 'a' and 'b'"),
+        ({"tags": {"x": 1}}, {"tags": {"x": 2}}, r"tags\['x'\] must be the same in all callbacks"),
+        ({"tokens_per_sample": 7}, {"tokens_per_sample": "k"}, "tokens_per_sample must be the same in all callbacks"),
+    ],
+)
+def test_callbacks_must_agree(tmp_path: Path, first: dict, second: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, spectra(**first), spectra(prefix="b/", **second))
+
+
+@pytest.mark.parametrize("bad", [{"family": ""}, {"tags": {1: 2}}, {"tags": ["a"]}, {"tokens_per_sample": 0}])
+def test_notes_are_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(bad))} must be"):
+        spectra(**bad)
+
+
+def test_callbacks_add_to_what_is_said(tmp_path: Path) -> None:
+    fit(tmp_path, spectra(family="a", tags={"x": 1}), spectra(prefix="b/", family="a", tags={"y": 2}))
+    run = Run(tmp_path)
+    assert (run.family, run.tags) == ("a", {"x": 1, "y": 2})
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("place", ["same", "other"])
+def test_resumed_run_goes_on_with_its_record(tmp_path: Path, place: str) -> None:
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    fit(tmp_path / "whole", spectra(), max_steps=12, **common)
+    whole = Run(tmp_path / "whole")
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=4, save_on_train_epoch_end=True)
+    # It writes a report and a line after the last checkpoint, which the resumed run will write again.
+    fit(tmp_path / "cut", spectra(), saving, max_steps=6, enable_checkpointing=True, **common)
+    folder = tmp_path / {"same": "cut", "other": "elsewhere"}[place]
+    fit(folder, spectra(), max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    found = Run(folder)
+    assert found.about["id"] == Run(tmp_path / "cut").about["id"]
+    assert found.about["resumed"] == [4]
+    assert found.about["started"] <= time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    assert found.steps("activation") == whole.steps("activation") == [4, 8, 12]
+    for column in ("step", "tokens", "val_loss"):
+        np.testing.assert_array_equal(getattr(found.history, column), getattr(whole.history, column))
+    assert (np.diff(found.history.seconds) > 0).all()
+    for step in (4, 8, 12):
+        np.testing.assert_array_equal(
+            found.spectrum("activation", BLOCK, step), whole.spectrum("activation", BLOCK, step)
+        )
+
+
+def test_a_second_fit_of_one_trainer_goes_on(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, spectra(), max_steps=4)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(trainer.lightning_module, token_loader(48), token_loader(16, seed=1))
+    run = Run(tmp_path)
+    assert run.history.step.tolist() == [4, 8]
+    assert run.history.tokens.tolist() == [4 * 4 * LENGTH, 8 * 4 * LENGTH]
+
+
+def test_a_new_run_in_an_old_place_sets_the_old_record_aside(tmp_path: Path) -> None:
+    for _ in range(2):
+        fit(tmp_path, spectra(), max_steps=4)
+    assert Run(tmp_path).about["id"] != Run(tmp_path / "spectra-1").about["id"]
+
+
+class NoLogDir(Logger):
+    """A logger of a service on the web."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    name, version = "project", "run7"
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None: ...
+
+
+def test_loggers_without_a_log_dir_get_one_for_each_run(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="draws histograms"):
+        fit(tmp_path, spectra(), logger=NoLogDir(tmp_path), max_steps=4)
+    assert Run(tmp_path / "project" / "run7").steps("activation") == [4]
+
+
+@pytest.mark.parametrize("kwargs", [{"fast_dev_run": 2}, {"max_steps": 0}], ids=str)
+def test_runs_that_train_nothing_leave_nothing(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    fit(tmp_path, spectra(), **kwargs)
+    assert not list(tmp_path.rglob("spectra"))
+
+
+def test_validation_alone_leaves_the_record_alone(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, spectra(), max_steps=4)
+    before = {path: path.read_bytes() for path in (tmp_path / "spectra").iterdir()}
+    trainer.validate(trainer.lightning_module, token_loader(16, seed=1), verbose=False)
+    assert {path: path.read_bytes() for path in (tmp_path / "spectra").iterdir()} == before
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_recorder.Record, "append", full)
+    monkeypatch.setattr(run_recorder.Record, "write_report", full)
+    with pytest.warns(UserWarning, match="could not write the record of the run: No space left on device"):
+        trainer = fit(tmp_path, spectra())
+    assert trainer.global_step == 12
+    assert trainer.callback_metrics["activation/failed"] == 0
+
+
+def test_a_folder_of_somebody_else_does_not_stop_training(tmp_path: Path) -> None:
+    (tmp_path / "spectra").mkdir()
+    (tmp_path / "spectra" / "mine.txt").write_text("of use to me")
+    with pytest.warns(UserWarning, match="holds files that are no record of a run: move them"):
+        trainer = fit(tmp_path, spectra())
+    assert trainer.global_step == 12
+    assert [path.name for path in (tmp_path / "spectra").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_fingerprint_is_that_of_the_data(tmp_path: Path, batch_size: int) -> None:
+    prints = []
+    for name, size, seed in (("same", batch_size, 1), ("known", 2, 1), ("other", batch_size, 2)):
+        trainer = tiny_trainer(
+            tmp_path / name, callbacks=[spectra(num_tokens=10**6)], max_steps=4, val_check_interval=4
+        )
+        trainer.fit(LanguageModel(), token_loader(48), token_loader(24, size, seed=seed))
+        prints.append(Run(tmp_path / name).settings("activation")["fingerprint"])
+    same, known, other = prints
+    assert same == known != other
+
+
+def test_family_does_not_depend_on_what_a_sweep_sweeps(tmp_path: Path) -> None:
+    class Model(LanguageModel):
+        def __init__(self, width: int = 3, learning_rate: float = 0.1, batch_size: int = 4, extra: Any = None) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    families = []
+    for number, kwargs in enumerate(
+        ({}, {"learning_rate": 0.2, "batch_size": 8}, {"extra": {"seed": 7, "max_lr": 3}}, {"width": 4})
+    ):
+        fit(tmp_path / str(number), spectra(), model=Model(**kwargs), max_steps=4)
+        families.append(Run(tmp_path / str(number)).family)
+    assert families[0] == families[1]
+    assert families[0].startswith("Model-")
+    assert len(set(families)) == 3  # an `extra` that was not there before is another configuration, its seed is not
