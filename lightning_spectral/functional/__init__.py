@@ -1,5 +1,6 @@
-"""The measures as pure functions: tensors in, tensors out, nothing imported but torch."""
+"""The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy's special functions."""
 
+from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.jackknife import Jackknife, jackknife
 from lightning_spectral.functional.moments import Moments, covariance, moments, pool
 from lightning_spectral.functional.noise import GradientMoments, gradient_moments, gradient_noise_scale
@@ -13,6 +14,7 @@ from lightning_spectral.functional.spectrum import (
     normalize,
     rankme,
 )
+from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 
 __all__ = [
     "Band",
@@ -20,6 +22,8 @@ __all__ = [
     "Jackknife",
     "Moments",
     "PowerLaw",
+    "Sample",
+    "angle_floor",
     "covariance",
     "covariance_spectrum",
     "eigenvalues",
@@ -29,12 +33,16 @@ __all__ = [
     "head_share",
     "jackknife",
     "js_divergence",
+    "js_floor",
     "moments",
     "normalize",
+    "overlap_floor",
     "pool",
     "power_law",
+    "principal_angles",
     "rankme",
     "resolve_band",
     "singular_spectrum",
     "singular_values",
+    "subspace_overlap",
 ]
