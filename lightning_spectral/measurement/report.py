@@ -46,10 +46,8 @@ class LayerSpectrum:
     """Rows left without the largest group."""
     vectors: Tensor | None = None
     """``(d, k)`` leading eigenvectors as columns, if a member asked for them."""
-    halves: Tensor | None = None
-    """``(2, d)`` eigenvalues of the even and of the odd groups, with the eigenvectors: what sampling alone changes."""
-    half_vectors: Tensor | None = None
-    """``(2, d, k)`` their leading eigenvectors."""
+    leave_one_out_vectors: Tensor | None = None
+    """``(G, d, k)`` leading eigenvectors without each group, with the eigenvectors; ``(0, d, k)`` as there."""
 
     def exponent(self, band: Band) -> Exponent:
         """Power-law exponent over a band, with jackknife error and bias correction.
@@ -132,7 +130,7 @@ class Report:
 def decompose(
     names: list[str], parts: Moments, failures: dict[str, str], num_vectors: int = 0, rtol: float | None = None
 ) -> list[LayerSpectrum]:
-    """Solve all layers of one width: one batch of eigenvalues, and one of eigenvectors where they are wanted.
+    """Solve all layers of one width, with all groups and without each, in one batch.
 
     Args:
         names: The L layers.
@@ -146,21 +144,9 @@ def decompose(
         One spectrum per name.
     """
     num_groups = parts.num_rows.shape[-1]
-    everything = torch.ones(1, num_groups)
-    even = (torch.arange(num_groups) % 2 == 0).to(everything)
     without_each = 1 - torch.eye(num_groups) if num_groups > 1 else torch.ones(0, 1)
-    vectors = halves = half_vectors = None
-    if num_vectors == 0:
-        sample = pool(parts, torch.cat([everything, without_each]))
-        values = spectrum(sample, rtol).cpu()
-        values, leave_one_out = values[:, 0], values[:, 1:]
-    else:
-        sample = pool(parts, torch.stack([everything[0], even, 1 - even]))
-        values, vectors = eigenvectors(covariance(sample), num_vectors, rtol)
-        values = values.masked_fill(beyond_rank(sample) & ~values.isnan(), 0.0).cpu()
-        vectors, half_vectors = vectors[:, 0].cpu(), vectors[:, 1:].cpu()
-        values, halves = values[:, 0], values[:, 1:]
-        leave_one_out = spectrum(pool(parts, without_each), rtol).cpu()
+    sample = pool(parts, torch.cat([torch.ones(1, num_groups), without_each]))
+    values, vectors = _solve(sample, num_vectors, rtol)
     counts = parts.num_rows.cpu()
     spectra = []
     for index, name in enumerate(names):
@@ -168,23 +154,29 @@ def decompose(
         if failure is None and bool(counts[index].isnan().any()):
             failure = "another rank could not measure it"
         failure = failure or why_no_spectrum(Moments(*(part[index, 0] for part in sample)))
-        if failure is None and bool(values[index].isnan().any()):
+        if failure is None and bool(values[index, 0].isnan().any()):
             failure = "the eigensolver did not converge"
         nonempty = int((counts[index] > 0).sum())
-        kept = leave_one_out[index] if nonempty == num_groups else leave_one_out[index, :0]
+        kept = slice(1, None if nonempty == num_groups else 1)
         spectra.append(
             LayerSpectrum(
                 name,
                 num_tokens=int(counts[index].sum().nan_to_num()),
                 num_groups=nonempty,
-                eigenvalues=values[index] if failure is None else torch.full_like(values[index], torch.nan),
-                leave_one_out=kept,
+                eigenvalues=values[index, 0] if failure is None else torch.full_like(values[index, 0], torch.nan),
+                leave_one_out=values[index, kept],
                 failure=failure,
                 failed_here=name in failures,
                 num_rows_without=int((counts[index].sum() - counts[index].max()).nan_to_num()),
-                vectors=None if vectors is None else vectors[index],
-                halves=None if halves is None else halves[index],
-                half_vectors=None if half_vectors is None else half_vectors[index],
+                vectors=None if vectors is None else vectors[index, 0],
+                leave_one_out_vectors=None if vectors is None else vectors[index, kept],
             )
         )
     return spectra
+
+
+def _solve(sample: Moments, num_vectors: int, rtol: float | None) -> tuple[Tensor, Tensor | None]:
+    if num_vectors == 0:
+        return spectrum(sample, rtol).cpu(), None
+    values, vectors = eigenvectors(covariance(sample), num_vectors, rtol)
+    return values.masked_fill(beyond_rank(sample) & ~values.isnan(), 0.0).cpu(), vectors.cpu()

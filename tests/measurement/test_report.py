@@ -35,29 +35,34 @@ def test_spectra_with_and_without_each_group(rows: np.ndarray, num_vectors: int)
         assert spectrum.num_rows_without == (NUM_GROUPS - 1) * NUM_ROWS
 
 
-def test_leading_vectors_of_the_whole_and_of_its_halves(rows: np.ndarray) -> None:
+def test_leading_vectors_with_and_without_each_group(rows: np.ndarray) -> None:
     for layer, spectrum in zip(rows, spectra_of(rows, num_vectors=NUM_VECTORS), strict=True):
-        parts = [(layer, spectrum.eigenvalues, spectrum.vectors)]
-        parts += [(layer[half::2], spectrum.halves[half], spectrum.half_vectors[half]) for half in range(2)]
-        for part, values, vectors in parts:
-            expected_values, expected_vectors = eigh(part)
-            np.testing.assert_allclose(values, expected_values, rtol=1e-9)
-            cosines = np.abs(np.sum(expected_vectors[:, :NUM_VECTORS] * vectors.numpy(), axis=0))
+        parts = [(layer, spectrum.vectors)]
+        parts += [(np.delete(layer, group, 0), spectrum.leave_one_out_vectors[group]) for group in range(NUM_GROUPS)]
+        for part, vectors in parts:
+            cosines = np.abs(np.sum(eigh(part)[1][:, :NUM_VECTORS] * vectors.numpy(), axis=0))
             np.testing.assert_allclose(cosines, 1, rtol=1e-9)
 
 
-def test_one_batched_solve_or_two_with_vectors(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_rows", [1, NUM_ROWS], ids=["low rank", "full rank"])
+def test_vectors_leave_the_values_as_they_are(rows: np.ndarray, num_rows: int) -> None:
+    few = rows[:, :, :num_rows]
+    for plain, other in zip(spectra_of(few), spectra_of(few, num_vectors=NUM_VECTORS), strict=True):
+        for expected, found in ((plain.eigenvalues, other.eigenvalues), (plain.leave_one_out, other.leave_one_out)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14 * float(expected.max()))
+            assert torch.equal(found == 0, expected == 0)
+            assert bool((expected == 0).any()) == (num_rows == 1)
+        assert plain.vectors is plain.leave_one_out_vectors is None
+
+
+def test_one_batched_solve_with_vectors_or_without(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("eigvalsh", "eigh"):
         solver = getattr(torch.linalg, name)
         monkeypatch.setattr(torch.linalg, name, lambda x, n=name, s=solver: (calls.append((n, x.shape[:-2])), s(x))[1])
     spectra_of(rows)
     spectra_of(rows, num_vectors=NUM_VECTORS)
-    assert calls == [
-        ("eigvalsh", (NUM_LAYERS, 1 + NUM_GROUPS)),
-        ("eigh", (NUM_LAYERS, 3)),
-        ("eigvalsh", (NUM_LAYERS, NUM_GROUPS)),
-    ]
+    assert calls == [("eigvalsh", (NUM_LAYERS, 1 + NUM_GROUPS)), ("eigh", (NUM_LAYERS, 1 + NUM_GROUPS))]
 
 
 def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
@@ -82,12 +87,15 @@ def test_error_bars_need_rows_that_span_the_channels_without_any_group(num_rows:
     assert has_error or "6 rows do not span 7 channels" in exponent.reason
 
 
-def test_an_empty_group_leaves_no_error_bar(rows: np.ndarray) -> None:
+@pytest.mark.parametrize("num_vectors", [0, NUM_VECTORS])
+def test_an_empty_group_leaves_no_error_bar(rows: np.ndarray, num_vectors: int) -> None:
     parts = moments(torch.tensor(rows[:1]))
     scatter = parts.scatter.clone()
     count, mean = parts.num_rows.clone(), parts.mean.clone()
     count[0, 1], mean[0, 1], scatter[0, 1] = 0, 0, 0
-    (spectrum,) = decompose(["layer"], Moments(count, mean, scatter), {})
+    (spectrum,) = decompose(["layer"], Moments(count, mean, scatter), {}, num_vectors)
+    assert spectrum.leave_one_out.shape == (0, WIDTH)
+    assert num_vectors == 0 or spectrum.leave_one_out_vectors.shape == (0, WIDTH, NUM_VECTORS)
     assert spectrum.num_groups == NUM_GROUPS - 1
     assert np.isnan(spectrum.exponent((1, 5)).stderr)
     assert "only 3 group(s)" in spectrum.exponent((1, 5)).reason
