@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from lightning_spectral import functional, metrics
-from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum
+from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift
 from lightning_spectral.capture import per_sample_gradients
 from lightning_spectral.functional import (
     PowerLaw,
@@ -22,6 +22,7 @@ __all__ = [
     "ActivationSpectrum",
     "CovarianceSpectrum",
     "GradientSpectrum",
+    "HeadDrift",
     "PerSampleGradientSpectrum",
     "PowerLaw",
     "Run",

@@ -1,4 +1,4 @@
-"""How a callback shows spectra: histograms, log-log figure and charts in TensorBoard, a table on the terminal."""
+"""How a callback shows its reports: charts and a table, and of spectra histograms and a figure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,25 +38,23 @@ class Line:
         return cls(values, (1, 1) if isnan(exponent) else resolve_band(band, len(values)), exponent)
 
 
-class SpectrumDisplay:
-    """Shows a callback's reports and remembers the first and the last.
+class ReportDisplay:
+    """Shows a callback's reports, and remembers the first and the last for the table.
 
     Args:
         kind: First part of the keys.
-        noun: What a spectrum belongs to, ``"layer"`` for example: heading of the table.
-        values: What a spectrum consists of, ``"eigenvalue"`` for example.
-        edges: Bin edges of the log10 histograms.
-        charts: Quantities with a chart each.
+        noun: What the numbers belong to, ``"layer"`` for example: heading of the table.
+        category: Heading of the charts.
+        charts: Quantities in each chart, by its name.
         columns: Of the table.
     """
 
     def __init__(
-        self, kind: str, noun: str, values: str, edges: Sequence[float], charts: Sequence[str], columns: Columns
+        self, kind: str, noun: str, category: str, charts: Mapping[str, Sequence[str]], columns: Columns
     ) -> None:
         self.kind = kind
         self.noun = noun
-        self.values = values
-        self.edges = edges
+        self.category = category
         self.charts = charts
         self.columns = columns
         self._first: dict[str, Any] | None = None
@@ -80,43 +78,33 @@ class SpectrumDisplay:
         return self._num_reports & (self._num_reports - 1) == 0
 
     def draw(self, writer: Any, prefix: str, step: int, lines: Mapping[str, Line]) -> None:
-        """Write histograms, and the chart once.
+        """Write the charts of what was noted, once.
 
         Args:
             writer: A SummaryWriter.
             prefix: Put before every tag.
             step: The report's step.
-            lines: Spectra by name.
+            lines: Spectra by name, for a display that shows them.
         """
-        values = f"log10_{self.values.replace(' ', '_')}s"
-        for name, line in lines.items():
-            tensorboard.add_log10_histogram(
-                writer, f"{prefix}{self.kind}/{name}/{values}", line.values, step, self.edges
-            )
+        names = [] if self._last is None else self._last["rows"]
         charts = {
-            f"{prefix}{self.kind}/{quantity}": [f"{prefix}{self.kind}/{name}/{quantity}" for name in lines]
-            for quantity in self.charts
+            f"{prefix}{self.kind}/{title}": [
+                f"{prefix}{self.kind}/{name}/{quantity}" for name in names for quantity in quantities
+            ]
+            for title, quantities in self.charts.items()
         }
-        tensorboard.add_charts(writer, f"{self.kind} spectra", charts)
+        tensorboard.add_charts(writer, self.category, charts)
 
     def draw_figure(self, writer: Any, prefix: str, step: int, title: str, lines: Mapping[str, Line]) -> None:
-        """Write the log-log figure.
+        """Write a figure, for a display that has one.
 
         Args:
             writer: A SummaryWriter.
             prefix: Put before the tag.
             step: The report's step.
             title: Above the axes.
-            lines: Spectra by name; nothing is drawn without one.
+            lines: Spectra by name.
         """
-        spectra = {
-            name: line.values for name, line in lines.items() if len(line.values) and line.values.isfinite().all()
-        }
-        if not spectra:
-            return
-        fits = {name: (lines[name].band, lines[name].exponent) for name in spectra if not isnan(lines[name].exponent)}
-        figure = tensorboard.spectrum_figure(title, spectra, fits, self.values)
-        writer.add_figure(f"{prefix}{self.kind}/spectra", figure, global_step=step)
 
     def print(self, title: str) -> None:
         """Print the first report and the last as a table, if there was one.
@@ -143,3 +131,58 @@ class SpectrumDisplay:
         """
         self._first, self._last = state.get("first"), state.get("last")
         self._num_reports = state.get("num_reports", 0)
+
+
+class SpectrumDisplay(ReportDisplay):
+    """Shows spectra themselves, too: a histogram of each, and all in one figure.
+
+    Args:
+        kind: First part of the keys.
+        noun: What a spectrum belongs to, ``"layer"`` for example: heading of the table.
+        values: What a spectrum consists of, ``"eigenvalue"`` for example.
+        edges: Bin edges of the log10 histograms.
+        charts: Quantities with a chart each.
+        columns: Of the table.
+    """
+
+    def __init__(
+        self, kind: str, noun: str, values: str, edges: Sequence[float], charts: Sequence[str], columns: Columns
+    ) -> None:
+        super().__init__(kind, noun, f"{kind} spectra", {quantity: [quantity] for quantity in charts}, columns)
+        self.values = values
+        self.edges = edges
+
+    def draw(self, writer: Any, prefix: str, step: int, lines: Mapping[str, Line]) -> None:
+        """Write histograms, and the charts once.
+
+        Args:
+            writer: A SummaryWriter.
+            prefix: Put before every tag.
+            step: The report's step.
+            lines: Spectra by name.
+        """
+        values = f"log10_{self.values.replace(' ', '_')}s"
+        for name, line in lines.items():
+            tensorboard.add_log10_histogram(
+                writer, f"{prefix}{self.kind}/{name}/{values}", line.values, step, self.edges
+            )
+        super().draw(writer, prefix, step, lines)
+
+    def draw_figure(self, writer: Any, prefix: str, step: int, title: str, lines: Mapping[str, Line]) -> None:
+        """Write the log-log figure.
+
+        Args:
+            writer: A SummaryWriter.
+            prefix: Put before the tag.
+            step: The report's step.
+            title: Above the axes.
+            lines: Spectra by name; nothing is drawn without one.
+        """
+        spectra = {
+            name: line.values for name, line in lines.items() if len(line.values) and line.values.isfinite().all()
+        }
+        if not spectra:
+            return
+        fits = {name: (lines[name].band, lines[name].exponent) for name in spectra if not isnan(lines[name].exponent)}
+        figure = tensorboard.spectrum_figure(title, spectra, fits, self.values)
+        writer.add_figure(f"{prefix}{self.kind}/spectra", figure, global_step=step)

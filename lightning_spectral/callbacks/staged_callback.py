@@ -1,5 +1,6 @@
 """The wiring that every callback on a measurement has in common: the Trainer's events in, reports out."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_spectral import tensorboard
 from lightning_spectral.callbacks.arguments import check_choice, check_positive
-from lightning_spectral.callbacks.display import Line, SpectrumDisplay
+from lightning_spectral.callbacks.display import Line, ReportDisplay
 from lightning_spectral.callbacks.loss_scale import gradient_scale
 from lightning_spectral.callbacks.run_about import RunNotes
 from lightning_spectral.callbacks.run_recorder import RunRecorder
@@ -58,7 +59,7 @@ class StagedCallback(SpectralCallback):
         self.stage = stage
         self.dataloader_idx = dataloader_idx
         self.notes = notes
-        self.display: SpectrumDisplay | None = None
+        self.display: ReportDisplay | None = None
         """How reports are shown; None for a callback that only logs."""
         self._measurement: StagedMeasurement | None = None
         self._recorder: RunRecorder | None = None
@@ -68,6 +69,11 @@ class StagedCallback(SpectralCallback):
     def measurement(self) -> StagedMeasurement | None:
         """What this callback takes part in, during a run."""
         return self._measurement
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens at the latest report, over all ranks; NaN outside a run."""
+        return math.nan if self._recorder is None else self._recorder.tokens
 
     def settings(self) -> dict[str, Any]:
         """How the measurement is made, for the record of the run.
@@ -134,15 +140,15 @@ class StagedCallback(SpectralCallback):
         """Refuse settings that do not fit the model, after each batch, for what only shows then."""
 
     def lines(self, report: Any) -> dict[str, Line]:
-        """The spectra to show, for a callback with a ``display``.
+        """The spectra to show, for a callback with a ``display`` of them.
 
         Args:
             report: The measurement's report.
 
         Returns:
-            Spectra by name.
+            Spectra by name; none unless a subclass has some.
         """
-        raise NotImplementedError
+        return {}
 
     def title(self, report: Any = None) -> str:
         """What is shown, for a callback with a ``display``.

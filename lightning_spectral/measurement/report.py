@@ -102,6 +102,7 @@ class LayerSpectrum:
             "eigenvalues": self.eigenvalues,
             "leave_one_out": self.leave_one_out,
             "vectors": self.vectors,
+            "leave_one_out_vectors": self.leave_one_out_vectors,
         }
         arrays = {field: tensor.numpy() for field, tensor in tensors.items() if tensor is not None}
         return arrays | {"num_tokens": np.asarray(self.num_tokens), "failure": np.asarray(self.failure or "")}

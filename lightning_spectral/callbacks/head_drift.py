@@ -1,0 +1,393 @@
+"""The callback that watches how far the leading eigenvectors of layers' activation covariance move."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_spectral.callbacks.arguments import check_positive
+from lightning_spectral.callbacks.display import ReportDisplay
+from lightning_spectral.callbacks.measuring import MeasuringCallback
+from lightning_spectral.callbacks.run_about import check_notes
+from lightning_spectral.callbacks.table import number
+from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
+from lightning_spectral.functional.spectrum import js_divergence
+from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
+from lightning_spectral.measurement import LayerSpectrum, Measurement, Report
+from lightning_spectral.runs import Run
+
+UNEQUAL = 0.1
+"""Relative difference of two numbers of rows from which their spectra should not pass for samples of equal size."""
+
+
+class Basis(NamedTuple):
+    """What one report knows of one layer, as far as drift is concerned."""
+
+    sample: Sample
+    """Spectrum and leading eigenvectors, with all groups and without each."""
+    num_tokens: int
+    """Rows behind it."""
+
+    @classmethod
+    def of(cls, layer: LayerSpectrum, rank: int) -> "Basis":
+        """The basis of a layer that was measured.
+
+        Args:
+            layer: With eigenvectors.
+            rank: How many of them count; a shared report may hold more.
+
+        Returns:
+            Copies: the report's tensors are parts of larger ones, which should not be kept, nor saved.
+        """
+        assert layer.vectors is not None
+        assert layer.leave_one_out_vectors is not None
+        parts = (
+            layer.eigenvalues,
+            layer.leave_one_out,
+            layer.vectors[..., :rank],
+            layer.leave_one_out_vectors[..., :rank],
+        )
+        return cls(Sample(*(part.clone() for part in parts)), layer.num_tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps.
+
+        Returns:
+            Tensors and a number.
+        """
+        return {**self.sample._asdict(), "num_tokens": self.num_tokens}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Basis":
+        """The inverse of :meth:`state`.
+
+        Args:
+            state: Its result.
+
+        Returns:
+            The basis, on the CPU.
+        """
+        return cls(Sample(*(state[name].cpu() for name in Sample._fields)), state["num_tokens"])
+
+
+class _RecordedBases:
+    """The reports of a recorded run, of which the nearest in tokens is a reference."""
+
+    def __init__(self, path: str, stage: str, normalize: bool) -> None:
+        self._run = Run(path)
+        self._series = f"activation-{stage}"
+        settings = self._run.settings(self._series)
+        if not self._run.steps(self._series) or settings.get("normalize") != normalize:
+            raise ValueError(
+                f"reference must have measured activations with stage={stage!r} and normalize={normalize}, "
+                f"got {self._run}"
+            )
+        self._tokens = {step: self._run.tokens_at(self._series, step) for step in self._run.steps(self._series)}
+
+    def check(self, layers: Sequence[str], rank: int) -> None:
+        """Refuse a run that does not hold what is needed of it.
+
+        Args:
+            layers: Names of layers.
+            rank: Leading eigenvectors of each.
+
+        Raises:
+            ValueError: Naming what is missing.
+        """
+        known = self._run.names(self._series)
+        for name in layers:
+            if name not in known:
+                raise ValueError(f"reference must have measured {name}, got {self._run} with {', '.join(known)}")
+        vectors = self._run.spectrum(self._series, layers[0], min(self._tokens)).vectors
+        num_kept = 0 if vectors is None else vectors.shape[-1]
+        if num_kept < rank:
+            raise ValueError(
+                f"reference must hold {rank} eigenvectors a layer, got {self._run} with {num_kept}: "
+                f"record it with HeadDrift(rank={rank})"
+            )
+
+    def nearest(self, tokens: float, layers: Sequence[str], rank: int) -> dict[str, Basis]:
+        """The report nearest in tokens.
+
+        Args:
+            tokens: Of this run.
+            layers: Names of layers.
+            rank: Leading eigenvectors of each.
+
+        Returns:
+            Bases by layer; one whose measurement had failed is missing.
+        """
+        step = min(self._tokens, key=lambda step: abs(self._tokens[step] - tokens))
+        spectra = {name: self._run.spectrum(self._series, name, step) for name in layers}
+        bases = {}
+        for name, found in spectra.items():
+            if found.failure is None and found.vectors is not None and found.leave_one_out_vectors is not None:
+                vectors = (found.vectors[..., :rank], found.leave_one_out_vectors[..., :rank])
+                bases[name] = Basis(Sample(found.values, found.leave_one_out, *vectors), found.count)
+        return bases
+
+
+class HeadDrift(MeasuringCallback):
+    r"""Logs how far the head of each layer's activation covariance has moved from a reference, beside sampling floors.
+
+    Each report compares the span of the ``rank`` leading eigenvectors, and the whole spectrum, with those of a
+    reference. Values lie under ``drift/{layer}/``:
+
+    - ``overlap``: mean squared cosine of the principal angles; 1 where nothing moved, rank/width for random spans.
+    - ``max_angle``: the largest principal angle, in radians.
+    - ``js``: Jensen-Shannon divergence of the spectra, each normalised to sum to one, in nats.
+    - ``overlap_floor``, ``max_angle_floor``, ``js_floor``: how far two samples of one and the same process lie apart
+      in 95 of 100 cases. Drift is an overlap *below* its floor, an angle or a divergence *above*.
+
+    ``drift/failed`` counts layer spectra that could not be had so far, logged as NaN.
+
+    **Floors** are read off the scatter of the report and its reference themselves: the spectra and vectors without each
+    of ``num_groups`` groups of whole samples differ by sampling alone, whatever the distribution of rows and however
+    tokens depend on each other within a sequence. They say what *another sample* of rows would show. Where the same
+    validation rows come back at every report the numbers scatter less, and a change within the floor may be real, but
+    is one that other rows need not show. Runs from other seeds differ by far more than samples of one run: a floor is
+    no measure of what tells two *runs* apart.
+
+    **Eigenvalues that are equal at the cut** leave the span of exactly ``rank`` vectors undetermined: sampling turns it
+    freely among the equal ones. Overlap and angles are still those of exactly ``rank`` vectors, and it is the floors
+    that know: with no gap beyond sampling error between eigenvalues ``rank`` and ``rank + 1`` the floor of the angle
+    goes to pi/2, and that of the overlap falls by the directions that are free. Choose a ``rank`` with a gap behind it
+    to see small rotations. With fewer than ``rank`` positive eigenvalues the vectors beyond are arbitrary, and overlap
+    and angle are NaN, with a warning.
+
+    Beside an :class:`ActivationSpectrum` with equal ``every_n_steps``, ``stage``, ``num_tokens``, ``num_groups``,
+    ``normalize``, ``dtype``, ``mask`` and ``dataloader_idx`` it sets no hooks and collects no rows of its own, and one
+    eigensolve, with vectors, serves both. The reference is kept in checkpoints: (num_groups + 1) x (rank + 1) x width
+    float64 numbers for each layer.
+
+    Args:
+        layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five
+            blocks spread evenly over it.
+        rank: Number of leading eigenvectors, at most the width. Ten are the head in *Spectral Lens*.
+        reference: ``"first"`` report of the run, which is its own reference; the ``"previous"`` report, without which
+            the first one is NaN; or the log directory of a recorded run of the same initialisation that had a
+            ``HeadDrift`` of this rank or more, whose report nearest in tokens counts. All ranks must be able to read
+            it.
+        every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
+        stage: ``"validate"`` reads the first rows of a validation run, which do not change; ``"train"`` the last
+            training batches before a report.
+        num_tokens: Rows per report over all ranks, after the mask. Floors fall with the root of it, and a spectrum of
+            fewer rows is steeper: a reference of another number of rows is warned of.
+        num_groups: Groups of whole samples for the floors; 1 for none.
+        normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
+        dtype: Type of the products; sums and solves are in float64.
+        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        prefix: Put before every key, to tell two of these callbacks apart.
+        dataloader_idx: Which validation loader to read.
+        family: Name that comparable runs share in their records; None for one made of the model's class and its
+            configuration, without batch size, learning rate and seed.
+        tags: Whatever else the record of the run is to say, JSON-like.
+        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
+            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
+            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
+
+    Raises:
+        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
+            two callbacks would write, and for a reference run that holds no such vectors; in the first batch for a
+            rank beyond the width.
+
+    References:
+        Björck, Golub, *Numerical methods for computing angles between linear subspaces* (1973); Knyazev, Argentati,
+        *Principal angles between subspaces in an A-based scalar product* (2002); Lin, *Divergence measures based on the
+        Shannon entropy* (1991). For the floors see :mod:`lightning_spectral.functional.floor`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[HeadDrift(rank=4, reference="previous")], logger=False)
+    """
+
+    kind = "drift"
+    quantities = ("overlap", "overlap_floor", "max_angle", "max_angle_floor", "js", "js_floor")
+
+    def __init__(
+        self,
+        layers: str | Sequence[str] | None = None,
+        rank: int = 10,
+        reference: str = "first",
+        every_n_steps: int = 100,
+        stage: Literal["train", "validate"] = "validate",
+        num_tokens: int = 65536,
+        num_groups: int = 4,
+        normalize: bool = True,
+        dtype: Literal["float32", "float64"] = "float32",
+        mask: str | None = None,
+        prefix: str = "",
+        dataloader_idx: int = 0,
+        family: str | None = None,
+        tags: dict[str, Any] | None = None,
+        tokens_per_sample: int | str | None = None,
+    ) -> None:
+        notes = check_notes(family, tags, tokens_per_sample)
+        super().__init__(
+            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
+        )
+        check_positive(rank=rank)
+        if not isinstance(reference, str) or not reference:
+            raise ValueError(f"reference must be 'first', 'previous' or the path of a run, got {reference!r}")
+        self.rank = self.num_vectors = rank
+        self.reference = reference
+        self._bases: dict[str, Basis] = {}
+        self._recorded: _RecordedBases | None = None
+        self.display = self._display = ReportDisplay(
+            "drift",
+            "layer",
+            "head drift",
+            {quantity: (quantity, f"{quantity}_floor") for quantity in ("overlap", "max_angle", "js")},
+            {
+                "overlap": number("overlap", 4),
+                "its floor": number("overlap_floor", 4),
+                "max angle": number("max_angle", 4),
+                "angle floor": number("max_angle_floor", 4),
+                "JS": number("js", 6),
+                "JS floor": number("js_floor", 6),
+                "tokens": number("num_tokens", 0),
+            },
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in a checkpoint: a reference of another rank would be of no use."""
+        return self._generate_state_key(
+            layers=self.layers, stage=self.stage, prefix=self.prefix, rank=self.rank, reference=self.reference
+        )
+
+    def title(self, report: Report | None = None) -> str:
+        """What is shown.
+
+        Args:
+            report: One report, or None for all.
+
+        Returns:
+            A heading.
+        """
+        reference = f"the {self.reference} report" if self.reference in ("first", "previous") else self.reference
+        heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.stage}"
+        return heading if report is None else f"{heading}, step {report.step}"
+
+    def check_widths(self, widths: dict[str, int]) -> None:
+        """Refuse a rank beyond the width of a layer.
+
+        Args:
+            widths: Width by layer.
+
+        Raises:
+            ValueError: Naming rank, width and layer.
+        """
+        for name, width in widths.items():
+            if self.rank > width:
+                raise ValueError(f"rank must be at most {width}, the width of {name}, got {self.rank}: lower it")
+
+    def summary(self) -> dict[str, Any]:
+        """The reference, and the first report and the last for the table.
+
+        Returns:
+            Plain numbers, strings and tensors.
+        """
+        return {**super().summary(), "bases": {name: basis.state() for name, basis in self._bases.items()}}
+
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Take up what :meth:`summary` gave.
+
+        Args:
+            summary: Its result, or an empty one to begin anew.
+        """
+        super().restore(summary)
+        self._bases = {name: Basis.from_state(state) for name, state in summary.get("bases", {}).items()}
+
+    def measured(self, report: Report) -> dict[str, float]:
+        """The logged values of each layer.
+
+        Args:
+            report: The shared report.
+
+        Returns:
+            Values by key, without the prefix.
+        """
+        layers = {name: report.layers[name] for name in self._layer_names}
+        bases = {name: Basis.of(layer, self.rank) for name, layer in layers.items() if layer.failure is None}
+        if self.reference == "first":
+            # A layer whose first measurement failed begins with the first that did not.
+            self._bases = bases | self._bases
+        references = self._reference_for()
+        rows = {name: self._describe(report.step, name, bases.get(name), references.get(name)) for name in layers}
+        if self.reference == "previous":
+            self._bases = self._bases | bases
+        tokens = {name: float(layer.num_tokens) for name, layer in layers.items()}
+        self._display.note(report.step, {name: {**row, "num_tokens": tokens[name]} for name, row in rows.items()})
+        return {f"drift/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
+
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
+        """Join the measurement, and open the run that is the reference.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module that is trained.
+
+        Returns:
+            The shared measurement.
+
+        Raises:
+            ValueError: If that run cannot be read, or does not hold what is needed of it.
+        """
+        measurement = super().join(trainer, pl_module)
+        self._recorded = None
+        if self.reference not in ("first", "previous"):
+            self._recorded = _RecordedBases(self.reference, self.stage, self.request.normalize)
+            self._recorded.check(self._layer_names, self.rank)
+        return measurement
+
+    def _reference_for(self) -> dict[str, Basis]:
+        if self._recorded is None:
+            return self._bases
+        # Every rank reads the file, so that all come to the same numbers.
+        return self._recorded.nearest(self.tokens, self._layer_names, self.rank)
+
+    def _describe(self, step: int, name: str, basis: Basis | None, reference: Basis | None) -> dict[str, float]:
+        row = dict.fromkeys(self.quantities, math.nan)
+        if basis is None:
+            return row
+        samples = [basis.sample] if reference is None else [basis.sample, reference.sample]
+        row["js_floor"] = float(js_floor(*samples))
+        if math.isnan(row["js_floor"]) and self.request.num_groups > 1:
+            self.warn(f"at step {step}, {name}: no floors, because not every group of samples received rows")
+        if reference is not None:
+            row["js"] = (
+                0.0 if reference is basis else float(js_divergence(basis.sample.values, reference.sample.values))
+            )
+            self._compare_rows(step, name, basis, reference)
+        reason = self._why_no_vectors(samples)
+        if reason is not None:
+            self.warn(f"at step {step}, {name}: overlap and angle are NaN, because {reason}")
+            return row
+        row["overlap_floor"], row["max_angle_floor"] = float(overlap_floor(*samples)), float(angle_floor(*samples))
+        if reference is not None:
+            row["overlap"], row["max_angle"] = (1.0, 0.0) if reference is basis else _distance(*samples)
+        return row
+
+    def _compare_rows(self, step: int, name: str, basis: Basis, reference: Basis) -> None:
+        if abs(basis.num_tokens - reference.num_tokens) > UNEQUAL * max(basis.num_tokens, reference.num_tokens):
+            self.warn(
+                f"at step {step}, {name}: compares {basis.num_tokens} rows with {reference.num_tokens}, "
+                "and fewer rows alone make a spectrum steeper"
+            )
+
+    def _why_no_vectors(self, samples: list[Sample]) -> str | None:
+        if any(sample.vectors is None or sample.leave_one_out_vectors is None for sample in samples):
+            return "the reference holds no eigenvectors"
+        num_positive = min(int((sample.values > 0).sum()) for sample in samples)
+        if num_positive < self.rank:
+            return f"rank {self.rank} needs as many positive eigenvalues, and there are {num_positive}: lower it"
+        return None
+
+
+def _distance(sample: Sample, reference: Sample) -> tuple[float, float]:
+    assert sample.vectors is not None
+    assert reference.vectors is not None
+    overlap = subspace_overlap(sample.vectors, reference.vectors)
+    return float(overlap), float(principal_angles(sample.vectors, reference.vectors)[0])
