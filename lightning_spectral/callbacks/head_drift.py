@@ -352,7 +352,9 @@ class HeadDrift(MeasuringCallback):
         row = dict.fromkeys(self.quantities, math.nan)
         if basis is None:
             return row
-        samples = [basis.sample] if reference is None else [basis.sample, reference.sample]
+        # A report that is its own reference is one sample, however often it is named.
+        others = [] if reference is None or reference is basis else [reference.sample]
+        samples = [basis.sample, *others]
         row["js_floor"] = float(js_floor(*samples))
         if math.isnan(row["js_floor"]) and self.request.num_groups > 1:
             self.warn(f"at step {step}, {name}: no floors, because not every group of samples received rows")
@@ -367,7 +369,7 @@ class HeadDrift(MeasuringCallback):
             return row
         row["overlap_floor"], row["max_angle_floor"] = float(overlap_floor(*samples)), float(angle_floor(*samples))
         if reference is not None:
-            row["overlap"], row["max_angle"] = (1.0, 0.0) if reference is basis else _distance(*samples)
+            row["overlap"], row["max_angle"] = _distance(*samples) if others else (1.0, 0.0)
         return row
 
     def _compare_rows(self, step: int, name: str, basis: Basis, reference: Basis) -> None:

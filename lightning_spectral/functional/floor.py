@@ -96,6 +96,9 @@ def overlap_floor(*samples: Sample) -> Tensor:
 
     Returns:
         ``(...)`` float64 between max(0, 2k - d)/k and 1: an overlap *below* it is drift. NaN as for :func:`js_floor`.
+
+    Raises:
+        ValueError: If a sample has no vectors.
     """
     noises, weights = [], []
     for sample in samples:
@@ -120,6 +123,9 @@ def angle_floor(*samples: Sample) -> Tensor:
     Returns:
         ``(...)`` radians, float64, at most pi/2, as where nothing separates the eigenvalues at the cut. NaN as for
         :func:`js_floor`.
+
+    Raises:
+        ValueError: If a sample has no vectors.
     """
     noises = []
     for sample in samples:
@@ -174,16 +180,20 @@ def _expected(sample: Sample, distances: Tensor) -> Tensor:
     return (_num_groups(sample) - 1) ** 2 / max(_num_groups(sample), 1) * distances.mean(-1)
 
 
-def _angles(sample: Sample) -> Tensor:
-    """Principal angles ``(..., pairs, k)`` between the leading eigenvectors without each group."""
+def _vectors(sample: Sample) -> tuple[Tensor, Tensor]:
     if sample.vectors is None or sample.leave_one_out_vectors is None:
         raise ValueError("samples must have vectors and leave_one_out_vectors, got None: only js_floor does without")
-    return principal_angles(*_pairs(sample.leave_one_out_vectors, axis=-3))
+    return sample.vectors, sample.leave_one_out_vectors
+
+
+def _angles(sample: Sample) -> Tensor:
+    """Principal angles ``(..., pairs, k)`` between the leading eigenvectors without each group."""
+    return principal_angles(*_pairs(_vectors(sample)[1], axis=-3))
 
 
 def _rotations(sample: Sample) -> Tensor:
     """How far noise turns each leading eigenvector towards each other one, ``(..., k, d - k)`` up to a factor."""
-    rank = 0 if sample.vectors is None else sample.vectors.shape[-1]
+    rank = _vectors(sample)[0].shape[-1]
     values = sample.values.to(torch.float64)
     inside, outside = values[..., :rank, None], values[..., None, rank:]
     # Equal values would divide by zero: their gap is rounding, and what it gives is large enough to be alone.
