@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from lightning_spectral import ActivationSpectrum
+from lightning_spectral import ActivationSpectrum, HeadDrift
 from tests.models import LanguageModel, Network, tiny_trainer, token_loader
 
 
@@ -28,11 +28,14 @@ class Reports(ActivationSpectrum):
         return super().measured(report)
 
 
-def spectra() -> list[Reports]:
-    return [
+def spectra() -> tuple[Reports, Reports, HeadDrift, HeadDrift]:
+    return (
         Reports(layers="all", every_n_steps=7, num_tokens=96, prefix="train/"),
         Reports(every_n_steps=10, num_tokens=96, stage="validate", dtype="float64", prefix="val/"),
-    ]
+        # One shares the measurement of the second, the other has one of its own.
+        HeadDrift(rank=4, every_n_steps=10, num_tokens=96, dtype="float64"),
+        HeadDrift(rank=4, reference="previous", every_n_steps=5, num_tokens=96, stage="train", prefix="previous/"),
+    )
 
 
 class Dropping(LanguageModel):
@@ -122,12 +125,15 @@ EAGER = [
 def test_run_is_bit_identical_with_and_without(tmp_path: Path, make, kwargs: dict[str, Any]) -> None:
     expected = train(tmp_path, make, [], **kwargs)
     callbacks = spectra()
-    found = train(tmp_path, make, callbacks, **kwargs)
+    found = train(tmp_path, make, list(callbacks), **kwargs)
     assert_identical(found, expected)
     # It was measured; and a forward that checkpointing repeats in the backward pass is not counted again.
     steps = range(7, found["step"] + 1, 7)
     assert callbacks[0].rows == dict.fromkeys(steps, 96)
     assert set(callbacks[1].rows.values()) == {96}
+    for drift in callbacks[2:]:
+        assert drift.summary()["num_reports"] >= 2
+        assert drift.num_failed == 0
 
 
 @NO_GRADIENTS
