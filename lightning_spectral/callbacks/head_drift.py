@@ -1,12 +1,13 @@
 """The callback that watches how far the leading eigenvectors of layers' activation covariance move."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spectral.callbacks.arguments import check_positive
+from lightning_spectral.callbacks.basis import Basis, RecordedBases
 from lightning_spectral.callbacks.display import ReportDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
 from lightning_spectral.callbacks.run_about import check_notes
@@ -14,118 +15,10 @@ from lightning_spectral.callbacks.table import number
 from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
-from lightning_spectral.measurement import LayerSpectrum, Measurement, Report
-from lightning_spectral.runs import Run
+from lightning_spectral.measurement import Measurement, Report
 
 UNEQUAL = 0.1
 """Relative difference of two numbers of rows from which their spectra should not pass for samples of equal size."""
-
-
-class Basis(NamedTuple):
-    """What one report knows of one layer, as far as drift is concerned."""
-
-    sample: Sample
-    """Spectrum and leading eigenvectors, with all groups and without each."""
-    num_tokens: int
-    """Rows behind it."""
-
-    @classmethod
-    def of(cls, layer: LayerSpectrum, rank: int) -> "Basis":
-        """The basis of a layer that was measured.
-
-        Args:
-            layer: With eigenvectors.
-            rank: How many of them count; a shared report may hold more.
-
-        Returns:
-            Copies: the report's tensors are parts of larger ones, which should not be kept, nor saved.
-        """
-        assert layer.vectors is not None
-        assert layer.leave_one_out_vectors is not None
-        parts = (
-            layer.eigenvalues,
-            layer.leave_one_out,
-            layer.vectors[..., :rank],
-            layer.leave_one_out_vectors[..., :rank],
-        )
-        return cls(Sample(*(part.clone() for part in parts)), layer.num_tokens)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps.
-
-        Returns:
-            Tensors and a number.
-        """
-        return {**self.sample._asdict(), "num_tokens": self.num_tokens}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Basis":
-        """The inverse of :meth:`state`.
-
-        Args:
-            state: Its result.
-
-        Returns:
-            The basis, on the CPU.
-        """
-        return cls(Sample(*(state[name].cpu() for name in Sample._fields)), state["num_tokens"])
-
-
-class _RecordedBases:
-    """The reports of a recorded run, of which the nearest in tokens is a reference."""
-
-    def __init__(self, path: str, stage: str, normalize: bool) -> None:
-        self._run = Run(path)
-        self._series = f"activation-{stage}"
-        settings = self._run.settings(self._series)
-        if not self._run.steps(self._series) or settings.get("normalize") != normalize:
-            raise ValueError(
-                f"reference must have measured activations with stage={stage!r} and normalize={normalize}, "
-                f"got {self._run}"
-            )
-        self._tokens = {step: self._run.tokens_at(self._series, step) for step in self._run.steps(self._series)}
-
-    def check(self, layers: Sequence[str], rank: int) -> None:
-        """Refuse a run that does not hold what is needed of it.
-
-        Args:
-            layers: Names of layers.
-            rank: Leading eigenvectors of each.
-
-        Raises:
-            ValueError: Naming what is missing.
-        """
-        known = self._run.names(self._series)
-        for name in layers:
-            if name not in known:
-                raise ValueError(f"reference must have measured {name}, got {self._run} with {', '.join(known)}")
-        vectors = self._run.spectrum(self._series, layers[0], min(self._tokens)).vectors
-        num_kept = 0 if vectors is None else vectors.shape[-1]
-        if num_kept < rank:
-            raise ValueError(
-                f"reference must hold {rank} eigenvectors a layer, got {self._run} with {num_kept}: "
-                f"record it with HeadDrift(rank={rank})"
-            )
-
-    def nearest(self, tokens: float, layers: Sequence[str], rank: int) -> dict[str, Basis]:
-        """The report nearest in tokens.
-
-        Args:
-            tokens: Of this run.
-            layers: Names of layers.
-            rank: Leading eigenvectors of each.
-
-        Returns:
-            Bases by layer; one whose measurement had failed is missing.
-        """
-        step = min(self._tokens, key=lambda step: abs(self._tokens[step] - tokens))
-        spectra = {name: self._run.spectrum(self._series, name, step) for name in layers}
-        bases = {}
-        for name, found in spectra.items():
-            if found.failure is None and found.vectors is not None and found.leave_one_out_vectors is not None:
-                vectors = (found.vectors[..., :rank], found.leave_one_out_vectors[..., :rank])
-                bases[name] = Basis(Sample(found.values, found.leave_one_out, *vectors), found.count)
-        return bases
 
 
 class HeadDrift(MeasuringCallback):
@@ -233,7 +126,7 @@ class HeadDrift(MeasuringCallback):
         self.rank = self.num_vectors = rank
         self.reference = reference
         self._bases: dict[str, Basis] = {}
-        self._recorded: _RecordedBases | None = None
+        self._recorded: RecordedBases | None = None
         self.display = self._display = ReportDisplay(
             "drift",
             "layer",
@@ -269,6 +162,14 @@ class HeadDrift(MeasuringCallback):
         reference = f"the {self.reference} report" if self.reference in ("first", "previous") else self.reference
         heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.stage}"
         return heading if report is None else f"{heading}, step {report.step}"
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made, and how many eigenvectors are kept.
+
+        Returns:
+            JSON-like values by name.
+        """
+        return super().settings() | {"rank": self.rank}
 
     def check_widths(self, widths: dict[str, int]) -> None:
         """Refuse a rank beyond the width of a layer.
@@ -338,7 +239,7 @@ class HeadDrift(MeasuringCallback):
         measurement = super().join(trainer, pl_module)
         self._recorded = None
         if self.reference not in ("first", "previous"):
-            self._recorded = _RecordedBases(self.reference, self.stage, self.request.normalize)
+            self._recorded = RecordedBases(self.reference, self.stage, self.request.normalize)
             self._recorded.check(self._layer_names, self.rank)
         return measurement
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_spectral import ActivationSpectrum, HeadDrift
-from lightning_spectral.callbacks.head_drift import Basis
+from lightning_spectral import ActivationSpectrum, HeadDrift, Run
 from lightning_spectral.functional import js_divergence
 from lightning_spectral.measurement import Report
 from tests.models import PROBES, LanguageModel, Network, tiny_trainer, token_loader
@@ -345,17 +345,52 @@ def test_fewer_rows_than_the_reference_are_warned_of(tmp_path: Path) -> None:
         fit(tmp_path, Kept(), model=Fewer())
 
 
-def test_any_other_reference_is_the_path_of_a_run(tmp_path: Path) -> None:
-    class Recorded(Kept):
-        def recorded_reference(self, report: Report) -> dict[str, Basis]:
-            return {LAYERS[0]: Basis.of(self.reports[0].layers[LAYERS[0]], self.rank)}
+def test_a_recorded_run_is_compared_at_the_nearest_tokens(tmp_path: Path) -> None:
+    other = LanguageModel()
+    recorded = Kept(every_n_steps=3, rank=6)
+    fit(tmp_path / "one", recorded, model=other, val_check_interval=3)
+    drift = Kept(reference=str(tmp_path / "one"))
+    fit(tmp_path / "two", drift)
+    # Its reports are at steps 3, 6, 9 and 12, of equally many tokens each; those of steps 4, 8 and 12 are nearest to:
+    for step, report, nearest in zip((4, 8, 12), drift.reports, (0, 2, 3), strict=True):
+        for layer in LAYERS:
+            found, reference = report.layers[layer], recorded.reports[nearest].layers[layer]
+            expected = expected_distances(found, replace(reference, vectors=reference.vectors[:, :4]), rank=4)
+            logged = [drift.logged[step][f"drift/{layer}/{distance}"] for distance in DISTANCES]
+            np.testing.assert_allclose(logged, expected, rtol=1e-6, atol=1e-12)
+    assert drift.title().startswith("drift of 4 leading eigenvectors from /")
+    assert Run(tmp_path / "two").settings("activation")["rank"] == 4
 
-    drift, first = Recorded(reference="runs/one"), Kept(prefix="b/")
-    fit(tmp_path, drift, first)
-    for distance in DISTANCES:
-        assert drift.values(distance)[1:] == first.values(distance)[1:]
-        assert np.isnan(drift.values(distance, LAYERS[1])).all()
-    assert drift.title() == "drift of 4 leading eigenvectors from runs/one, validate"
+
+def test_a_run_of_the_same_initialisation_and_order_has_not_drifted(tmp_path: Path) -> None:
+    fit(tmp_path / "one", Kept())
+    drift = Kept(reference=str(tmp_path / "one"))
+    fit(tmp_path / "two", drift)
+    assert drift.values("js") == [0.0] * 3
+    np.testing.assert_allclose(drift.values("overlap"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "drift", "message"),
+    [
+        (None, {}, "run must be a folder with a record, got '.*one': it has no run.json"),
+        (
+            Kept(rank=2),
+            {},
+            r"reference must hold 4 eigenvectors a layer, got Run\(.*\) with 2: record it with HeadDrift",
+        ),
+        (ActivationSpectrum(stage="validate", every_n_steps=4), {}, "reference must hold 4 eigenvectors .* with 0"),
+        (Kept(layers="*.blocks.0"), {}, "reference must have measured network.blocks.1, got .* with network.blocks.0"),
+        (Kept(), {"stage": "train"}, "reference must have measured activations with stage='train' and normalize=True"),
+        (Kept(), {"normalize": False}, "reference must have measured .* stage='validate' and normalize=False, got Run"),
+    ],
+)
+def test_runs_that_are_no_reference_are_refused(tmp_path: Path, recorded: Any, drift: Any, message: str) -> None:
+    if recorded is not None:
+        fit(tmp_path / "one", recorded, max_steps=4)
+    with pytest.raises(ValueError, match=message) as raised:
+        fit(tmp_path / "two", Kept(reference=str(tmp_path / "one"), **drift))
+    assert "\n" not in str(raised.value)
 
 
 def test_validation_alone_is_measured(tmp_path: Path) -> None:
