@@ -14,7 +14,7 @@ from lightning_spectral.functional import (
     singular_spectrum,
 )
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
-from lightning_spectral.runs import Run
+from lightning_spectral.runs import Run, compare
 
 __version__ = version("lightning-spectral")
 
@@ -27,6 +27,7 @@ __all__ = [
     "PowerLaw",
     "Run",
     "__version__",
+    "compare",
     "covariance_spectrum",
     "functional",
     "gradient_noise_scale",

@@ -1,4 +1,4 @@
-"""The commands: fit, validate, test and predict from YAML, with our names usable without dots."""
+"""The commands: fit, validate, test and predict from YAML, with our names usable without dots; show and compare."""
 
 import os
 import sys
@@ -8,17 +8,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_spectral.runs.commands import run_command
+
 PACKAGE = Path(__file__).parent
 
 COMMANDS = ("fit", "validate", "test", "predict")
+"""Those of Lightning's own command line."""
+RUN_COMMANDS = ("show", "compare")
+"""Those that read what runs left behind."""
 
 USAGE = f"""usage: lightning-spectral COMMAND [--config FILE] [options]
 
-commands: {", ".join(COMMANDS)}
+commands: {", ".join((*COMMANDS, *RUN_COMMANDS))}
 
   lightning-spectral fit --config examples/nanogpt.yaml
   lightning-spectral fit --model my.Module --data my.Data --trainer.callbacks+=ActivationSpectrum
   lightning-spectral fit --trainer.callbacks.help=ActivationSpectrum
+  lightning-spectral show lightning_logs/version_0 --plot evolution.png
+  lightning-spectral compare 'logs/base/*' 'logs/variant/*' --plot comparison.png
 
 `lightning` and `python -m lightning_spectral` are the same command; COMMAND --help lists its options."""
 
@@ -39,14 +46,18 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"lightning-spectral {version('lightning-spectral')}")
         return
-    if words[0] not in COMMANDS:
-        _stop(f"command must be one of {', '.join(COMMANDS)}, got {words[0]!r}: see lightning-spectral --help")
+    if words[0] not in COMMANDS + RUN_COMMANDS:
+        known = ", ".join(COMMANDS + RUN_COMMANDS)
+        _stop(f"command must be one of {known}, got {words[0]!r}: see lightning-spectral --help")
     # A console script does not search the folder it is called in, where a user's own modules are.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        # Left to read the command line itself, Lightning can also start the other processes of a DDP run from it.
-        _run_lightning(None if args is None else words)
+        if words[0] in RUN_COMMANDS:
+            run_command(words)
+        else:
+            # Left to read the command line itself, Lightning can also start the other processes of a DDP run from it.
+            _run_lightning(None if args is None else words)
     except ValueError as error:
         message = _our_message(error)
         if message is None:

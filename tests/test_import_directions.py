@@ -13,8 +13,9 @@ ALLOWED = {
     "capture": set(),
     "measurement": {"functional", "metrics", "capture"},
     "tensorboard": set(),
-    "callbacks": {"functional", "metrics", "capture", "measurement", "runs", "tensorboard"},
-    "runs": {"functional"},
+    "callbacks": {"functional", "metrics", "capture", "measurement", "runs", "tensorboard", "terminal"},
+    "terminal": set(),
+    "runs": {"functional", "terminal"},
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""

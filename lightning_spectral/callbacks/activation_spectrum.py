@@ -9,10 +9,10 @@ from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
 from lightning_spectral.callbacks.run_about import check_notes
 from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD
-from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.functional.spectrum import head_share, rankme
 from lightning_spectral.measurement import LayerSpectrum, Report
+from lightning_spectral.terminal import number, with_error
 
 
 class ActivationSpectrum(MeasuringCallback):

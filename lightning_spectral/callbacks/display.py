@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_spectral import tensorboard
-from lightning_spectral.callbacks.table import Columns, print_table
 from lightning_spectral.functional.powerlaw import Band, resolve_band
+from lightning_spectral.terminal import Columns, print_table
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from lightning_spectral.callbacks.display import Line, SpectrumDisplay
 from lightning_spectral.callbacks.loss_scale import loss_scale
 from lightning_spectral.callbacks.run_about import check_notes
 from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD, StagedCallback
-from lightning_spectral.callbacks.table import number, with_error
 from lightning_spectral.capture.parameters import resolve_parameters, trainable_parameters
 from lightning_spectral.capture.shadow import BatchLoss, check_loss, load_loss
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
@@ -28,6 +27,7 @@ from lightning_spectral.measurement import (
     WeightSpectrum,
 )
 from lightning_spectral.measurement.report import Exponent
+from lightning_spectral.terminal import number, with_error
 
 SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""

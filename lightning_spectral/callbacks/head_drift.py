@@ -11,11 +11,11 @@ from lightning_spectral.callbacks.basis import Basis, RecordedBases
 from lightning_spectral.callbacks.display import ReportDisplay
 from lightning_spectral.callbacks.measuring import MeasuringCallback
 from lightning_spectral.callbacks.run_about import check_notes
-from lightning_spectral.callbacks.table import number
 from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 from lightning_spectral.measurement import Measurement, Report
+from lightning_spectral.terminal import number
 
 UNEQUAL = 0.1
 """Relative difference of two numbers of rows from which their spectra should not pass for samples of equal size."""

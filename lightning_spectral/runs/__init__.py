@@ -1,8 +1,23 @@
 """What a run leaves on disk, reading it back, and comparing two."""
 
+from lightning_spectral.runs.comparison import Comparison, Gain, Shift, compare
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.record import Record, Row
 from lightning_spectral.runs.run import Matched, Run, open_runs
 from lightning_spectral.runs.spectrum import Spectrum
+from lightning_spectral.runs.verdict import Verdict
 
-__all__ = ["History", "Matched", "Record", "Row", "Run", "Spectrum", "open_runs"]
+__all__ = [
+    "Comparison",
+    "Gain",
+    "History",
+    "Matched",
+    "Record",
+    "Row",
+    "Run",
+    "Shift",
+    "Spectrum",
+    "Verdict",
+    "compare",
+    "open_runs",
+]

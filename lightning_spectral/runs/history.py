@@ -94,3 +94,18 @@ class History(NamedTuple):
             float(column[before] + share * (column[after] - column[before])) for column in (self.step, self.seconds)
         )
         return Point(step, tokens, seconds)
+
+    def throughput(self, tokens: float) -> float:
+        """Tokens a second on the way to a number of tokens.
+
+        Args:
+            tokens: How far to look.
+
+        Returns:
+            The median over the stretches between entries, which a stall or the compilation in the first does not move;
+            NaN for fewer than two entries.
+        """
+        stop = int(np.searchsorted(self.tokens, tokens)) + 1
+        tokens_of, seconds_of = np.diff(self.tokens[:stop]), np.diff(self.seconds[:stop])
+        rates = tokens_of[seconds_of > 0] / seconds_of[seconds_of > 0]
+        return float(np.median(rates)) if len(rates) else nan

@@ -73,6 +73,7 @@ class Run:
         """The log directory."""
         self.about = read_about(self.folder)
         """The description of the run: family, tags, series, batch, world size, versions."""
+        self._tokens: dict[Path, float] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -226,8 +227,10 @@ class Run:
             ValueError: If there is no such report, or its file is broken.
         """
         path = self._path(kind, step)
-        with _arrays(path) as arrays:
-            return float(arrays["tokens"])
+        if path not in self._tokens:
+            with _arrays(path) as arrays:
+                self._tokens[path] = float(arrays["tokens"])
+        return self._tokens[path]
 
     def _path(self, kind: str, step: int) -> Path:
         found = self._reports[self.series(kind)]

@@ -1,7 +1,7 @@
-"""The table that closes a run: the first report of each layer or parameter and the last."""
+"""Tables on the terminal: the one that closes a run, and what all have in common."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,10 +22,7 @@ def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], 
         first: ``{"step": step, "rows": {name: {quantity: value}}}``.
         last: Likewise; may be the same report.
     """
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(kind, overflow="fold")
-    for heading in ("step", *columns):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(title, [kind], ["step", *columns])
     reports = [first] if first["step"] == last["step"] else [first, last]
     for name in last["rows"]:
         for report in reports:
@@ -33,9 +30,37 @@ def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], 
             # A weight is what most parameters are; the word would fold the line.
             shown = name.removesuffix(".weight") if report is reports[0] else ""
             table.add_row(shown, str(report["step"]), *cells)
-    console = Console()
-    # A log file has no width of its own, and a number cut off says nothing.
-    Console(width=console.width if console.is_terminal else 120).print(table)
+    console().print(table)
+
+
+def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without rows.
+
+    Args:
+        title: Above it.
+        names: Headings of columns on the left, whose entries may be folded.
+        numbers: Headings of columns on the right, whose entries are shown whole.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in names:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def console() -> Console:
+    """Where tables go.
+
+    Returns:
+        A console as wide as the terminal; of 120 columns for a log file, which has no width of its own, and where a
+        number cut off says nothing.
+    """
+    found = Console()
+    return Console(width=found.width if found.is_terminal else 120, highlight=False)
 
 
 def number(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
@@ -48,7 +73,7 @@ def number(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
     Returns:
         What makes a cell.
     """
-    return lambda values: _format(values[quantity], digits)
+    return lambda values: show_number(values[quantity], digits)
 
 
 def with_error(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
@@ -61,8 +86,19 @@ def with_error(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
     Returns:
         What makes a cell.
     """
-    return lambda values: f"{_format(values[quantity], digits)} +/- {_format(values[f'{quantity}_stderr'], digits)}"
+    return lambda values: (
+        f"{show_number(values[quantity], digits)} +/- {show_number(values[f'{quantity}_stderr'], digits)}"
+    )
 
 
-def _format(value: float, digits: int) -> str:
+def show_number(value: float, digits: int) -> str:
+    """A number as it stands in a table.
+
+    Args:
+        value: The number.
+        digits: After the point.
+
+    Returns:
+        With commas; a dash for NaN.
+    """
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"

@@ -1,0 +1,104 @@
+"""The commands that read runs: show, compare."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning_spectral.runs.comparison import compare
+from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.tables import evolution, print_comparison, print_run
+from lightning_spectral.runs.to_json import to_json
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run one of the commands.
+
+    Args:
+        words: Its name and its arguments.
+
+    Raises:
+        ValueError: For wrong arguments, missing or broken runs, and runs that do not compare.
+    """
+    COMMANDS[words[0]](words[1:])
+
+
+def _show(words: Sequence[str]) -> None:
+    parser = _Parser(
+        "lightning-spectral show", description="Show what runs left behind: losses, and how spectra evolved."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="log directory of a run, or a pattern of several")
+    parser.add_argument("--kind", help="of spectra: activation, gradient, weight, or one series, as activation-train")
+    _add_outputs(parser)
+    args = parser.parse_args(words)
+    runs = open_runs(args.runs)
+    if args.plot is not None:
+        _plot_evolution(runs, args)
+    if args.json:
+        print(to_json({"runs": [_facts(run, args.kind) for run in runs]}))
+        return
+    for run in runs:
+        print_run(run, _kinds(run, args.kind))
+
+
+def _kinds(run: Run, kind: str | None) -> list[str]:
+    if kind is None:
+        return run.kinds
+    run.series(kind)  # says what there is if that is not there
+    return [kind]
+
+
+def _facts(run: Run, kind: str | None) -> dict[str, Any]:
+    history = {name: column.tolist() for name, column in run.history._asdict().items()}
+    spectra = [row for kind in _kinds(run, kind) for row in evolution(run, kind, run.steps(kind))]
+    return {"path": str(run.path), "about": run.about, "history": history, "spectra": spectra}
+
+
+def _plot_evolution(runs: Sequence[Run], args: Namespace) -> None:
+    from lightning_spectral.runs.figures import evolution_figure, save
+
+    for number, run in enumerate(runs):
+        (kind, *_) = _kinds(run, args.kind) or _kinds(run, "activation")
+        path = Path(args.plot)
+        save(evolution_figure(run, kind), path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}"))
+
+
+def _compare(words: Sequence[str]) -> None:
+    parser = _Parser(
+        "lightning-spectral compare",
+        description="Compare two sides of runs at equal loss: did the variant learn better, or only run faster?",
+    )
+    parser.add_argument("base", metavar="BASE", help="log directory of a run, or a quoted pattern of several seeds")
+    parser.add_argument("variant", metavar="VARIANT", help="likewise")
+    parser.add_argument(
+        "--at-loss", type=float, metavar="X", help="the loss to match at; default: the lowest all reached"
+    )
+    parser.add_argument(
+        "--floor", metavar="PATH", help="seeds of the base's family, or an earlier comparison's JSON, for the run floor"
+    )
+    _add_outputs(parser)
+    args = parser.parse_args(words)
+    comparison = compare(args.base, args.variant, at_loss=args.at_loss, floor=args.floor)
+    if args.plot is not None:
+        from lightning_spectral.runs.figures import comparison_figure, save
+
+        save(comparison_figure(comparison), args.plot)
+    if args.json:
+        print(to_json(comparison.as_dict()))
+    else:
+        print_comparison(comparison)
+
+
+def _add_outputs(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a figure")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"show": _show, "compare": _compare}

@@ -1,0 +1,256 @@
+"""Comparing two sides of runs at equal loss: what was gained in tokens and in time, and what moved in the spectra."""
+
+from collections.abc import Iterator, Sequence
+from math import exp, isnan, log, nan, sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from lightning_spectral.functional.floor import Sample, js_floor
+from lightning_spectral.functional.spectrum import js_divergence
+from lightning_spectral.runs.measured import Measured, bands_of, check_comparable, lowest_common_loss, measure
+from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.statistics import Scatter, mean_spectrum, number, read_scatter, scatter
+from lightning_spectral.runs.verdict import MIN_GAIN, Verdict, decide
+
+Paths = str | Path | Sequence[str | Path]
+
+BETTER = {"tokens": -1, "throughput": 1, "seconds": -1}
+"""Whether more of it is a gain."""
+
+
+class Gain(NamedTuple):
+    """What the variant gained over the base: a share, 0.5 for half as much again; negative for a loss."""
+
+    quantity: str
+    """``tokens`` and ``seconds`` to the matched loss, or ``throughput``, tokens a second on the way to it."""
+    base: float
+    """Geometric mean over the side's runs."""
+    variant: float
+    gain: float
+    low: float
+    """Interval, NaN where the scatter of runs is not known."""
+    high: float
+    run_floor: float
+    """Smallest gain that seeds alone do not show; NaN likewise."""
+    is_detected: bool
+
+
+class Shift(NamedTuple):
+    """How a spectrum moved from base to variant."""
+
+    kind: str
+    name: str
+    """Layer or parameter; empty for the mean over all."""
+    quantity: str
+    """``alpha_head``, ``alpha_tail``, ``rankme``, or ``js``: the divergence of the sides' mean spectra, in nats."""
+    base: float
+    variant: float
+    shift: float
+    low: float
+    """Interval, NaN where the scatter of runs is not known, and for ``js``."""
+    high: float
+    sampling_floor: float
+    """What other rows of the same runs may show, with 95% confidence."""
+    run_floor: float
+    """What other seeds may show; NaN where the scatter of runs is not known."""
+    is_detected: bool
+    """Whether it lies beyond both floors."""
+
+
+class Comparison(NamedTuple):
+    """Two sides of runs at equal loss."""
+
+    base: list[Run]
+    variant: list[Run]
+    loss_name: str
+    loss: float
+    """The loss they are matched at."""
+    gains: dict[str, Gain]
+    shifts: list[Shift]
+    verdict: Verdict
+    run_floor: Scatter
+    """What seeds show, as it is used."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs.
+
+        Returns:
+            JSON-like; serves as the recorded run floor of later comparisons, too.
+        """
+        return {
+            "base": [str(run.path) for run in self.base],
+            "variant": [str(run.path) for run in self.variant],
+            "families": {"base": self.base[0].family, "variant": self.variant[0].family},
+            "loss_name": self.loss_name,
+            "loss": self.loss,
+            "gains": {name: gain._asdict() for name, gain in self.gains.items()},
+            "shifts": [shift._asdict() for shift in self.shifts],
+            "verdict": self.verdict._asdict(),
+            "run_floor": self.run_floor.as_dict(),
+        }
+
+
+def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Paths | None = None) -> Comparison:
+    """Compare two runs, or two sides of runs with several seeds each, at equal loss.
+
+    Args:
+        base: Log directory, or directories, or glob patterns of them.
+        variant: Likewise.
+        at_loss: The loss to match at; None for the lowest that all runs reached while their spectra were measured.
+        floor: Where no side has two runs, or few: a recorded run floor of the base's family, that is, seeds of one
+            setting, or a file with the JSON of an earlier comparison.
+
+    Returns:
+        Gains, shifts and a verdict, each beside what sampling and what seeds alone show.
+
+    Raises:
+        ValueError: If a path names no run, or runs cannot be compared: their spectra are of different stages, layers,
+            data or numbers of rows, a side mixes families, or a loss was not reached.
+
+    Example::
+
+        comparison = compare("logs/rope/*", "logs/muon/*")
+        comparison.verdict.text
+        comparison.gains["tokens"].gain
+    """
+    sides = [open_runs(base, "base"), open_runs(variant, "variant")]
+    for name, side in zip(("base", "variant"), sides, strict=True):
+        _check_family(name, side)
+    of_floor = _FloorRuns.open(floor, sides[0][0].family)
+    runs = [*sides[0], *sides[1], *of_floor.runs]
+    kinds = check_comparable(runs)
+    bands = {kind: bands_of(runs[0], kind) for kind in kinds}
+    loss = lowest_common_loss(runs, kinds) if at_loss is None else float(at_loss)
+    first, second = ([measure(run, loss, kinds, bands) for run in side] for side in sides)
+    known = scatter([first, second], sides[0][0].family)
+    if of_floor.runs:
+        of_floor = of_floor._replace(
+            scatter=scatter([[measure(run, loss, kinds, bands) for run in of_floor.runs]], known.family)
+        )
+    if of_floor.scatter is not None:
+        known = known.and_of(of_floor.scatter)
+    measured = _Sides(first, second, known)
+    gains = {quantity: _gain(quantity, measured) for quantity in BETTER}
+    shifts, means = [], []
+    for kind in kinds:
+        of_names = [shift for name in sides[0][0].names(kind) for shift in _shifts(kind, name, measured)]
+        means.append(_mean_shift(kind, of_names, measured))
+        shifts += of_names
+    verdict = decide(
+        gains["tokens"].gain if gains["tokens"].is_detected else 0.0,
+        gains["throughput"].gain if gains["throughput"].is_detected else 0.0,
+        {mean.kind: mean.is_detected for mean in means},
+        known.degrees,
+    )
+    loss_name = runs[0].history.loss_name
+    return Comparison(sides[0], sides[1], loss_name, loss, gains, [*means, *shifts], verdict, known)
+
+
+class _FloorRuns(NamedTuple):
+    """Where a run floor beyond the two sides comes from: other runs, or an earlier comparison."""
+
+    runs: list[Run]
+    scatter: Scatter | None
+
+    @classmethod
+    def open(cls, floor: Paths | None, family: str) -> "_FloorRuns":
+        if floor is None:
+            return cls([], None)
+        if isinstance(floor, (str, Path)) and Path(floor).is_file():
+            found = cls([], read_scatter(Path(floor)))
+            families = {found.scatter.family} if found.scatter is not None else set()
+        else:
+            found = cls(open_runs(floor, "floor"), None)
+            families = {run.family for run in found.runs}
+        if families != {family}:
+            raise ValueError(f"floor must be of the base's family, {family}, got {', '.join(sorted(families))}")
+        return found
+
+
+def _check_family(name: str, runs: Sequence[Run]) -> None:
+    for run in runs:
+        if run.family != runs[0].family:
+            raise ValueError(
+                f"{name} must be runs of one family, got {runs[0].family} in {runs[0]} and {run.family} in {run}"
+            )
+
+
+class _Sides(NamedTuple):
+    """Both sides as they were measured, and how runs scatter."""
+
+    base: list[Measured]
+    variant: list[Measured]
+    known: Scatter
+
+    @property
+    def both(self) -> tuple[list[Measured], list[Measured]]:
+        return self.base, self.variant
+
+    def floor(self, key: str) -> float:
+        return self.known.floor(key, len(self.base), len(self.variant))
+
+    def means(self, key: str) -> list[float]:
+        return [float(np.mean([number(run, key) for run in side])) for side in self.both]
+
+
+def _gain(quantity: str, sides: _Sides) -> Gain:
+    first, second = sides.means(quantity)
+    difference = BETTER[quantity] * (second - first)
+    floor = sides.floor(quantity)
+    is_detected = not isnan(floor) and abs(difference) > max(floor, log(1 + MIN_GAIN))
+    low, high = (exp(difference + sign * floor) - 1 for sign in (-1, 1))
+    return Gain(quantity, exp(first), exp(second), exp(difference) - 1, low, high, exp(floor) - 1, is_detected)
+
+
+def _shifts(kind: str, name: str, sides: _Sides) -> Iterator[Shift]:
+    """How one layer's, or parameter's, spectrum moved."""
+    yield _js_shift(kind, name, sides)
+    for quantity in ("alpha_head", "alpha_tail", "rankme"):
+        key = f"{kind}/{name}/{quantity}"
+        first, second = sides.means(key)
+        shift, run_floor, sampling_floor = second - first, sides.floor(key), _sampling_floor(key, sides)
+        interval = (shift - run_floor, shift + run_floor)
+        is_detected = _lies_beyond(abs(shift), run_floor, sampling_floor)
+        yield Shift(kind, name, quantity, first, second, shift, *interval, sampling_floor, run_floor, is_detected)
+
+
+def _js_shift(kind: str, name: str, sides: _Sides) -> Shift:
+    spectra = [[run.spectra[f"{kind}/{name}"] for run in side] for side in sides.both]
+    shift = float(js_divergence(*(mean_spectrum([spectrum.values for spectrum in side]) for side in spectra)))
+    # Between means over runs, the sampling of rows shows less than between two.
+    share = (1 / len(sides.base) + 1 / len(sides.variant)) / 2
+    samples = [Sample(spectrum.values, spectrum.leave_one_out) for side in spectra for spectrum in side]
+    return _divergence(kind, name, shift, share * float(js_floor(*samples)), sides.floor(f"{kind}/{name}/js"))
+
+
+def _mean_shift(kind: str, shifts: Sequence[Shift], sides: _Sides) -> Shift:
+    """The mean divergence over all layers or parameters, which the verdict goes by."""
+    divergences = [shift for shift in shifts if shift.quantity == "js"]
+    shift, sampling_floor = (
+        float(np.mean(numbers))
+        for numbers in zip(*((one.shift, one.sampling_floor) for one in divergences), strict=True)
+    )
+    return _divergence(kind, "", shift, sampling_floor, sides.floor(f"{kind}/js"))
+
+
+def _divergence(kind: str, name: str, shift: float, sampling_floor: float, run_floor: float) -> Shift:
+    is_detected = _lies_beyond(shift, run_floor, sampling_floor)
+    return Shift(kind, name, "js", nan, nan, shift, nan, nan, sampling_floor, run_floor, is_detected)
+
+
+def _lies_beyond(shift: float, run_floor: float, sampling_floor: float) -> bool:
+    """Whether neither seeds nor, where error bars are known, other rows of the same runs would show a shift."""
+    return not isnan(run_floor) and shift > run_floor and not shift <= sampling_floor
+
+
+def _sampling_floor(key: str, sides: _Sides) -> float:
+    """95% limit of the difference of two sides' means by the sampling of rows alone."""
+    variance, degrees = 0.0, 0
+    for side in sides.both:
+        for run in side:
+            variance += run.exponents[key][1] ** 2 / len(side) ** 2
+            degrees += max(len(run.spectra[key.rpartition("/")[0]].leave_one_out) - 1, 0)
+    return float(stdtrit(degrees, 0.975)) * sqrt(variance) if degrees else nan

@@ -1,0 +1,182 @@
+"""Pictures of runs: how spectra evolve, and two sides of a comparison at a glance."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_spectral.functional.powerlaw import resolve_band
+from lightning_spectral.functional.spectrum import js_divergence, normalize
+from lightning_spectral.runs.comparison import Comparison
+from lightning_spectral.runs.measured import bands_of
+from lightning_spectral.runs.run import VALUES, Run
+from lightning_spectral.runs.spectrum import Spectrum
+
+if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"base": "#4c6a92", "variant": "#d1622b"}
+MAX_PANELS = 6
+"""Layers in one figure; more would be too small to read."""
+
+
+def evolution_figure(run: Run, kind: str) -> "Figure":
+    """A run's spectra over training: a panel for each layer or parameter, steps as colour.
+
+    Args:
+        run: The run.
+        kind: Of spectra.
+
+    Returns:
+        A figure that belongs to no window and no pyplot state.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    names, steps = _spread(run.names(kind)), run.steps(kind)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns + 0.6, 3.4 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    scale: Any = ScalarMappable(LogNorm(min(steps), max(max(steps), min(steps) + 1)), "viridis")
+    for axes, name in zip(panels, names, strict=False):
+        for step in steps:
+            _draw_spectrum(axes, run.spectrum(kind, name, step), color=scale.to_rgba(step), lw=1.2)
+        axes.set_title(name, fontsize="small")
+        _log_log(axes)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("rank", fontsize="small")
+    figure.supylabel(VALUES[kind.partition("-")[0]].replace("_", " ")[:-1], fontsize="small")
+    figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8, format="%d")
+    figure.suptitle(f"{kind} spectra of {run.path}", fontsize="medium")
+    return figure
+
+
+def comparison_figure(comparison: Comparison) -> "Figure":
+    """Two sides: loss against tokens and seconds, spectra at the matched loss, drift over time.
+
+    Args:
+        comparison: The comparison.
+
+    Returns:
+        A figure that belongs to no window and no pyplot state.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (by_tokens, by_seconds), (spectra, drift) = figure.subplots(2, 2)
+    sides = {"base": comparison.base, "variant": comparison.variant}
+    _draw_losses(by_tokens, sides, comparison, "tokens")
+    _draw_losses(by_seconds, sides, comparison, "seconds")
+    kind = next((shift.kind for shift in comparison.shifts), None)
+    if kind is None:
+        spectra.set_visible(False)
+        drift.set_visible(False)
+    else:
+        name = comparison.base[0].names(kind)[-1]
+        _draw_matched_spectra(spectra, sides, comparison, kind, name)
+        _draw_drift(drift, sides, kind, name)
+    figure.suptitle(comparison.verdict.text, fontsize="medium")
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a figure.
+
+    Args:
+        figure: The figure.
+        path: Where; its ending names the format.
+
+    Raises:
+        ValueError: If it cannot be written there.
+    """
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"plot must be a file that can be written, such as a.png, got {str(path)!r}: {error}"
+        ) from error
+
+
+def _spread(names: Sequence[str]) -> list[str]:
+    """All, or as many as fit evenly spread over the depth."""
+    if len(names) <= MAX_PANELS:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (MAX_PANELS - 1))] for i in range(MAX_PANELS)]
+
+
+def _draw_spectrum(axes: "Axes", spectrum: Spectrum, share: bool = False, **style: Any) -> None:
+    """A spectrum against rank; as shares of its sum where sides are compared."""
+    if spectrum.failure is not None:
+        return
+    values = (normalize(spectrum.values) if share else spectrum.values).numpy()
+    positive = values > 0
+    axes.plot(np.arange(1, len(values) + 1)[positive], values[positive], **style)
+
+
+def _log_log(axes: "Axes") -> None:
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.25, which="both", lw=0.5)
+
+
+def _for_each(sides: Mapping[str, Sequence[Run]], draw: Callable[[Run, dict[str, Any]], None]) -> None:
+    """Draw all runs of both sides; the first of a side stands for it in the legend."""
+    for side, runs in sides.items():
+        for number, run in enumerate(runs):
+            label = f"{side} ({len(runs)} {'run' if len(runs) == 1 else 'runs'})" if number == 0 else None
+            draw(run, {"color": COLORS[side], "label": label, "lw": 1.3, "alpha": 0.85})
+
+
+def _draw_losses(axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: Comparison, against: str) -> None:
+    def draw(run: Run, style: dict[str, Any]) -> None:
+        entries, losses = run.history.with_loss()
+        axes.plot(getattr(run.history, against)[entries], losses, **style)
+
+    _for_each(sides, draw)
+    axes.axhline(comparison.loss, color="black", lw=0.8, ls="--", label=f"matched at {comparison.loss:.3f}")
+    gain = comparison.gains[against]
+    axes.set(xscale="log", xlabel=against, ylabel=comparison.loss_name)
+    found = f"{_percent(gain.gain)} (run floor {_percent(gain.run_floor).lstrip('+')})"
+    axes.set_title(f"{against} to the matched loss: {found}", fontsize="small")
+    axes.grid(alpha=0.25, which="both", lw=0.5)
+    axes.legend(fontsize="small")
+
+
+def _percent(share: float) -> str:
+    return "unknown" if isnan(share) else f"{share:+.1%}"
+
+
+def _draw_matched_spectra(
+    axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: Comparison, kind: str, name: str
+) -> None:
+    spectrum = comparison.base[0].at_loss(comparison.loss).spectrum(kind, name)
+    first, last = resolve_band(bands_of(comparison.base[0], kind)["head"], len(spectrum.values))
+    axes.axvspan(first, last, color="black", alpha=0.07, lw=0, label=f"head, ranks {first} to {last}")
+    _for_each(
+        sides,
+        lambda run, style: _draw_spectrum(axes, run.at_loss(comparison.loss).spectrum(kind, name), share=True, **style),
+    )
+    _log_log(axes)
+    axes.set(xlabel="rank", ylabel=f"share of the sum of {VALUES[kind].replace('_', ' ')}")
+    (shift,) = (one for one in comparison.shifts if (one.kind, one.name, one.quantity) == (kind, name, "js"))
+    axes.set_title(f"{name} at the matched loss: JS {shift.shift:.2g} nats", fontsize="small")
+    axes.legend(fontsize="small", loc="lower left")
+
+
+def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, name: str) -> None:
+    def draw(run: Run, style: dict[str, Any]) -> None:
+        spectra = [run.spectrum(kind, name, step) for step in run.steps(kind)]
+        known = [spectrum for spectrum in spectra if spectrum.failure is None]
+        moved = [float(js_divergence(spectrum.values, known[0].values)) for spectrum in known[1:]]
+        axes.plot([spectrum.tokens for spectrum in known[1:]], moved, marker=".", **style)
+
+    _for_each(sides, draw)
+    axes.set(xscale="log", xlabel="tokens", ylabel="JS from the first report, nats")
+    axes.set_title(f"drift of {name}", fontsize="small")
+    axes.grid(alpha=0.25, which="both", lw=0.5)
+    axes.legend(fontsize="small")

@@ -1,0 +1,161 @@
+"""Tables of runs and of comparisons, for the terminal."""
+
+from collections.abc import Iterator, Sequence
+from math import isnan, nan
+from typing import Any
+
+from rich.table import Table
+
+from lightning_spectral.functional.subspace import subspace_overlap
+from lightning_spectral.runs.comparison import Comparison, Gain, Shift
+from lightning_spectral.runs.measured import bands_of
+from lightning_spectral.runs.run import Run
+from lightning_spectral.terminal import console, new_table, show_number
+
+MAX_STEPS = 6
+"""Reports of one layer in the table of a run: the first, the last, and others evenly between."""
+
+QUANTITIES = {
+    "js": ("JS", 5),
+    "alpha_head": ("alpha_head", 3),
+    "alpha_tail": ("alpha_tail", 3),
+    "rankme": ("RankMe", 1),
+}
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print gains, shifts and the verdict with its rule.
+
+    Args:
+        comparison: The comparison.
+    """
+    out = console()
+    for name, side in (("base", comparison.base), ("variant", comparison.variant)):
+        runs = ", ".join(str(run.path) for run in side[:3]) + (", ..." if len(side) > 3 else "")
+        out.print(f"{name:8} {len(side)} {'run' if len(side) == 1 else 'runs'} of {side[0].family}: {runs}")
+    out.print(f"matched at {comparison.loss_name} {comparison.loss:.4f}\n")
+    out.print(_gains(comparison.gains.values()))
+    for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
+        out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
+    out.print(f"[bold]verdict[/bold]  {comparison.verdict.text}")
+    out.print(f"rule     {comparison.verdict.rule}", style="dim")
+
+
+def _gains(gains: Any) -> Table:
+    numbers = ["base", "variant", "gain", "interval", "run floor"]
+    table = new_table("gains of the variant (* beyond its floor)", [""], numbers)
+    for gain in gains:
+        table.add_row(*_gain_cells(gain))
+    return table
+
+
+def _gain_cells(gain: Gain) -> Iterator[str]:
+    yield {"tokens": "tokens to the loss", "throughput": "tokens a second", "seconds": "seconds to the loss"}[
+        gain.quantity
+    ]
+    digits = 1 if gain.quantity == "seconds" else 0
+    yield from (show_number(number, digits) for number in (gain.base, gain.variant))
+    yield f"{'* ' if gain.is_detected else ''}{gain.gain:+.1%}"
+    yield "-" if isnan(gain.low) else f"{gain.low:+.1%} .. {gain.high:+.1%}"
+    yield "-" if isnan(gain.run_floor) else f"{gain.run_floor:.1%}"
+
+
+def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
+    numbers = ["base", "variant", "shift", "interval", "sampling floor", "run floor"]
+    table = new_table(f"{kind} spectra at the matched loss (* beyond its floors)", ["", "quantity"], numbers)
+    before = None
+    for shift in shifts:
+        name = shift.name.removesuffix(".weight") or "mean over all"
+        label, digits = QUANTITIES[shift.quantity]
+        interval = "-" if isnan(shift.low) else f"{shift.low:+.{digits}f} .. {shift.high:+.{digits}f}"
+        moved = f"{shift.shift:.{digits}f}" if shift.quantity == "js" else f"{shift.shift:+.{digits}f}"
+        table.add_row(
+            "" if name == before else name,
+            label,
+            *(show_number(number, digits) for number in (shift.base, shift.variant)),
+            f"* {moved}" if shift.is_detected else moved,
+            interval,
+            *(show_number(number, digits) for number in (shift.sampling_floor, shift.run_floor)),
+        )
+        before = name
+    return table
+
+
+def print_run(run: Run, kinds: Sequence[str]) -> None:
+    """Print what a run is, its losses and how its spectra evolved.
+
+    Args:
+        run: The run.
+        kinds: Of spectra.
+    """
+    out = console()
+    out.print(f"{run.path}  {run.family}" + "".join(f"  {key}={value}" for key, value in run.tags.items()))
+    history = run.history
+    entries, losses = history.with_loss()
+    if len(entries):
+        last = entries[-1]
+        out.print(
+            f"{history.loss_name} {losses[0]:.4f} to {losses[-1]:.4f} (lowest {losses.min():.4f}) over "
+            f"{history.step[last]:,.0f} steps, {history.tokens[last]:,.0f} tokens, {history.seconds[last]:,.1f} s"
+        )
+    for kind in kinds:
+        out.print(_evolution(run, kind))
+
+
+def _evolution(run: Run, kind: str) -> Table:
+    settings = run.settings(kind)
+    has_bases = kind == "activation" and "rank" in settings
+    numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
+    table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
+    for row in evolution(run, kind, _spread(run.steps(kind))):
+        is_first = row["step"] == run.steps(kind)[0]
+        cells = [
+            f"{row['step']:,}",
+            show_number(row["tokens"], 0),
+            f"{show_number(row['alpha_tail'], 3)} +/- {show_number(row['alpha_tail_stderr'], 3)}",
+            show_number(row["alpha_head"], 3),
+            show_number(row["rankme"], 1),
+            *([show_number(row["overlap"], 3)] if has_bases else []),
+        ]
+        table.add_row(row["name"].removesuffix(".weight") if is_first else "", *cells)
+    return table
+
+
+def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The numbers of a run's spectra at some steps.
+
+    Args:
+        run: The run.
+        kind: Of spectra.
+        steps: Which reports.
+
+    Yields:
+        For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those
+        of the first report; NaN for what is not known.
+    """
+    bands = bands_of(run, kind)
+    for name in run.names(kind):
+        first = run.spectrum(kind, name, run.steps(kind)[0])
+        for step in steps:
+            spectrum = run.spectrum(kind, name, step)
+            (tail, stderr), (head, _) = (spectrum.exponent(bands[part]) for part in ("tail", "head"))
+            overlap = nan
+            if spectrum.vectors is not None and first.vectors is not None:
+                overlap = float(subspace_overlap(spectrum.vectors, first.vectors))
+            yield {
+                "kind": kind,
+                "name": name,
+                "step": step,
+                "tokens": spectrum.tokens,
+                "alpha_tail": tail,
+                "alpha_tail_stderr": stderr,
+                "alpha_head": head,
+                "rankme": spectrum.rankme()[0],
+                "overlap": overlap,
+            }
+
+
+def _spread(steps: Sequence[int]) -> list[int]:
+    if len(steps) <= MAX_STEPS:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]

@@ -1,0 +1,26 @@
+"""Results for programs: JSON that any reader takes."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def to_json(facts: Mapping[str, Any]) -> str:
+    """JSON without NaN, which is none.
+
+    Args:
+        facts: Anything JSON-like.
+
+    Returns:
+        Text, with null where there was NaN.
+    """
+    return json.dumps(_without_nan(facts), indent=1, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,259 @@
+"""Comparisons of real tiny runs whose difference was planted, and of made-up ones whose difference is known exactly."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lightning_spectral import Run, cli, compare
+from lightning_spectral.functional import js_divergence, normalize
+from lightning_spectral.measurement import stopwatch
+from lightning_spectral.runs import Record, Row
+from lightning_spectral.runs.to_json import to_json
+from tests.runs import planted
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds of each setting; a batch takes 10 ms give or take five percent, a slow loader 30 ms more."""
+    folder = tmp_path_factory.mktemp("planted")
+    generator = random.Random(0)
+    now = 0.0
+
+    def wait(is_slow: bool) -> None:
+        nonlocal now
+        now += 0.01 * (1 + 0.05 * generator.gauss(0, 1)) + 0.03 * is_slow
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
+        for name, seeds in planted.SEEDS.items():
+            for seed in seeds:
+                planted.train(folder, name, seed, wait)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "faster", "learns"),
+    [
+        ("same", "none", False, False),
+        ("slow", "execution-side", True, False),
+        ("better", "learning-side", False, True),
+        ("both", "both", True, True),
+    ],
+)
+def test_planted_difference_is_found(runs: Path, variant: str, kind: str, faster: bool, learns: bool) -> None:
+    comparison = compare(f"{runs}/base/*", f"{runs}/{variant}/*")
+    assert comparison.verdict.kind == kind
+    gains = comparison.gains
+    assert gains["throughput"].is_detected == faster
+    assert gains["tokens"].is_detected == learns
+    if faster:
+        assert gains["throughput"].gain == pytest.approx(-0.75, abs=0.03)
+        assert gains["throughput"].high < 0
+    if learns:
+        assert gains["tokens"].low > 0
+    for gain in gains.values():
+        assert (gain.low <= 0 <= gain.high) != gain.is_detected or abs(gain.gain) < 0.02
+
+
+def test_one_run_a_side_gives_no_verdict(runs: Path) -> None:
+    comparison = compare(f"{runs}/base/0", f"{runs}/both/12")
+    assert comparison.verdict.kind == "unknown"
+    assert comparison.verdict.text == "no verdict: one run a side, and no recorded run floor of the family"
+    assert comparison.gains["tokens"].gain > 1
+    assert not any(gain.is_detected or math.isfinite(gain.low) for gain in comparison.gains.values())
+    assert all(math.isfinite(shift.sampling_floor) for shift in comparison.shifts)
+
+
+def test_a_recorded_run_floor_gives_one(runs: Path, tmp_path: Path) -> None:
+    seeds = compare(f"{runs}/base/0", f"{runs}/both/12", floor=f"{runs}/same/*")
+    assert seeds.verdict.kind == "both"
+    assert seeds.run_floor.degrees == 2
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(to_json(compare(f"{runs}/base/*", f"{runs}/same/*").as_dict()))
+    recorded = compare(f"{runs}/base/0", f"{runs}/both/12", floor=earlier)
+    assert recorded.verdict.kind == "both"
+    assert recorded.run_floor.degrees == 4
+
+
+def test_matched_loss_is_the_lowest_that_all_reached(runs: Path) -> None:
+    comparison = compare(f"{runs}/base/*", f"{runs}/better/*")
+    every = [Run(f"{runs}/base/{seed}") for seed in planted.SEEDS["base"]]
+    assert comparison.loss == max(run.history.val_loss.min() for run in every)
+    at = compare(f"{runs}/base/*", f"{runs}/better/*", at_loss=4.0)
+    assert at.loss == 4.0
+    tokens = [run.tokens_to(4.0) for run in every]
+    assert at.gains["tokens"].base == pytest.approx(stats.gmean(tokens))
+
+
+def test_compare_prints_tables_json_and_a_figure(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", f"{runs}/base/*", f"{runs}/both/*"]
+    cli.main([*words, "--plot", str(tmp_path / "both.png")])
+    printed = capsys.readouterr().out
+    assert re.search(r"tokens a second +[\d,]+ +[\d,]+ +\* -7\d\.\d%", printed)
+    assert "gpt.blocks.1.attention.out" in printed
+    assert "verdict  both: learning-side gain (" in printed
+    assert "rule     a gain counts if it lies beyond the run floor" in printed
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    cli.main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    expected = compare(*words[1:])
+    assert found["verdict"]["kind"] == "both"
+    assert found["loss"] == expected.loss
+    assert found["gains"]["tokens"]["gain"] == expected.gains["tokens"].gain
+    assert len(found["shifts"]) == 2 * (1 + 2 * 4)
+    assert found["shifts"][0]["base"] is None  # a divergence has no sides
+
+
+def test_show_prints_tables_json_and_a_figure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["show", f"{runs}/base/0"]
+    cli.main([*words, "--plot", str(tmp_path / "base.png"), "--kind", "gradient"])
+    printed = capsys.readouterr().out
+    assert "setting=base" in printed
+    assert re.search(r"gpt.blocks.1.attention.out +20 +10,240 +\d\.\d+ \+/- \d", printed)
+    assert (tmp_path / "base.png").read_bytes().startswith(b"\x89PNG")
+    cli.main([*words, f"{runs}/base/1", "--json"])
+    first, second = json.loads(capsys.readouterr().out)["runs"]
+    assert first["about"]["tags"] == second["about"]["tags"] == {"setting": "base"}
+    assert first["history"]["step"] == list(range(20, planted.NUM_STEPS + 1, 20))
+    exponent = Run(f"{runs}/base/0").spectrum("activation", "gpt.blocks.0", 20).exponent((0.125, 0.5))
+    assert [first["spectra"][0][key] for key in ("alpha_tail", "alpha_tail_stderr")] == list(exponent)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "nowhere", "base"], "run must be a folder with a record, got 'nowhere': it has no run.json"),
+        (["compare", "x*", "base"], "base must name runs with a record, got 'x*': no folder with one matches"),
+        (["compare", "base"], "the following arguments are required: VARIANT: see lightning-spectral compare --help"),
+        (["show", "base/0", "--kind", "drift"], "kind must be one that Run('base/0') has a report of, activation, "),
+        (["compare", "base/0", "same/3", "--at-loss", "1"], "at_loss must be a loss that all runs came down to, got 1"),
+        (["compare", "base/0", "same/3", "--at-loss", "x"], "argument --at-loss: invalid float value: 'x'"),
+        (["show", "base/0", "--plot", "none/a.png"], "plot must be a file that can be written, such as a.png, got "),
+        (["compare", "base/0", "same/3", "--floor", "base/0/spectra/run.json"], "floor must be runs, or a file that "),
+    ],
+)
+def test_bad_input_is_one_line(
+    runs: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"lightning-spectral: error: {message}")
+
+
+SETTINGS = {"kind": "activation", "stage": "validate", "layers": ["b"], "num_tokens": 64, "fingerprint": "a1"}
+
+
+def made_up(
+    folder: Path, tokens: float, seconds: float, exponent: float = 1.0, family: str = "F", **settings: Any
+) -> Path:
+    """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law."""
+    about = {"id": folder.name, "family": family, "series": {"activation-validate": SETTINGS | settings}}
+    record = Record.begin(folder / "spectra", about)
+    ranks = np.arange(1, 33.0)
+    generator = np.random.default_rng(crc32(folder.name.encode()))
+    for step, (share, loss) in enumerate(((0.25, 2.0), (0.5, 1.5), (1.0, 1.0), (2.0, 0.5)), start=1):
+        record.append(Row(step, share * tokens, share * seconds, math.nan, loss))
+        noise = 1 + 0.001 * generator.standard_normal((4, 32))
+        arrays = {
+            "tokens": np.asarray(share * tokens),
+            "activation/b/eigenvalues": ranks**-exponent,
+            "activation/b/leave_one_out": ranks**-exponent * noise,
+            "activation/b/num_tokens": np.asarray(64),
+        }
+        record.write_report("activation-validate", step, arrays)
+    return folder
+
+
+def test_numbers_are_those_of_scipy(tmp_path: Path) -> None:
+    base, variant = [1000, 1100, 1300], [500, 620]
+    exponents = [1.0, 1.05, 0.9], [1.5, 1.6]
+    for name, tokens, exponent in zip("bv", (base, variant), exponents, strict=True):
+        for number, (count, alpha) in enumerate(zip(tokens, exponent, strict=True)):
+            made_up(tmp_path / f"{name}{number}", count, count / 100, alpha)
+    comparison = compare(f"{tmp_path}/b*", f"{tmp_path}/v*", at_loss=1.0)
+    gain = comparison.gains["tokens"]
+    interval = stats.ttest_ind(np.log(base), np.log(variant)).confidence_interval(0.975)
+    assert gain.gain == pytest.approx(stats.gmean(base) / stats.gmean(variant) - 1)
+    assert (gain.low, gain.high) == pytest.approx((math.exp(interval.low) - 1, math.exp(interval.high) - 1))
+    assert gain.is_detected == (gain.low > 0)
+    assert comparison.gains["throughput"].gain == pytest.approx(0)
+    assert comparison.verdict.kind == "learning-side"
+    shifts = {(shift.name, shift.quantity): shift for shift in comparison.shifts}
+    tail = shifts["b", "alpha_tail"]
+    interval = stats.ttest_ind(exponents[1], exponents[0]).confidence_interval(0.975)
+    expected = np.mean(exponents[1]) - np.mean(exponents[0])
+    assert (tail.shift, tail.low, tail.high) == pytest.approx((expected, *interval))
+    assert tail.is_detected
+    spectra = [[normalize(torch.arange(1, 33.0) ** -alpha) for alpha in side] for side in exponents]
+    centres = [torch.stack(side).mean(0) for side in spectra]
+    assert shifts["b", "js"].shift == pytest.approx(float(js_divergence(*centres)))
+    variance = sum(float(js_divergence(p, c)) for side, c in zip(spectra, centres, strict=True) for p in side) / 3
+    floor = stats.f.ppf(0.975, 1, 3) * variance * (1 / 3 + 1 / 2)
+    assert shifts["b", "js"].run_floor == pytest.approx(floor)
+    assert shifts["", "js"].run_floor == pytest.approx(floor)
+
+
+def test_seeds_alone_raise_few_alarms() -> None:
+    """Of 2000 comparisons of three seeds a side that differ by chance alone, five percent may find a difference."""
+    from lightning_spectral.runs.comparison import BETTER, _gain, _Sides
+    from lightning_spectral.runs.measured import Measured
+    from lightning_spectral.runs.statistics import scatter
+
+    generator = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(2000):
+        logs = 0.1 * generator.standard_normal((2, 3, 3))
+        sides = [[Measured(None, dict(zip(BETTER, run, strict=True)), {}, {}) for run in side] for side in logs]
+        both = _Sides(*sides, scatter(sides, "F"))
+        alarms += any(_gain(quantity, both).is_detected for quantity in ("tokens", "throughput"))
+    assert 0.03 < alarms / 2000 < 0.06
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ({"stage": "train"}, "activation spectra of stage 'validate' in Run(.*a'.) and 'train' in Run"),
+        ({"layers": ["b", "c"]}, r"activation spectra of layers \['b'\] in .* and \['b', 'c'\] in"),
+        ({"num_tokens": 128}, "activation spectra of num_tokens 64 in .* and 128 in"),
+        ({"fingerprint": "ff"}, "activation spectra of validation data 'a1' in .* and 'ff' in"),
+    ],
+)
+def test_runs_that_were_not_measured_alike_are_refused(tmp_path: Path, difference: dict, message: str) -> None:
+    first, second = made_up(tmp_path / "a", 100, 1), made_up(tmp_path / "b", 100, 1, **difference)
+    with pytest.raises(ValueError, match=f"runs must have been measured alike, got {message}") as raised:
+        compare(first, second)
+    assert "\n" not in str(raised.value)
+
+
+def test_mixed_families_are_refused(tmp_path: Path) -> None:
+    paths = [made_up(tmp_path / "a", 100, 1), made_up(tmp_path / "b", 100, 1, family="G")]
+    with pytest.raises(ValueError, match=r"base must be runs of one family, got F in Run\(.*\) and G in Run"):
+        compare(paths, paths[0])
+    with pytest.raises(ValueError, match="floor must be of the base's family, F, got G"):
+        compare(paths[0], paths[1], floor=paths[1])
+    assert compare(*paths).verdict.kind == "unknown"  # another family may well be the variant
+
+
+def test_runs_without_spectra_are_compared_by_their_losses(tmp_path: Path) -> None:
+    for number, tokens in enumerate((100, 101, 50, 51)):
+        folder = made_up(tmp_path / str(number), tokens, 1.0)
+        for path in folder.rglob("*.npz"):
+            path.unlink()
+    comparison = compare([tmp_path / "0", tmp_path / "1"], [tmp_path / "2", tmp_path / "3"])
+    assert comparison.verdict.kind == "both"
+    assert "no spectra recorded" in comparison.verdict.text
+    assert comparison.shifts == []
