@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_spectral import Run
+
 QUANTITIES = {
     *("alpha_tail", "alpha_tail_stderr", "alpha_tail_corrected", "r2_tail", "alpha_head", "alpha_head_stderr"),
     *("rankme", "head_share", "num_tokens"),
@@ -13,6 +15,7 @@ GRADIENT_QUANTITIES = {
     *("alpha_tail", "alpha_tail_stderr", "r2_tail", "alpha_head", "alpha_head_stderr", "alpha_tail_centred"),
     *("rankme", "noise_scale", "grad_norm", "num_samples"),
 }
+DRIFT_QUANTITIES = {"overlap", "max_angle", "js", "overlap_floor", "max_angle_floor", "js_floor"}
 WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
 NUM_SAMPLES = 128
 LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
@@ -27,13 +30,16 @@ def main(folder: Path) -> None:
     val_loss = events.Scalars("val_loss")[-1].value
     assert val_loss < 2.2, f"val_loss must be below 2.2 nats per byte, got {val_loss}"
     wanted = {f"activation/{layer}/{quantity}" for layer in LAYERS for quantity in QUANTITIES}
+    wanted |= {f"drift/{layer}/{quantity}" for layer in LAYERS for quantity in DRIFT_QUANTITIES}
     weights = {f"{layer}.attention.out.weight" for layer in LAYERS}
     wanted |= {f"gradient/{weight}/{quantity}" for weight in weights for quantity in GRADIENT_QUANTITIES}
     wanted |= {f"weight/{weight}/{quantity}" for weight in weights for quantity in WEIGHT_QUANTITIES}
-    missing = (wanted | {"activation/failed", "gradient/failed", "spectral/seconds"}) - set(tags["scalars"])
+    wanted |= {f"{kind}/failed" for kind in ("activation", "gradient", "drift")} | {"spectral/seconds"}
+    missing = wanted - set(tags["scalars"])
     assert not missing, f"missing: {missing}"
-    for kind in ("activation", "gradient"):
+    for kind in ("activation", "gradient", "drift"):
         assert events.Scalars(f"{kind}/failed")[-1].value == 0
+    for kind in ("activation", "gradient"):
         assert f"{kind}/spectra" in tags["images"]
     for layer in LAYERS:
         for event in events.Histograms(f"activation/{layer}/log10_eigenvalues"):
@@ -41,8 +47,12 @@ def main(folder: Path) -> None:
     for weight in weights:
         for event in events.Histograms(f"gradient/{weight}/log10_singular_values"):
             assert sum(event.histogram_value.bucket) == NUM_SAMPLES, f"{weight} at {event.step}"
+    record = Run(run)
+    steps = [event.step for event in events.Scalars("val_loss")]
+    assert record.history.step.tolist() == record.steps("activation") == record.steps("gradient") == steps
+    assert record.history.tokens.tolist() == [event.value for event in events.Scalars("tokens") if event.step in steps]
     seconds = events.Scalars("spectral/seconds")[-1].value
-    print(f"demo: val_loss {val_loss:.3f} nats per byte, {seconds:.1f} s of measuring, all keys there")
+    print(f"demo: val_loss {val_loss:.3f} nats per byte, {seconds:.1f} s of measuring, all keys and the record there")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line as users meet it: from YAML, with their own model in the current folder, and with mistakes."""
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import distribution, version
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_spectral import cli
+from tests.runs.made_up import made_up
 from tests.test_readme import readme_command
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,7 +68,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "train")
     assert message == (
-        "lightning-spectral: error: command must be one of fit, validate, test, predict, got 'train': "
+        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, got 'train': "
         "see lightning-spectral --help"
     )
 
@@ -74,7 +76,7 @@ def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
-    assert "commands: fit, validate, test, predict" in capsys.readouterr().out
+    assert "commands: fit, validate, test, predict, show, compare" in capsys.readouterr().out
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
@@ -124,6 +126,23 @@ def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: py
     cli.main([command, config, str(REPOSITORY / path), *overridden, *words, *QUIET])
     printed = capsys.readouterr().out
     assert ("gpt.blocks.1" in printed) == (command == "fit")
+
+
+@pytest.mark.parametrize(
+    "command", [readme_command("lightning-spectral compare"), readme_command("lightning-spectral show")]
+)
+def test_runs_are_read_as_the_readme_says(
+    command: list[str], user_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        made_up(Path("runs", "baseline", f"version_{number}"), 100 + number, 1.0, exponent=1 + 0.01 * number)
+        made_up(Path("runs", "rope", f"version_{number}"), 50 + number, 1.0, exponent=1.5 + 0.01 * number)
+    _, *words = shlex.split(" ".join(command))
+    cli.main(words)
+    printed = capsys.readouterr().out
+    assert "gpt.blocks.3" in printed
+    assert ("verdict  both: learning-side gain (activation-led" in printed) == ("compare" in words)
+    assert list(user_folder.glob("*.png"))
 
 
 def test_console_scripts_and_module_are_one_command() -> None:

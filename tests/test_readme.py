@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs.made_up import made_up
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 
@@ -25,6 +27,9 @@ def test_code_stands_at_line_7() -> None:
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        made_up(Path("runs", "baseline", f"version_{number}"), 1000 + number, 10)
+        made_up(Path("runs", "rope", f"version_{number}"), 500 + number, 10)
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)

@@ -246,6 +246,9 @@ class HeadDrift(MeasuringCallback):
     def _reference_for(self) -> dict[str, Basis]:
         if self._recorded is None:
             return self._bases
+        if math.isnan(self.tokens):
+            self.warn("has no reference outside training, where tokens are not counted")
+            return {}
         # Every rank reads the file, so that all come to the same numbers.
         return self._recorded.nearest(self.tokens, self._layer_names, self.rank)
 

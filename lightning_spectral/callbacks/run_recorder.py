@@ -41,8 +41,8 @@ class RunRecorder:
 
     @property
     def tokens(self) -> float:
-        """Training tokens over all ranks when they last agreed on them."""
-        return self._counter.tokens
+        """Training tokens over all ranks when they last agreed on them; NaN outside training."""
+        return self._counter.tokens if self._is_training else nan
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective, which all ranks come to at the same points."""

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral import ActivationSpectrum
+from lightning_spectral import ActivationSpectrum, HeadDrift
 
 WIDTH, NUM_BLOCKS, LENGTH = 12, 3, 5
 TRAIN_BATCHES = {0: [3, 4, 2, 4, 1, 4], 1: [4, 1, 4, 2, 3, 2]}
@@ -107,6 +107,7 @@ def main(folder: Path) -> None:
             "blocks.*", every_n_steps=1, stage="validate", num_tokens=10_000, normalize=False, prefix="validate/"
         ),
     }
+    drift = HeadDrift("blocks.*", 2, "previous", every_n_steps=3, stage="train", num_tokens=30, num_groups=2)
     reports: dict[str, list[dict]] = {name: [] for name in spectra}
     for name, callback in spectra.items():
 
@@ -123,7 +124,7 @@ def main(folder: Path) -> None:
         accelerator="cpu",
         max_epochs=1,
         use_distributed_sampler=False,
-        callbacks=[recorder, counter, *spectra.values()],
+        callbacks=[recorder, counter, *spectra.values(), drift],
         logger=CSVLogger(folder, version=0),
         default_root_dir=folder,
         enable_checkpointing=False,

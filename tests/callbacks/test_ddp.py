@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from lightning_spectral import Run
@@ -79,6 +80,19 @@ def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
         for report in rank["reports"]["others"]:
             assert report["layers"]["broken"][1].isnan().all()
         assert rank["metrics"]["others/activation/failed"] == 2
+
+
+@pytest.mark.parametrize("layer", range(ddp_run.NUM_BLOCKS))
+def test_drift_is_that_of_all_ranks_rows(ranks: list[dict], layer: int) -> None:
+    bases = []
+    for step in (2, 5):
+        rows = rms_normalized(recorded(ranks, "train", [step], layer, per_rank=15))
+        bases.append(np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, -2:])
+    angles = scipy.linalg.subspace_angles(*bases)
+    metrics = ranks[0]["metrics"]
+    assert metrics[f"drift/blocks.{layer}/max_angle"] == pytest.approx(angles[0], rel=1e-3)
+    assert metrics[f"drift/blocks.{layer}/overlap"] == pytest.approx(np.mean(np.cos(angles) ** 2), rel=1e-4)
+    assert 0 < metrics[f"drift/blocks.{layer}/max_angle_floor"] <= np.pi / 2
 
 
 def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:

@@ -1,0 +1,44 @@
+"""Records of runs that never were, whose losses and spectra are known exactly."""
+
+from math import nan
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from lightning_spectral.runs import Record, Row
+
+LAYER = "gpt.blocks.3"
+SETTINGS = {"kind": "activation", "stage": "validate", "layers": [LAYER], "num_tokens": 64, "fingerprint": "a1"}
+
+
+def made_up(
+    folder: Path, tokens: float, seconds: float, exponent: float = 1.0, family: str = "F", **settings: Any
+) -> Path:
+    """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law.
+
+    Args:
+        folder: Its log directory.
+        tokens: At loss 1; it ends at twice as many.
+        seconds: At loss 1.
+        exponent: Of its eigenvalues.
+        family: Its own.
+        settings: Of its measurement, where they differ.
+    """
+    about = {"id": folder.name, "family": family, "series": {"activation-validate": SETTINGS | settings}}
+    record = Record.begin(folder / "spectra", about)
+    ranks = np.arange(1, 33.0)
+    generator = np.random.default_rng(crc32(folder.name.encode()))
+    points = [(0.25, 2.0), (0.5, 1.5), (0.75, 1.2), (1.0, 1.0), (1.5, 0.7), (2.0, 0.5)]
+    for step, (share, loss) in zip(range(100, 700, 100), points, strict=True):
+        record.append(Row(step, share * tokens, share * seconds, nan, loss))
+        noise = 1 + 0.001 * generator.standard_normal((4, 32))
+        arrays = {
+            "tokens": np.asarray(share * tokens),
+            f"activation/{LAYER}/eigenvalues": ranks**-exponent,
+            f"activation/{LAYER}/leave_one_out": ranks**-exponent * noise,
+            f"activation/{LAYER}/num_tokens": np.asarray(64),
+        }
+        record.write_report("activation-validate", step, arrays)
+    return folder
