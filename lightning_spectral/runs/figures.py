@@ -13,14 +13,13 @@ from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.run import VALUES, Run
 from lightning_spectral.runs.spectrum import Spectrum
+from lightning_spectral.runs.spread import spread
 
 if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = {"base": "#4c6a92", "variant": "#d1622b"}
-MAX_PANELS = 6
-"""Layers in one figure; more would be too small to read."""
 
 
 def evolution_figure(run: Run, kind: str) -> "Figure":
@@ -37,8 +36,8 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    names, steps = _spread(run.names(kind)), run.steps(kind)
-    columns = min(3, len(names))
+    names, steps = spread(run.names(kind)), run.steps(kind)
+    columns = 2 if len(names) in (2, 4) else min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.4 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
@@ -52,7 +51,9 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
         axes.set_visible(False)
     figure.supxlabel("rank", fontsize="small")
     figure.supylabel(VALUES[kind.partition("-")[0]].replace("_", " ")[:-1], fontsize="small")
-    figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8, format="%d")
+    bar = figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8)
+    bar.set_ticks(spread(steps), labels=[f"{step:,}" for step in spread(steps)])
+    bar.minorticks_off()
     figure.suptitle(f"{kind} spectra of {run.path}", fontsize="medium")
     return figure
 
@@ -101,13 +102,6 @@ def save(figure: "Figure", path: str | Path) -> None:
         raise ValueError(
             f"plot must be a file that can be written, such as a.png, got {str(path)!r}: {error}"
         ) from error
-
-
-def _spread(names: Sequence[str]) -> list[str]:
-    """All, or as many as fit evenly spread over the depth."""
-    if len(names) <= MAX_PANELS:
-        return list(names)
-    return [names[round(i * (len(names) - 1) / (MAX_PANELS - 1))] for i in range(MAX_PANELS)]
 
 
 def _draw_spectrum(axes: "Axes", spectrum: Spectrum, share: bool = False, **style: Any) -> None:

@@ -10,10 +10,8 @@ from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.spread import spread
 from lightning_spectral.terminal import console, new_table, show_number
-
-MAX_STEPS = 6
-"""Reports of one layer in the table of a run: the first, the last, and others evenly between."""
 
 QUANTITIES = {
     "js": ("JS", 5),
@@ -107,7 +105,7 @@ def _evolution(run: Run, kind: str) -> Table:
     has_bases = kind == "activation" and "rank" in settings
     numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
     table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
-    for row in evolution(run, kind, _spread(run.steps(kind))):
+    for row in evolution(run, kind, spread(run.steps(kind))):
         is_first = row["step"] == run.steps(kind)[0]
         cells = [
             f"{row['step']:,}",
@@ -153,9 +151,3 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
                 "rankme": spectrum.rankme()[0],
                 "overlap": overlap,
             }
-
-
-def _spread(steps: Sequence[int]) -> list[int]:
-    if len(steps) <= MAX_STEPS:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]

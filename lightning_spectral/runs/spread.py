@@ -1,0 +1,23 @@
+"""A few of many: what fits into a table or a figure."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+MOST = 6
+"""Reports of one layer in a table, or layers in a figure; more would be too many to read."""
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """The first, the last, and others evenly between.
+
+    Args:
+        items: Any number.
+
+    Returns:
+        All of up to six, else six.
+    """
+    if len(items) <= MOST:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (MOST - 1))] for i in range(MOST)]
