@@ -23,8 +23,9 @@ from lightning_spectral import ActivationSpectrum, Run
 from lightning_spectral.nanogpt import NanoGPT, TextData
 
 BLOCK_SIZE = 128
-EVERY_NUM_TOKENS = 32_768
-"""Training tokens between validation runs, and tokens of each."""
+EVERY_NUM_TOKENS = 16_384
+"""Training tokens between validation runs."""
+NUM_VALIDATION_TOKENS = 32_768
 
 
 def train(folder: Path, batch_size: int, seed: int, target: float, max_tokens: int) -> str:
@@ -44,19 +45,19 @@ def train(folder: Path, batch_size: int, seed: int, target: float, max_tokens: i
         model = NanoGPT(
             block_size=BLOCK_SIZE,
             learning_rate=1e-3 * math.sqrt(batch_size / 16),
-            warmup_steps=every,
+            warmup_steps=2 * every,
             cooldown=1e-6,  # a constant learning rate: how long a run takes is not known beforehand
         )
         # In float64: early in training the tail lies far below the head.
         spectrum = ActivationSpectrum(
-            "all", stage="validate", every_n_steps=every, num_tokens=EVERY_NUM_TOKENS, dtype="float64"
+            "all", stage="validate", every_n_steps=every, num_tokens=NUM_VALIDATION_TOKENS, dtype="float64"
         )
         trainer = Trainer(
             accelerator="cpu",
             max_steps=max_tokens // (batch_size * BLOCK_SIZE),
             val_check_interval=every,
             check_val_every_n_epoch=None,
-            limit_val_batches=EVERY_NUM_TOKENS // (batch_size * BLOCK_SIZE),
+            limit_val_batches=NUM_VALIDATION_TOKENS // (batch_size * BLOCK_SIZE),
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=CSVLogger(path.parent, name="", version=path.name),

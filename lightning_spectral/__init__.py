@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from lightning_spectral import functional, metrics
-from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift
+from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift, TailForecaster
 from lightning_spectral.capture import per_sample_gradients
 from lightning_spectral.functional import (
     PowerLaw,
@@ -14,7 +14,7 @@ from lightning_spectral.functional import (
     singular_spectrum,
 )
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
-from lightning_spectral.runs import Run, compare
+from lightning_spectral.runs import Run, compare, forecast
 
 __version__ = version("lightning-spectral")
 
@@ -26,9 +26,11 @@ __all__ = [
     "PerSampleGradientSpectrum",
     "PowerLaw",
     "Run",
+    "TailForecaster",
     "__version__",
     "compare",
     "covariance_spectrum",
+    "forecast",
     "functional",
     "gradient_noise_scale",
     "metrics",

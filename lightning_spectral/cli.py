@@ -1,4 +1,4 @@
-"""The commands: fit, validate, test and predict from YAML, with our names usable without dots; show and compare."""
+"""The commands: Lightning's, from YAML, with our names usable without dots, and those that read records of runs."""
 
 import os
 import sys
@@ -8,13 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_spectral.runs.commands import COMMANDS as COMMANDS_ON_RUNS
 from lightning_spectral.runs.commands import run_command
 
 PACKAGE = Path(__file__).parent
 
 COMMANDS = ("fit", "validate", "test", "predict")
 """Those of Lightning's own command line."""
-RUN_COMMANDS = ("show", "compare")
+RUN_COMMANDS = tuple(COMMANDS_ON_RUNS)
 """Those that read what runs left behind."""
 
 USAGE = f"""usage: lightning-spectral COMMAND [--config FILE] [options]
@@ -26,6 +27,7 @@ commands: {", ".join((*COMMANDS, *RUN_COMMANDS))}
   lightning-spectral fit --trainer.callbacks.help=ActivationSpectrum
   lightning-spectral show lightning_logs/version_0 --plot evolution.png
   lightning-spectral compare 'logs/base/*' 'logs/variant/*' --plot comparison.png
+  lightning-spectral forecast 'logs/*' --target 2.0
 
 `lightning` and `python -m lightning_spectral` are the same command; COMMAND --help lists its options."""
 

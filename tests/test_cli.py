@@ -68,7 +68,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "train")
     assert message == (
-        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, got 'train': "
+        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, forecast, got 'train': "
         "see lightning-spectral --help"
     )
 
@@ -76,7 +76,7 @@ def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
-    assert "commands: fit, validate, test, predict, show, compare" in capsys.readouterr().out
+    assert "commands: fit, validate, test, predict, show, compare, forecast" in capsys.readouterr().out
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:

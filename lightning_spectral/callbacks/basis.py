@@ -72,14 +72,33 @@ class RecordedBases:
 
     def __init__(self, path: str, stage: str, normalize: bool) -> None:
         self._run = Run(path)
-        self._series = f"activation-{stage}"
-        settings = self._run.settings(self._series)
-        if not self._run.steps(self._series) or settings.get("normalize") != normalize:
+        # Of several series the one that keeps most eigenvectors.
+        series = [
+            name
+            for name in self._run.all_series("activation")
+            if (settings := self._run.settings(name)).get("stage") == stage and settings.get("normalize") == normalize
+        ]
+        if not series:
             raise ValueError(
                 f"reference must have measured activations with stage={stage!r} and normalize={normalize}, "
                 f"got {self._run}"
             )
+        self._series = max(series, key=lambda name: self._run.settings(name).get("rank", 0))
         self._tokens = {step: self._run.tokens_at(self._series, step) for step in self._run.steps(self._series)}
+
+    def check_width(self, name: str, width: int) -> None:
+        """Refuse a run whose layer is of another width.
+
+        Args:
+            name: The layer.
+            width: Its width here.
+
+        Raises:
+            ValueError: Naming both.
+        """
+        there = len(self._run.spectrum(self._series, name, min(self._tokens)).values)
+        if there not in (0, width):
+            raise ValueError(f"reference must have {name} of width {width}, got {self._run} with {there}")
 
     def check(self, layers: Sequence[str], rank: int) -> None:
         """Refuse a run that does not hold what is needed of it.

@@ -183,6 +183,8 @@ class HeadDrift(MeasuringCallback):
         for name, width in widths.items():
             if self.rank > width:
                 raise ValueError(f"rank must be at most {width}, the width of {name}, got {self.rank}: lower it")
+            if self._recorded is not None:
+                self._recorded.check_width(name, width)
 
     def summary(self) -> dict[str, Any]:
         """The reference, and the first report and the last for the table.

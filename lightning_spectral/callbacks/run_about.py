@@ -1,5 +1,6 @@
 """What the record of a run says of it: what the user said, and what can be seen of model, Trainer and machine."""
 
+import json
 import os
 import platform
 import time
@@ -44,6 +45,10 @@ def check_notes(family: str | None, tags: Mapping[str, Any] | None, tokens_per_s
         raise ValueError(
             f"tokens_per_sample must be a positive int, a key of the batch or None, got {tokens_per_sample!r}"
         )
+    try:
+        json.dumps(tags)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tags must hold what JSON can, got {tags!r}: {error}") from error
     return RunNotes(family, dict(tags or {}), tokens_per_sample)
 
 

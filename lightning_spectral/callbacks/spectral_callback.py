@@ -14,6 +14,9 @@ from lightning_spectral.measurement import Session, session_of
 
 SECONDS = "spectral/seconds"
 """Key of the time that measuring has cost so far; one for all callbacks of a Trainer with the same prefix."""
+RUN_STATE = "lightning_spectral.run"
+"""Key in a checkpoint of what all callbacks know of the run together. It does not depend on their arguments, so that
+counting goes on where a run is resumed with others."""
 
 
 class SpectralCallback(Callback):
@@ -44,6 +47,8 @@ class SpectralCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
         self._warned: set[str] = set()
+        self._kept_run: dict[str, Any] | None = None
+        self._run_before: dict[str, Any] | None = None
 
     def keys(self) -> list[str]:
         """The keys this callback writes, without the prefix; known from :meth:`open` on."""
@@ -122,7 +127,7 @@ class SpectralCallback(Callback):
     def close(self) -> None:
         """Give the keys back; the state stays for checkpoints that are written after an exception, or after ``fit``."""
         if self._session is not None:
-            self._kept = self._state(self._session)
+            self._kept, self._kept_run = self._state(self._session), self.run_state()
             self._session.release(self)
         self._session = self._restored = None
 
@@ -191,6 +196,12 @@ class SpectralCallback(Callback):
         state = self._kept if self._session is None else self._state(self._session)
         if state is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = state
+        if (run := self._kept_run if self._session is None else self.run_state()) is not None:
+            checkpoint[RUN_STATE] = run
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up what is known of the run, whichever callbacks it had before."""
+        self._run_before = checkpoint.get(RUN_STATE)
 
     def _state(self, session: Session) -> dict[str, Any]:
         return {
@@ -198,7 +209,6 @@ class SpectralCallback(Callback):
             "seconds": session.stopwatch.seconds,
             "num_failed": self.num_failed,
             "summary": self.summary(),
-            "run": self.run_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

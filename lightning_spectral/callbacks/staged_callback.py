@@ -222,10 +222,9 @@ class StagedCallback(SpectralCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or resume, where the Trainer stands: only now is its step restored."""
-        if self._measurement is not None and self._session is not None and self._restored is not None:
+        if self._measurement is not None and self._restored is not None:
             # Whoever has a state gives it: the first member may be new to this run.
             self._measurement.load_state_dict(self._restored["measurement"])
-            self._session.stopwatch.seconds = max(self._session.stopwatch.seconds, self._restored["seconds"])
         if measurement := self._led():
             measurement.start_training(trainer.global_step)
         if self._recorder is not None:
@@ -280,6 +279,8 @@ class StagedCallback(SpectralCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Begin a batch, if it is of the loader that is measured."""
+        if self._recorder is not None and not trainer.sanity_checking:
+            self._recorder.start_validation_batch(self, batch, dataloader_idx)
         if (measurement := self._led()) and dataloader_idx == self.dataloader_idx:
             measurement.start_validation_batch(batch, trainer.global_step)
 
@@ -341,8 +342,12 @@ class StagedCallback(SpectralCallback):
     def _join(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement = self.join(trainer, pl_module)
         if self._session is not None:
+            if self._restored is not None:  # before any clock runs that leaves this time out
+                stopwatch = self._session.stopwatch
+                stopwatch.seconds = max(stopwatch.seconds, self._restored["seconds"])
             self._recorder = self._session.shared(RunRecorder)
-            self._recorder.join(self, None if self._restored is None else self._restored.get("run"))
+            self._recorder.join(self, self._run_before)
+            self._run_before = None
         shows = not trainer.is_global_zero or tensorboard.writers(trainer.loggers) or not trainer.loggers
         if not shows and self._session is not None and self._session.is_first("a warning of missing histograms"):
             rank_zero_warn(

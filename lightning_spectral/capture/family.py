@@ -10,8 +10,11 @@ from torch import nn
 
 from lightning_spectral.capture.names import clean_name
 
-_OF_THE_RUN = re.compile(r"(^|_)(lrs?|learning_rates?|seed|batch_?size)(_|$)", re.IGNORECASE)
-"""Settings that differ between runs of one family: what a sweep sweeps, not what the model is."""
+_OF_THE_RUN = re.compile(
+    r"(^|_)(lrs?|learning_rates?|seed|batch_?size|warm_?up|(max|total)_(steps|epochs))(_|$)", re.IGNORECASE
+)
+"""Settings that differ between runs of one family: what a sweep sweeps, not what the model is. Among them are lengths
+of the schedule, which are given in steps and follow the batch size."""
 
 
 def describe_model(module: nn.Module) -> dict[str, Any]:
@@ -21,8 +24,8 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
         module: The module that is trained.
 
     Returns:
-        ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate and seed, or, where it
-        saved none, the shapes of its parameters; and the number of parameters. All JSON-like.
+        ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate, seed and the length of
+        its schedule, or, where it saved none, the shapes of its parameters; and the number of parameters. All JSON-like.
     """
     hyperparameters = _without_settings_of_the_run(getattr(module, "hparams", None) or {})
     if not hyperparameters:

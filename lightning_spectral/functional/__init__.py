@@ -1,10 +1,19 @@
 """The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy's special functions."""
 
 from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
+from lightning_spectral.functional.forecast import (
+    MIN_REFERENCES,
+    Forecast,
+    Skill,
+    extrapolate_loss,
+    forecast_tokens,
+    leave_one_out,
+)
 from lightning_spectral.functional.jackknife import Jackknife, jackknife
 from lightning_spectral.functional.moments import Moments, covariance, moments, pool
 from lightning_spectral.functional.noise import GradientMoments, gradient_moments, gradient_noise_scale
 from lightning_spectral.functional.powerlaw import Band, PowerLaw, power_law, resolve_band
+from lightning_spectral.functional.rank_correlation import Interval, partial_spearman, spearman, spearman_interval
 from lightning_spectral.functional.singular import gram, singular_spectrum, singular_values
 from lightning_spectral.functional.spectrum import (
     covariance_spectrum,
@@ -17,16 +26,22 @@ from lightning_spectral.functional.spectrum import (
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 
 __all__ = [
+    "MIN_REFERENCES",
     "Band",
+    "Forecast",
     "GradientMoments",
+    "Interval",
     "Jackknife",
     "Moments",
     "PowerLaw",
     "Sample",
+    "Skill",
     "angle_floor",
     "covariance",
     "covariance_spectrum",
     "eigenvalues",
+    "extrapolate_loss",
+    "forecast_tokens",
     "gradient_moments",
     "gradient_noise_scale",
     "gram",
@@ -34,9 +49,11 @@ __all__ = [
     "jackknife",
     "js_divergence",
     "js_floor",
+    "leave_one_out",
     "moments",
     "normalize",
     "overlap_floor",
+    "partial_spearman",
     "pool",
     "power_law",
     "principal_angles",
@@ -44,5 +61,7 @@ __all__ = [
     "resolve_band",
     "singular_spectrum",
     "singular_values",
+    "spearman",
+    "spearman_interval",
     "subspace_overlap",
 ]

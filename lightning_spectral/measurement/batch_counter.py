@@ -1,5 +1,6 @@
 """Tokens and losses of training batches, counted on each rank and added up over all when somebody asks."""
 
+from collections.abc import Sequence
 from math import nan
 from typing import Any
 
@@ -18,9 +19,16 @@ class BatchCounter:
         per_sample: How tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`.
         device: Where the process group can reduce float64.
         tokens: Those of the run before.
+        losses: Sum and number of losses before that were not taken.
     """
 
-    def __init__(self, per_sample: int | str | None, device: torch.device, tokens: float = 0.0) -> None:
+    def __init__(
+        self,
+        per_sample: int | str | None,
+        device: torch.device,
+        tokens: float = 0.0,
+        losses: Sequence[float] | None = None,
+    ) -> None:
         self.per_sample = per_sample
         self.tokens = tokens
         """Tokens over all ranks when they last agreed."""
@@ -29,7 +37,7 @@ class BatchCounter:
         self._device = device
         self._at_start = tokens
         self._agreed_batches = 0
-        self._loss_sum, self._num_losses = 0.0, 0.0
+        self._loss_sum, self._num_losses = (0.0, 0.0) if losses is None else losses
         self._forget()
 
     def _forget(self) -> None:
@@ -67,17 +75,6 @@ class BatchCounter:
         self._agreed_batches = self.num_batches
         self._forget()
 
-    def sum_over_ranks(self, number: float) -> float:
-        """Add up any number; a collective.
-
-        Args:
-            number: This rank's, exact in float64.
-
-        Returns:
-            That of all.
-        """
-        return self._sum(number)[0]
-
     def _sum(self, *numbers: float) -> list[float]:
         return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
 
@@ -95,6 +92,11 @@ class BatchCounter:
         mean = self._loss_sum / self._num_losses if self._num_losses else nan
         self._loss_sum, self._num_losses = 0.0, 0.0
         return mean
+
+    @property
+    def losses(self) -> list[float]:
+        """Sum and number of losses not taken, without a collective: those on which ranks have not agreed are here's."""
+        return [self._loss_sum + float(self._new_losses), self._num_losses + self._num_new_losses]
 
     @property
     def tokens_per_batch(self) -> float:

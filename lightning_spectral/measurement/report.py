@@ -105,7 +105,8 @@ class LayerSpectrum:
             "leave_one_out_vectors": self.leave_one_out_vectors,
         }
         arrays = {field: tensor.numpy() for field, tensor in tensors.items() if tensor is not None}
-        return arrays | {"num_tokens": np.asarray(self.num_tokens), "failure": np.asarray(self.failure or "")}
+        numbers = {"num_tokens": self.num_tokens, "num_rows_without": self.num_rows_without}
+        return arrays | {"failure": np.asarray(self.failure or "")} | {key: np.asarray(n) for key, n in numbers.items()}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,10 @@
 """When any measurement collects and reports, in training or in validation; what it collects is up to subclasses."""
 
 from collections.abc import Callable
-from math import nan
 from typing import Any, Literal
 
-from lightning_spectral.capture.batch import checksum, num_samples
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
-from lightning_spectral.metrics.reduction import world_size
-
-NUM_FINGERPRINTED = 16
-"""Samples, over all ranks, that tell one set of validation data from another."""
 
 Stage = Literal["train", "validate"]
 
@@ -38,11 +32,6 @@ class StagedMeasurement:
         self.steps_collected = 0
         """Optimizer steps collected for the next report."""
         self.stopwatch = stopwatch
-        self.checksum: float = 0.0
-        """Of this rank's share of the first samples of the first validation run that was measured; NaN for batches that
-        cannot be cut. It does not depend on how samples are batched, nor, as they are dealt out, on the number of
-        ranks."""
-        self._fingerprint_room = -(-NUM_FINGERPRINTED // world_size())
 
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
         """A batch begins; it is to be collected if ``is_collecting``.
@@ -167,16 +156,6 @@ class StagedMeasurement:
             step: The trainer's ``global_step``.
         """
         self.open(batch, step, has_right_stage=self.stage == "validate")
-        if self.is_collecting and self._fingerprint_room > 0:
-            with self.stopwatch.running():
-                self._add_fingerprint(batch)
-
-    def _add_fingerprint(self, batch: Any) -> None:
-        try:
-            self.checksum += checksum(batch, self._fingerprint_room)
-        except Exception:  # of whatever a batch may be made of; the record will not say which data these were
-            self.checksum = nan
-        self._fingerprint_room -= num_samples(batch) or 0
 
     def end_validation_batch(self) -> None:
         """A validation batch has ended."""

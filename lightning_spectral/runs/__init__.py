@@ -1,6 +1,7 @@
 """What a run leaves on disk, reading it back, and comparing two."""
 
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift, compare
+from lightning_spectral.runs.forecasting import FamilyForecast, forecast
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.record import Record, Row
 from lightning_spectral.runs.run import Matched, Run, open_runs
@@ -9,6 +10,7 @@ from lightning_spectral.runs.verdict import Verdict
 
 __all__ = [
     "Comparison",
+    "FamilyForecast",
     "Gain",
     "History",
     "Matched",
@@ -19,5 +21,6 @@ __all__ = [
     "Spectrum",
     "Verdict",
     "compare",
+    "forecast",
     "open_runs",
 ]

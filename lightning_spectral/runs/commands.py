@@ -1,13 +1,15 @@
-"""The commands that read runs: show, compare."""
+"""The commands that read runs: show, compare, forecast."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning_spectral.functional.powerlaw import check_band
 from lightning_spectral.runs.comparison import compare
+from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.run import Run, open_runs
-from lightning_spectral.runs.tables import evolution, print_comparison, print_run
+from lightning_spectral.runs.tables import evolution, print_comparison, print_forecast, print_run
 from lightning_spectral.runs.to_json import to_json
 
 
@@ -66,8 +68,7 @@ def _plot_evolution(runs: Sequence[Run], args: Namespace) -> None:
 
     for number, run in enumerate(runs):
         (kind, *_) = _kinds(run, args.kind) or _kinds(run, "activation")
-        path = Path(args.plot)
-        save(evolution_figure(run, kind), path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}"))
+        save(evolution_figure(run, kind), _numbered(args.plot, number))
 
 
 def _compare(words: Sequence[str]) -> None:
@@ -96,9 +97,59 @@ def _compare(words: Sequence[str]) -> None:
         print_comparison(comparison)
 
 
+def _forecast(words: Sequence[str]) -> None:
+    parser = _Parser(
+        "lightning-spectral forecast",
+        description="How well could the tokens that finished runs took have been forecast from their first reports?",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="log directory of a run, or a pattern of several")
+    parser.add_argument("--target", type=float, required=True, metavar="X", help="the loss they came down to")
+    parser.add_argument("--layer", help="whose tail is the predictor; the deepest that was measured if none")
+    parser.add_argument(
+        "--tail",
+        type=_number,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="band of it: two ranks, or two fractions of the width",
+    )
+    parser.add_argument(
+        "--at",
+        type=float,
+        nargs="+",
+        metavar="TOKENS",
+        help="when to forecast; default: 10, 25 and 50%% of the fastest",
+    )
+    _add_outputs(parser)
+    args = parser.parse_args(words)
+    tail = None if args.tail is None else tuple(args.tail)
+    if tail is not None:
+        check_band("tail", tail)
+    families = forecast(args.runs, args.target, args.layer, tail, args.at)
+    if args.plot is not None:
+        from lightning_spectral.runs.figures import forecast_figure, save
+
+        for number, family in enumerate(families):
+            save(forecast_figure(family), _numbered(args.plot, number))
+    if args.json:
+        print(to_json({"families": [family.as_dict() for family in families]}))
+        return
+    for family in families:
+        print_forecast(family)
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _numbered(path: str, number: int) -> Path:
+    """A file for each of several figures."""
+    file = Path(path)
+    return file if number == 0 else file.with_stem(f"{file.stem}-{number + 1}")
+
+
 def _add_outputs(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a figure")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"show": _show, "compare": _compare}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"show": _show, "compare": _compare, "forecast": _forecast}

@@ -10,7 +10,14 @@ from scipy.special import stdtrit
 
 from lightning_spectral.functional.floor import Sample, js_floor
 from lightning_spectral.functional.spectrum import js_divergence
-from lightning_spectral.runs.measured import Measured, bands_of, check_comparable, lowest_common_loss, measure
+from lightning_spectral.runs.measured import (
+    Measured,
+    bands_of,
+    check_comparable,
+    keep_known,
+    lowest_common_loss,
+    measure,
+)
 from lightning_spectral.runs.run import Run, open_runs
 from lightning_spectral.runs.statistics import Scatter, mean_spectrum, number, read_scatter, scatter
 from lightning_spectral.runs.verdict import MIN_GAIN, Verdict, decide
@@ -34,7 +41,7 @@ class Gain(NamedTuple):
     """Interval, NaN where the scatter of runs is not known."""
     high: float
     run_floor: float
-    """Smallest gain that seeds alone do not show; NaN likewise."""
+    """How large a gain, or how low a loss, of its sign seeds alone show; NaN likewise."""
     is_detected: bool
 
 
@@ -73,6 +80,8 @@ class Comparison(NamedTuple):
     verdict: Verdict
     run_floor: Scatter
     """What seeds show, as it is used."""
+    left_out: dict[str, str]
+    """Spectra that cannot be compared, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """For programs.
@@ -89,6 +98,7 @@ class Comparison(NamedTuple):
             "gains": {name: gain._asdict() for name, gain in self.gains.items()},
             "shifts": [shift._asdict() for shift in self.shifts],
             "verdict": self.verdict._asdict(),
+            "left_out": self.left_out,
             "run_floor": self.run_floor.as_dict(),
         }
 
@@ -116,65 +126,75 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
         comparison.verdict.text
         comparison.gains["tokens"].gain
     """
-    sides = [open_runs(base, "base"), open_runs(variant, "variant")]
-    for name, side in zip(("base", "variant"), sides, strict=True):
-        _check_family(name, side)
-    of_floor = _FloorRuns.open(floor, sides[0][0].family)
-    runs = [*sides[0], *sides[1], *of_floor.runs]
+    sides = open_runs(base, "base"), open_runs(variant, "variant")
+    others, recorded = _open_floor(floor, sides)
+    for name, side in (("base", sides[0]), ("variant", sides[1]), ("floor", others)):
+        _check_alike(name, side)
+    runs = [*sides[0], *sides[1], *others]
     kinds = check_comparable(runs)
     bands = {kind: bands_of(runs[0], kind) for kind in kinds}
     loss = lowest_common_loss(runs, kinds) if at_loss is None else float(at_loss)
-    first, second = ([measure(run, loss, kinds, bands) for run in side] for side in sides)
-    known = scatter([first, second], sides[0][0].family)
-    if of_floor.runs:
-        of_floor = of_floor._replace(
-            scatter=scatter([[measure(run, loss, kinds, bands) for run in of_floor.runs]], known.family)
-        )
-    if of_floor.scatter is not None:
-        known = known.and_of(of_floor.scatter)
+    every = [measure(run, loss, kinds, bands) for run in runs]
+    every, left_out = keep_known(every)
+    num_base, num_both = len(sides[0]), len(sides[0]) + len(sides[1])
+    first, second, third = every[:num_base], every[num_base:num_both], every[num_both:]
+    known = scatter([first, second, *([third] if third else [])])
+    if recorded is not None:
+        known = known.and_of(recorded)
     measured = _Sides(first, second, known)
     gains = {quantity: _gain(quantity, measured) for quantity in BETTER}
     shifts, means = [], []
     for kind in kinds:
-        of_names = [shift for name in sides[0][0].names(kind) for shift in _shifts(kind, name, measured)]
-        means.append(_mean_shift(kind, of_names, measured))
-        shifts += of_names
-    verdict = decide(
-        gains["tokens"].gain if gains["tokens"].is_detected else 0.0,
-        gains["throughput"].gain if gains["throughput"].is_detected else 0.0,
-        {mean.kind: mean.is_detected for mean in means},
-        known.degrees,
-    )
+        names = [key.partition("/")[2] for key in first[0].spectra if key.startswith(f"{kind}/")]
+        if names:
+            of_names = [shift for name in names for shift in _shifts(kind, name, measured)]
+            means.append(_mean_shift(kind, of_names, measured))
+            shifts += of_names
+    has_moved = {mean.kind: mean.is_detected for mean in means}
+    verdict = decide(_detected(gains["tokens"]), _detected(gains["throughput"]), has_moved)
     loss_name = runs[0].history.loss_name
-    return Comparison(sides[0], sides[1], loss_name, loss, gains, [*means, *shifts], verdict, known)
+    return Comparison(*sides, loss_name, loss, gains, [*means, *shifts], verdict, known, left_out)
 
 
-class _FloorRuns(NamedTuple):
+def _detected(gain: Gain) -> float:
+    """The gain as the verdict sees it: none within its floor, NaN where that is not known."""
+    if isnan(gain.run_floor):
+        return nan
+    return gain.gain if gain.is_detected else 0.0
+
+
+def _open_floor(floor: Paths | None, sides: tuple[list[Run], list[Run]]) -> tuple[list[Run], Scatter | None]:
     """Where a run floor beyond the two sides comes from: other runs, or an earlier comparison."""
+    family, compared = sides[0][0].family, {run.id for side in sides for run in side}
+    if floor is None:
+        return [], None
+    if isinstance(floor, (str, Path)) and Path(floor).is_file():
+        recorded = read_scatter(Path(floor))
+        if family not in recorded.families:
+            raise ValueError(f"floor must be of the base's family, {family}, got {', '.join(recorded.families)}")
+        if compared & set(recorded.runs):
+            raise ValueError(f"floor must be of other runs than those that are compared, got {str(floor)!r}")
+        return [], recorded
+    # Those that are compared show their scatter anyway.
+    others = [run for run in open_runs(floor, "floor") if run.id not in compared]
+    for run in others:
+        if run.family != family:
+            raise ValueError(f"floor must be of the base's family, {family}, got {run.family} in {run}")
+    return others, None
 
-    runs: list[Run]
-    scatter: Scatter | None
 
-    @classmethod
-    def open(cls, floor: Paths | None, family: str) -> "_FloorRuns":
-        if floor is None:
-            return cls([], None)
-        if isinstance(floor, (str, Path)) and Path(floor).is_file():
-            found = cls([], read_scatter(Path(floor)))
-            families = {found.scatter.family} if found.scatter is not None else set()
-        else:
-            found = cls(open_runs(floor, "floor"), None)
-            families = {run.family for run in found.runs}
-        if families != {family}:
-            raise ValueError(f"floor must be of the base's family, {family}, got {', '.join(sorted(families))}")
-        return found
-
-
-def _check_family(name: str, runs: Sequence[Run]) -> None:
+def _check_alike(name: str, runs: Sequence[Run]) -> None:
+    """Refuse runs on a side that are no seeds of one setting."""
+    seen: dict[str, Run] = {}
     for run in runs:
         if run.family != runs[0].family:
             raise ValueError(
                 f"{name} must be runs of one family, got {runs[0].family} in {runs[0]} and {run.family} in {run}"
+            )
+        other = seen.setdefault(run.id, run)
+        if other is not run:
+            raise ValueError(
+                f"{name} must be independent runs, got {other} and {run}, which go on from one start: leave one out"
             )
 
 
@@ -202,7 +222,8 @@ def _gain(quantity: str, sides: _Sides) -> Gain:
     floor = sides.floor(quantity)
     is_detected = not isnan(floor) and abs(difference) > max(floor, log(1 + MIN_GAIN))
     low, high = (exp(difference + sign * floor) - 1 for sign in (-1, 1))
-    return Gain(quantity, exp(first), exp(second), exp(difference) - 1, low, high, exp(floor) - 1, is_detected)
+    run_floor = exp(floor if difference >= 0 else -floor) - 1
+    return Gain(quantity, exp(first), exp(second), exp(difference) - 1, low, high, run_floor, is_detected)
 
 
 def _shifts(kind: str, name: str, sides: _Sides) -> Iterator[Shift]:

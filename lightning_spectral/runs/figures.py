@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens
 from lightning_spectral.functional.powerlaw import resolve_band
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
+from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor
 from lightning_spectral.runs.measured import bands_of
+from lightning_spectral.runs.references import KIND, alpha_at
 from lightning_spectral.runs.run import VALUES, Run
 from lightning_spectral.runs.spectrum import Spectrum
 from lightning_spectral.runs.spread import spread
@@ -135,7 +139,7 @@ def _draw_losses(axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: C
     axes.axhline(comparison.loss, color="black", lw=0.8, ls="--", label=f"matched at {comparison.loss:.3f}")
     gain = comparison.gains[against]
     axes.set(xscale="log", xlabel=against, ylabel=comparison.loss_name)
-    found = f"{_percent(gain.gain)} (run floor {_percent(gain.run_floor).lstrip('+')})"
+    found = f"{_percent(gain.gain)} (run floor {_percent(gain.run_floor)})"
     axes.set_title(f"{against} to the matched loss: {found}", fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
@@ -174,3 +178,62 @@ def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, nam
     axes.set_title(f"drift of {name}", fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
+
+
+def forecast_figure(family: FamilyForecast) -> "Figure":
+    """The tail exponent against tokens to the target, with the line; forecasts against truth over training.
+
+    Args:
+        family: One family of runs.
+
+    Returns:
+        A figure that belongs to no window and no pyplot state.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    law, course = figure.subplots(1, 2)
+    point = family.points[0]
+    alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
+    order = np.argsort(family.tokens_to_target)
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(order)))[np.argsort(order)]
+    law.scatter(alphas, family.tokens_to_target, color=colors, zorder=3)
+    _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target))
+    law.set(yscale="log", xlabel=f"alpha_tail of {family.layer}", ylabel="tokens to the target")
+    rho = next(predictor.rho for predictor in point.predictors if predictor.name == "alpha_tail")
+    law.set_title(f"at {point.tokens:,.0f} tokens: Spearman {rho:+.2f}, line with its 80% band", fontsize="small")
+    for index, color in enumerate(colors):
+        forecasts = [_of_tail(point).forecasts[index] for point in family.points]
+        tokens, truth = [point.tokens for point in family.points], family.tokens_to_target[index]
+        course.plot(tokens, [forecast.value / truth for forecast in forecasts], color=color, marker=".", lw=1.2)
+        course.fill_between(
+            tokens,
+            [forecast.low / truth for forecast in forecasts],
+            [forecast.high / truth for forecast in forecasts],
+            color=color,
+            alpha=0.06,
+            lw=0,
+        )
+    course.axhline(1, color="black", lw=0.8, ls="--")
+    course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
+    course.set_title("each run forecast from the others, with 80% intervals", fontsize="small")
+    for axes in (law, course):
+        axes.grid(alpha=0.25, which="both", lw=0.5)
+    figure.suptitle(f"{family.family}: dark runs were fast, bright ones slow", fontsize="medium")
+    return figure
+
+
+def _of_tail(point: Point) -> Predictor:
+    return next(predictor for predictor in point.predictors if predictor.name == "alpha_tail")
+
+
+def _draw_law(axes: "Axes", alphas: np.ndarray, tokens: np.ndarray) -> None:
+    known = np.isfinite(alphas)
+    if known.sum() < MIN_REFERENCES:
+        return
+    grid = np.linspace(alphas[known].min(), alphas[known].max(), 60)
+    line = [forecast_tokens(torch.from_numpy(alphas), torch.from_numpy(tokens), float(alpha)) for alpha in grid]
+    axes.plot(grid, [forecast.value for forecast in line], color="black", lw=1)
+    low, high = ([getattr(forecast, end) for forecast in line] for end in ("low", "high"))
+    axes.fill_between(grid, low, high, color="black", alpha=0.08, lw=0)

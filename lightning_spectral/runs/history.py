@@ -46,8 +46,11 @@ class History(NamedTuple):
         """
         rows: dict[int, Row] = {}
         for row in read_history(folder):
+            before = rows.get(row.step, row)
             known = {key: value for key, value in row._asdict().items() if not isnan(value)}
-            rows[row.step] = rows.get(row.step, row)._replace(**known)
+            if not isnan(before.train_loss):
+                known.pop("train_loss", None)  # of the many batches before, and not of the few since
+            rows[row.step] = before._replace(**known)
         columns = list(zip(*(rows[step] for step in sorted(rows)), strict=True)) or [()] * len(Row._fields)
         return cls(*(np.asarray(column, dtype=np.float64) for column in columns))
 
@@ -95,17 +98,17 @@ class History(NamedTuple):
         )
         return Point(step, tokens, seconds)
 
-    def throughput(self, tokens: float) -> float:
-        """Tokens a second on the way to a number of tokens.
+    def throughput(self, point: Point) -> float:
+        """Tokens a second on the way to a point.
 
         Args:
-            tokens: How far to look.
+            point: How far.
 
         Returns:
-            The median over the stretches between entries, which a stall or the compilation in the first does not move;
-            NaN for fewer than two entries.
+            From the first entry on, before which models compile and caches fill; from the start if the point is the
+            first entry. NaN for nowhere.
         """
-        stop = int(np.searchsorted(self.tokens, tokens)) + 1
-        tokens_of, seconds_of = np.diff(self.tokens[:stop]), np.diff(self.seconds[:stop])
-        rates = tokens_of[seconds_of > 0] / seconds_of[seconds_of > 0]
-        return float(np.median(rates)) if len(rates) else nan
+        tokens, seconds = point.tokens, point.seconds
+        if len(self.tokens) and tokens > self.tokens[0]:
+            tokens, seconds = tokens - self.tokens[0], seconds - self.seconds[0]
+        return float(tokens / seconds) if seconds > 0 else nan

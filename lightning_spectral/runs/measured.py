@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.runs.history import Point
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.spectrum import Spectrum
 
@@ -16,8 +17,8 @@ BANDS: dict[str, Band] = {"head": (1, 10), "tail": (0.125, 0.5)}
 """Bands of runs that recorded none: those of the callbacks."""
 
 _MUST_AGREE = {
-    "activation": ("stage", "layers", "num_tokens", "normalize", "mask", "fingerprint"),
-    "gradient": ("stage", "parameters", "num_samples", "method", "loss_reduction", "fingerprint"),
+    "activation": ("stage", "layers", "num_tokens", "normalize", "mask"),
+    "gradient": ("stage", "parameters", "num_samples", "loss_reduction"),
 }
 """Settings without which two spectra of a kind do not compare."""
 
@@ -53,18 +54,64 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
                 f"runs must have one kind of loss, got {first.history.loss_name} in {first} and "
                 f"{run.history.loss_name} in {run}: give all of them validation data"
             )
+        _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
     kinds = [kind for kind in KINDS if all(run.steps(kind) for run in runs)]
     for kind in kinds:
         for run in runs:
+            one, other = first.settings(kind), run.settings(kind)
             for name in _MUST_AGREE[kind]:
-                one, other = first.settings(kind).get(name), run.settings(kind).get(name)
-                if one != other:
-                    what = "validation data" if name == "fingerprint" else name
-                    raise ValueError(
-                        f"runs must have been measured alike, got {kind} spectra of {what} {_short(one)} in {first} "
-                        f"and {_short(other)} in {run}"
-                    )
+                _refuse_difference(f"{kind} spectra of {name}", first, run, one.get(name), other.get(name))
+            # Rows of all other methods are the same.
+            by_hooks = [settings.get("method") == "hooks" for settings in (one, other)]
+            _refuse_difference(f"{kind} spectra of method='hooks'", first, run, *by_hooks)
     return kinds
+
+
+def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any) -> None:
+    if one != other:
+        raise ValueError(
+            f"runs must have been measured alike, got {what} {_short(one)} in {first} and {_short(other)} in {second}"
+        )
+
+
+def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[str, str]]:
+    """Leave out spectra that some run has not.
+
+    Args:
+        every: All runs.
+
+    Returns:
+        The runs with the spectra that all have, and why others are left out.
+
+    Raises:
+        ValueError: If spectra are of different numbers of rows or of different widths.
+    """
+    left_out: dict[str, str] = {}
+    first = every[0]
+    for key in first.spectra:
+        known = []
+        for measured in every:
+            spectrum = measured.spectra.get(key)
+            reason = None if spectrum is None else spectrum.failure
+            if spectrum is None:
+                reason = "it was not measured"
+            elif reason is None and not float(spectrum.values.sum()) > 0:
+                reason = "all its values are zero"
+            if reason is not None:
+                left_out.setdefault(key, f"{measured.run}: {reason}")
+            elif spectrum is not None:
+                known.append((measured.run, spectrum))
+        for run, spectrum in known[1:]:
+            _refuse_difference(f"{key} on rows", known[0][0], run, known[0][1].count, spectrum.count)
+            _refuse_difference(f"{key} of width", known[0][0], run, len(known[0][1].values), len(spectrum.values))
+    keys = [key for key in first.spectra if key not in left_out]
+    return [
+        measured._replace(
+            exponents={key: value for key, value in measured.exponents.items() if key.rpartition("/")[0] in keys},
+            spectra={key: measured.spectra[key] for key in keys},
+        )
+        for measured in every
+    ], left_out
 
 
 def bands_of(run: Run, kind: str) -> dict[str, Band]:
@@ -93,9 +140,9 @@ def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
         The loss.
 
     Raises:
-        ValueError: If a run has no loss there.
+        ValueError: If a run has no loss there, or one is below all of another's.
     """
-    lowest = []
+    reached: dict[Run, tuple[float, float]] = {}
     for run in runs:
         entries, losses = run.history.with_loss()
         tokens = run.history.tokens[entries]
@@ -106,8 +153,16 @@ def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
             inside &= (tokens >= first) & (tokens <= last)
         if not inside.any():
             raise ValueError(f"runs must have losses between their first report and their last, got none in {run}")
-        lowest.append(float(losses[inside].min()))
-    return max(lowest)
+        reached[run] = float(losses[inside].max()), float(losses[inside].min())
+    lowest = max(low for _, low in reached.values())
+    for run, (high, _) in reached.items():
+        if high < lowest:
+            slow = max(reached, key=lambda one: reached[one][1])
+            raise ValueError(
+                f"runs must have a loss in common, got {lowest:.4g} at the lowest in {slow} and {high:.4g} at the "
+                f"highest in {run}: validate earlier, or train longer"
+            )
+    return lowest
 
 
 def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[str, Band]]) -> Measured:
@@ -132,7 +187,7 @@ def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[s
         raise ValueError(f"at_loss must be a loss that all runs came down to, got {loss:.4g}: {run} has {span}")
     numbers = {
         "tokens": point.tokens,
-        "throughput": run.history.throughput(point.tokens),
+        "throughput": run.history.throughput(Point(point.step, point.tokens, point.seconds)),
         "seconds": point.seconds,
     }
     exponents, spectra = {}, {}

@@ -1,7 +1,5 @@
 """What a run leaves on disk while it trains: written whole or not at all, so that a kill loses nothing before it."""
 
-import csv
-import io
 import json
 import os
 import re
@@ -12,12 +10,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lightning_spectral.runs.to_json import to_json
+
 FOLDER = "spectra"
 """Name of the record's folder in the log directory of a run."""
 ABOUT = "run.json"
 HISTORY = "history.csv"
 FORMAT = 1
 """Version of the record's layout; a reader refuses others."""
+
+_LASTING = ("started", "batch_tokens", "validation_data", "val_loss", "forecast")
+"""What is known of a run only once it is under way, and after a resume at first no more."""
 
 _REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")
 
@@ -78,16 +81,35 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: it has no {ABOUT}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error}): restore it") from error
-    if not isinstance(about, dict) or "format" not in about or not isinstance(about.get("series"), dict):
+    if not isinstance(about, dict) or "format" not in about or not _is_table(about.get("series")):
         raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: its {ABOUT} is something else's")
     if about["format"] != FORMAT:
         raise ValueError(
             f"run has a record of format {about['format']}, this version reads {FORMAT}: {str(folder)!r} needs "
             "another version of lightning-spectral"
         )
+    if not all(isinstance(about.get(name, {}), dict) for name in ("tags", "forecast")):
+        raise ValueError(f"run has a broken record: tags and forecast in {str(path)!r} must be tables: restore it")
     return about
+
+
+def _is_table(series: Any) -> bool:
+    return isinstance(series, dict) and all(isinstance(settings, dict) for settings in series.values())
+
+
+def find_record(run_id: str, *places: Path | None) -> Path | None:
+    """Where the record of a run is.
+
+    Args:
+        run_id: Of the run.
+        places: Folders where it may be.
+
+    Returns:
+        The first that is of this run; None for none.
+    """
+    return next((place for place in places if place is not None and _is_of(place, run_id)), None)
 
 
 def read_history(folder: Path) -> list[Row]:
@@ -109,7 +131,8 @@ def read_history(folder: Path) -> list[Row]:
         raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
     lines = text.split("\n")[:-1]  # the last is empty, or was torn off
     rows = []
-    for number, fields in enumerate(csv.reader(lines), start=1):
+    for number, line in enumerate(lines, start=1):
+        fields = line.split(",")  # numbers are never quoted
         if number == 1 and tuple(fields) == Row._fields:
             continue
         try:
@@ -118,7 +141,7 @@ def read_history(folder: Path) -> list[Row]:
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"run has a broken record: line {number} of {str(path)!r} must hold {', '.join(Row._fields)}, "
-                f"got {','.join(fields)!r}"
+                f"got {line[:60]!r}"
             ) from error
     return rows
 
@@ -150,15 +173,7 @@ class Record:
             ValueError: If the folder holds something that is no record.
             OSError: If it cannot be written.
         """
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / ABOUT).exists():
-                raise ValueError(f"{str(folder)!r} holds files that are no record of a run: move them")
-            folder.rename(_free_name(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        record = cls(folder, {"format": FORMAT, "series": {}, **about})
-        record._write_history([])
-        record.describe()
-        return record
+        return cls._install(folder, about, [], [])
 
     @classmethod
     def resume(cls, folder: Path, about: Mapping[str, Any], source: Path | None, step: int) -> "Record":
@@ -180,26 +195,43 @@ class Record:
             ValueError: If the folder holds something that is no record.
             OSError: If it cannot be written.
         """
-        known = next((place for place in (folder, source) if place is not None and _is_of(place, about["id"])), None)
+        known = find_record(str(about["id"]), folder, source)
         if known is None:
             return cls.begin(folder, about)
         before = read_about(known)
-        if known == folder:
-            _set_aside_after(folder, step)
-        else:
-            record = cls.begin(folder, about)
-            for report in reports(known):
-                if report.step <= step:
-                    shutil.copyfile(report.path, folder / report.path.name)
-            record._write_history([row for row in read_history(known) if row.step <= step])
+        kept = {key: before[key] for key in _LASTING if key in before}
+        about = {**about, **kept, "series": before["series"] | about.get("series", {})}
+        about["resumed"] = [*before.get("resumed", []), step]
+        if known != folder:
+            rows = [row for row in read_history(known) if row.step <= step]
+            return cls._install(folder, about, rows, [report for report in reports(known) if report.step <= step])
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        kept: dict[str, Any] = {key: before[key] for key in ("started", "batch_tokens") if key in before}
-        # Facts that are known only once a run is under way are not known again yet.
-        series = {name: before["series"].get(name, {}) | settings for name, settings in about.get("series", {}).items()}
-        resumed = [*before.get("resumed", []), step]
-        record = cls(folder, {"format": FORMAT, **about, **kept, "series": before["series"] | series})
-        record.describe(resumed=resumed)
+        _set_aside_after(folder, step)
+        record = cls(folder, {"format": FORMAT, **about})
+        record.describe()
+        return record
+
+    @classmethod
+    def _install(cls, folder: Path, about: Mapping[str, Any], rows: list[Row], copied: list[Report]) -> "Record":
+        """Put a record into its place once it is whole: a kill leaves what was there, or all of it."""
+        is_taken = folder.exists() and any(folder.iterdir())
+        if is_taken and not (folder / ABOUT).exists():
+            raise ValueError(f"{str(folder)!r} holds files that are no record of a run: move them")
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        record = cls(draft, {"format": FORMAT, "series": {}, **about})
+        for report in copied:
+            shutil.copyfile(report.path, draft / report.path.name)
+        record._write_history(rows)
+        record.describe()
+        if is_taken:
+            folder.rename(_free_name(folder))
+        elif folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+        record.folder = folder
         return record
 
     def describe(self, **facts: Any) -> None:
@@ -209,7 +241,7 @@ class Record:
             facts: By key; JSON-like.
         """
         self.about |= facts
-        text = json.dumps(self.about, indent=1)
+        text = to_json(self.about)
         _write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
 
     def append(self, row: Row) -> None:
@@ -252,10 +284,8 @@ class Record:
 
 
 def _line(row: Row) -> str:
-    line = io.StringIO()
     # repr of a float is the shortest that reads back to the same.
-    csv.writer(line, lineterminator="\n").writerow([row.step, *(repr(float(value)) for value in row[1:])])
-    return line.getvalue()
+    return ",".join([str(row.step), *(repr(float(value)) for value in row[1:])]) + "\n"
 
 
 def _is_of(folder: Path, run_id: str) -> bool:

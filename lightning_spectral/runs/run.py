@@ -7,7 +7,6 @@ from functools import cached_property
 from math import isnan, log, nan
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -79,6 +78,11 @@ class Run:
         return f"Run({str(self.path)!r})"
 
     @property
+    def id(self) -> str:
+        """What tells it from other runs; a run that was resumed into another directory has one in both."""
+        return str(self.about.get("id", self.folder.resolve()))
+
+    @property
     def family(self) -> str:
         """Name that runs of one model and configuration share."""
         return str(self.about.get("family", ""))
@@ -123,8 +127,19 @@ class Run:
             raise ValueError(f"kind must be one that {self} has a report of, {known}, got {kind!r}")
         return series
 
+    def all_series(self, kind: str) -> list[str]:
+        """All series of a kind.
+
+        Args:
+            kind: The kind.
+
+        Returns:
+            Their names, sorted.
+        """
+        return sorted(name for name in self._reports if _part(name) == kind)
+
     def _find_series(self, kind: str) -> str | None:
-        if kind in self._reports:
+        if kind in self._reports and _part(kind) in VALUES:
             return kind
         found = [
             name
@@ -173,7 +188,8 @@ class Run:
         path = self._path(kind, max(self._reports[self.series(kind)]))
         start = f"{_part(kind)}/"
         with _arrays(path) as arrays:
-            return list(dict.fromkeys(key.split("/")[1] for key in arrays.files if key.startswith(start)))
+            keys = [key.removeprefix(start) for key in arrays.files if key.startswith(start)]
+            return list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
 
     def spectrum(self, kind: str, name: str, step: int) -> Spectrum:
         """One spectrum of one report.
@@ -193,25 +209,9 @@ class Run:
         start = f"{part}/{name}/"
         with _arrays(path) as arrays:
             found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
-            tokens = float(arrays["tokens"])
-        if VALUES[part] not in found:
-            raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
-        values = torch.from_numpy(found[VALUES[part]])
-        optional = {
-            field: torch.from_numpy(found[field]) if field in found else None
-            for field in ("vectors", "leave_one_out_vectors")
-        }
-        return Spectrum(
-            part,
-            name,
-            step,
-            tokens,
-            values,
-            torch.from_numpy(found.get("leave_one_out", np.empty((0, len(values))))),
-            int(found.get(_COUNTS[part], 0)),
-            str(found.get("failure", "")) or None,
-            **optional,
-        )
+            if VALUES[part] in found:
+                return _spectrum(part, name, step, float(arrays["tokens"]), found)
+        raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
 
     def tokens_at(self, kind: str, step: int) -> float:
         """Training tokens at a report.
@@ -293,6 +293,28 @@ class Run:
         return Matched(self, loss, *self.history.first_at(loss))
 
 
+def _spectrum(kind: str, name: str, step: int, tokens: float, found: dict[str, np.ndarray]) -> Spectrum:
+    values, *others = (
+        torch.from_numpy(np.asarray(found[field], dtype=np.float64)) if field in found else None
+        for field in (VALUES[kind], "leave_one_out", "vectors", "leave_one_out_vectors")
+    )
+    assert values is not None
+    without, vectors, without_vectors = others
+    return Spectrum(
+        kind,
+        name,
+        step,
+        tokens,
+        values,
+        torch.empty(0, len(values), dtype=torch.float64) if without is None else without,
+        int(found.get(_COUNTS[kind], 0)),
+        str(found.get("failure", "")) or None,
+        vectors,
+        without_vectors,
+        int(found.get("num_rows_without", 0)),
+    )
+
+
 def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> list[Run]:
     """The runs that paths and glob patterns name.
 
@@ -309,8 +331,7 @@ def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> l
     patterns = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found: dict[Path, Run] = {}
     for pattern in map(str, patterns):
-        is_pattern = any(sign in pattern for sign in "*?[") and not Path(pattern).exists()
-        runs = _runs_like(pattern) if is_pattern else [Run(pattern)]
+        runs = [Run(folder) for folder in folders_of_runs(pattern)]
         if not runs:
             raise ValueError(f"{name} must name runs with a record, got {pattern!r}: no folder with one matches")
         found |= {run.folder.resolve(): run for run in runs}
@@ -319,9 +340,19 @@ def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> l
     return list(found.values())
 
 
-def _runs_like(pattern: str) -> list[Run]:
+def folders_of_runs(pattern: str) -> list[Path]:
+    """The folders that a path or a glob pattern names.
+
+    Args:
+        pattern: A log directory, a ``spectra`` folder, or a pattern of them.
+
+    Returns:
+        A path as it is; of a pattern, those that hold a record.
+    """
+    if Path(pattern).exists() or not any(sign in pattern for sign in "*?["):
+        return [Path(pattern)]
     folders = map(Path, sorted(glob.glob(pattern)))
-    return [Run(folder) for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
+    return [folder for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
 
 
 def _part(kind: str) -> str:
@@ -331,12 +362,13 @@ def _part(kind: str) -> str:
 
 @contextmanager
 def _arrays(path: Path) -> Iterator[Any]:
-    """The arrays of a report; what is wrong with its file is told in one line."""
+    """The arrays of a report; whatever is wrong with its file is told in one line."""
     try:
         # NumPy leaves a file that it opened, and could not read, open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield arrays
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"run has a broken record: {str(path)!r} cannot be read ({error}): restore it or remove it"
+            f"run has a broken record: {str(path)!r} cannot be read ({reason}): restore it or remove it"
         ) from error

@@ -34,6 +34,8 @@ class Spectrum:
     """``(d, k)`` leading eigenvectors as columns, where they were kept."""
     leave_one_out_vectors: Tensor | None = None
     """``(G, d, k)`` those without each group."""
+    num_rows_without: int = 0
+    """Rows left without the largest group, of activations."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.values.numpy()
@@ -57,7 +59,8 @@ class Spectrum:
         except ValueError:  # the spectrum is shorter than the band
             return nan, nan
         num_groups, num_left = self.leave_one_out.shape
-        spans = self.kind != "activation" or self.count * (num_groups - 1) / max(num_groups, 1) > num_left
+        # Fewer rows than channels would be another stretch of a spectrum.
+        spans = self.kind != "activation" or self.num_rows_without - 1 >= min(num_left, self.count - 1)
         if num_groups < 2 or ranks[1] > num_left or not spans:
             return float(plain.exponent), nan
         without = power_law(self.leave_one_out, ranks)

@@ -19,14 +19,24 @@ LEVEL = 0.975
 together they are to raise a false alarm in 5 of 100 cases (Bonferroni)."""
 
 
-class Scatter(NamedTuple):
-    """Variances of single runs, pooled over sides, by quantity; of spectra in units of Jensen-Shannon divergence."""
+class Variance(NamedTuple):
+    """Of single runs that differ by their seeds alone, pooled over sides."""
 
-    variances: dict[str, float]
+    value: float
+    """Of a logarithm or an exponent; of spectra a Jensen-Shannon divergence from the mean, in nats."""
     degrees: int
-    """Degrees of freedom behind them: runs less sides."""
-    family: str
+    """Degrees of freedom behind it: runs less sides."""
+
+
+class Scatter(NamedTuple):
+    """How runs that should be alike differ, quantity by quantity."""
+
+    variances: dict[str, Variance]
+    """Of those that are known; others are missing."""
+    families: list[str]
     """Of the runs they are of."""
+    runs: list[str]
+    """Their ids, so that none is counted twice."""
 
     def floor(self, key: str, num_base: int, num_variant: int) -> float:
         """The largest difference of two sides that seeds alone show.
@@ -40,10 +50,10 @@ class Scatter(NamedTuple):
             t quantile times standard error, of logarithms for tokens, throughput and seconds; of spectra its square, a
             divergence. NaN where no side has two runs and no scatter is on record.
         """
-        variance = self.variances.get(key, nan)
-        if self.degrees < 1 or isnan(variance):
+        if key not in self.variances:
             return nan
-        t = float(stdtrit(self.degrees, (1 + LEVEL) / 2))
+        variance, degrees = self.variances[key]
+        t = float(stdtrit(degrees, (1 + LEVEL) / 2))
         squared = t * t * variance * (1 / num_base + 1 / num_variant)
         return squared if key.endswith("/js") else sqrt(squared)
 
@@ -56,46 +66,50 @@ class Scatter(NamedTuple):
         Returns:
             Variances weighted by their degrees of freedom.
         """
-        degrees = self.degrees + other.degrees
-        variances = {}
-        for key in self.variances.keys() | other.variances.keys():
-            parts = [(s.variances.get(key, nan), s.degrees) for s in (self, other) if s.degrees > 0]
-            known = [(variance, weight) for variance, weight in parts if not isnan(variance)]
-            total = sum(weight for _, weight in known)
-            variances[key] = sum(variance * weight for variance, weight in known) / total if total else nan
-        return Scatter(variances, degrees, self.family)
+        variances = dict(self.variances)
+        for key, theirs in other.variances.items():
+            mine = variances.get(key, Variance(0.0, 0))
+            degrees = mine.degrees + theirs.degrees
+            variances[key] = Variance((mine.value * mine.degrees + theirs.value * theirs.degrees) / degrees, degrees)
+        families = list(dict.fromkeys([*self.families, *other.families]))
+        return Scatter(variances, families, [*self.runs, *other.runs])
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-like.
+        """For programs.
 
         Returns:
-            All fields.
+            JSON-like.
         """
-        return self._asdict()
+        return self._asdict() | {"variances": {key: value._asdict() for key, value in self.variances.items()}}
 
 
-def scatter(sides: Sequence[Sequence[Measured]], family: str) -> Scatter:
+def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
     """How runs that should be alike differ.
 
     Args:
-        sides: Runs of one kind each.
-        family: Whose scatter it is.
+        sides: Runs of one kind each, with the same spectra, all known.
 
     Returns:
-        Pooled variances; NaN where a run has no number.
+        Pooled variances; none where no side has two runs.
     """
+    runs = [measured.run for side in sides for measured in side]
     degrees = sum(len(side) - 1 for side in sides)
-    variances: dict[str, float] = {}
-    first = sides[0][0]
-    for key in [*first.logs, *first.exponents]:
-        deviations = [_squared_deviations([number(run, key) for run in side]) for side in sides]
-        variances[key] = sum(deviations) / degrees if degrees else nan
-    for key in first.spectra:
-        deviations = [_squared_distances([run.spectra[key].values for run in side]) for side in sides]
-        variances[f"{key}/js"] = sum(deviations) / degrees if degrees else nan
-    for kind in {key.split("/")[0] for key in first.spectra}:
-        variances[f"{kind}/js"] = _mean(variances[f"{key}/js"] for key in first.spectra if key.startswith(f"{kind}/"))
-    return Scatter(variances, degrees, family)
+    variances: dict[str, Variance] = {}
+    if degrees:
+        first = sides[0][0]
+        sums = {
+            key: sum(_squared_deviations([number(run, key) for run in side]) for side in sides)
+            for key in (*first.logs, *first.exponents)
+        }
+        of_spectra = {
+            key: sum(_squared_distances([run.spectra[key].values for run in side]) for side in sides)
+            for key in first.spectra
+        }
+        sums |= {f"{key}/js": value for key, value in of_spectra.items()}
+        for kind in {key.split("/")[0] for key in of_spectra}:
+            sums[f"{kind}/js"] = float(np.mean([of_spectra[key] for key in of_spectra if key.startswith(f"{kind}/")]))
+        variances = {key: Variance(value / degrees, degrees) for key, value in sums.items() if not isnan(value)}
+    return Scatter(variances, list(dict.fromkeys(run.family for run in runs)), [run.id for run in runs])
 
 
 def read_scatter(path: Path) -> Scatter:
@@ -112,8 +126,10 @@ def read_scatter(path: Path) -> Scatter:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["run_floor"]
-        variances = {str(key): nan if value is None else float(value) for key, value in found["variances"].items()}
-        return Scatter(variances, int(found["degrees"]), str(found["family"]))
+        variances = {
+            str(key): Variance(float(one["value"]), int(one["degrees"])) for key, one in found["variances"].items()
+        }
+        return Scatter(variances, list(map(str, found["families"])), list(map(str, found["runs"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"floor must be runs, or a file that `compare --json` wrote, got {str(path)!r} without one ({error})"
@@ -153,7 +169,3 @@ def _squared_deviations(numbers: Iterable[float]) -> float:
 def _squared_distances(spectra: Sequence[Tensor]) -> float:
     centre = mean_spectrum(spectra)
     return sum(float(js_divergence(spectrum, centre)) for spectrum in spectra)
-
-
-def _mean(numbers: Iterable[float]) -> float:
-    return float(np.mean(list(numbers)))

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
+from lightning_spectral.runs.forecasting import FamilyForecast, Point
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.spread import spread
@@ -35,6 +36,8 @@ def print_comparison(comparison: Comparison) -> None:
     out.print(_gains(comparison.gains.values()))
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
+    for key, reason in comparison.left_out.items():
+        out.print(f"without {key.replace('/', ' ', 1)}, in {reason}")
     out.print(f"[bold]verdict[/bold]  {comparison.verdict.text}")
     out.print(f"rule     {comparison.verdict.rule}", style="dim")
 
@@ -55,7 +58,7 @@ def _gain_cells(gain: Gain) -> Iterator[str]:
     yield from (show_number(number, digits) for number in (gain.base, gain.variant))
     yield f"{'* ' if gain.is_detected else ''}{gain.gain:+.1%}"
     yield "-" if isnan(gain.low) else f"{gain.low:+.1%} .. {gain.high:+.1%}"
-    yield "-" if isnan(gain.run_floor) else f"{gain.run_floor:.1%}"
+    yield "-" if isnan(gain.run_floor) else f"{gain.run_floor:+.1%}"
 
 
 def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
@@ -151,3 +154,62 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
                 "rankme": spectrum.rankme()[0],
                 "overlap": overlap,
             }
+
+
+def print_forecast(family: FamilyForecast) -> None:
+    """Print how well early numbers forecast the tokens of a family's runs.
+
+    Args:
+        family: The family.
+    """
+    out = console()
+    fastest, slowest = min(family.tokens_to_target), max(family.tokens_to_target)
+    out.print(
+        f"{family.family}: {len(family.runs)} runs took {fastest:,.0f} to {slowest:,.0f} tokens; "
+        f"tail of {family.layer}, band {family.band[0]:.3g} to {family.band[1]:.3g}"
+    )
+    for path, reason in family.skipped.items():
+        out.print(f"without {path}, which {reason}")
+    for point in family.points:
+        out.print(_predictors(point))
+    out.print(_layers(family))
+    out.print(_conclusion(family))
+
+
+def _predictors(point: Point) -> Table:
+    title = f"at {point.tokens:,.0f} tokens, {point.fraction:.0%} of the fastest run"
+    numbers = ["Spearman", "95% interval", "given batch size", "leave-one-out rank", "median error"]
+    table = new_table(title, ["predictor"], numbers)
+    for predictor in point.predictors:
+        interval = "-" if isnan(predictor.low) else f"{predictor.low:+.2f} .. {predictor.high:+.2f}"
+        error = "-" if isnan(predictor.median_error) else f"{predictor.median_error:.0%}"
+        signed = ("-" if isnan(x) else f"{x:+.2f}" for x in (predictor.rho, predictor.partial_rho, predictor.skill))
+        rho, partial, skill = signed
+        table.add_row(predictor.name, rho, interval, partial, skill, error)
+    return table
+
+
+def _layers(family: FamilyForecast) -> Table:
+    """Which layer and band carry it."""
+    bands = list(next(iter(family.points[0].by_layer.values())))
+    table = new_table(
+        "Spearman of the tail exponent, by layer and band (fractions of the width)", ["layer"], ["tokens", *bands]
+    )
+    for layer in family.points[0].by_layer:
+        for point in family.points:
+            cells = (f"{rho:+.2f}" if not isnan(rho) else "-" for rho in point.by_layer[layer].values())
+            table.add_row(layer if point is family.points[0] else "", f"{point.tokens:,.0f}", *cells)
+    return table
+
+
+def _conclusion(family: FamilyForecast) -> str:
+    """Whether the tail earns its keep on these runs."""
+    lines = []
+    for point in family.points:
+        known = {p.name: p.median_error for p in point.predictors if not isnan(p.median_error)}
+        if "alpha_tail" in known:
+            # Half a percent is beneath notice.
+            beaten = [name for name, error in known.items() if error < known["alpha_tail"] - 0.005]
+            better = f"beaten by {', '.join(beaten)}" if beaten else "not beaten by any other"
+            lines.append(f"at {point.tokens:,.0f} tokens the tail errs by {known['alpha_tail']:.0%}, {better}")
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The verdict of a comparison: whether a change made the model learn better, or only run faster."""
 
 from collections.abc import Mapping
+from math import isnan
 from typing import NamedTuple
 
 MIN_GAIN = 0.02
@@ -27,19 +28,18 @@ class Verdict(NamedTuple):
     """How it was come to."""
 
 
-def decide(token_gain: float, throughput_gain: float, spectra_moved: Mapping[str, bool], degrees: int) -> Verdict:
+def decide(token_gain: float, throughput_gain: float, spectra_moved: Mapping[str, bool]) -> Verdict:
     """Apply the rule.
 
     Args:
-        token_gain: Of the variant, 0 if it lies within its floors.
+        token_gain: Of the variant; 0 if it lies within its floors, NaN if the scatter of runs is not known.
         throughput_gain: Likewise.
-        spectra_moved: Whether spectra differ beyond their floors, by kind, of those that were recorded.
-        degrees: Degrees of freedom of the scatter of runs; none means that nothing can be said.
+        spectra_moved: Whether spectra differ beyond their floors, by kind, of those that can be compared.
 
     Returns:
         The verdict.
     """
-    if degrees < 1:
+    if isnan(token_gain) or isnan(throughput_gain):
         return Verdict("unknown", "", "no verdict: one run a side, and no recorded run floor of the family")
     moved = [kind for kind, has_moved in spectra_moved.items() if has_moved]
     learning = execution = led_by = ""
@@ -62,8 +62,8 @@ def _sign(gain: float) -> str:
 
 def _how(led_by: str, spectra_moved: Mapping[str, bool]) -> str:
     if not spectra_moved:
-        return "no spectra recorded"
+        return "no spectra to compare"
     if not led_by:
         return "no spectra moved beyond their floors"
     missing = [kind for kind in ("activation", "gradient") if kind not in spectra_moved]
-    return f"{led_by}; no {missing[0]} spectra recorded" if missing else led_by
+    return f"{led_by}; no {missing[0]} spectra to compare" if missing else led_by

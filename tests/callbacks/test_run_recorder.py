@@ -333,7 +333,7 @@ def test_fingerprint_is_that_of_the_data(tmp_path: Path, batch_size: int) -> Non
             tmp_path / name, callbacks=[spectra(num_tokens=10**6)], max_steps=4, val_check_interval=4
         )
         trainer.fit(LanguageModel(), token_loader(48), token_loader(24, size, seed=seed))
-        prints.append(Run(tmp_path / name).settings("activation")["fingerprint"])
+        prints.append(Run(tmp_path / name).about["validation_data"]["0"])
     same, known, other = prints
     assert same == known != other
 
@@ -353,3 +353,75 @@ def test_family_does_not_depend_on_what_a_sweep_sweeps(tmp_path: Path) -> None:
     assert families[0] == families[1]
     assert families[0].startswith("Model-")
     assert len(set(families)) == 3  # an `extra` that was not there before is another configuration, its seed is not
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resuming_with_other_callbacks_goes_on_counting(tmp_path: Path) -> None:
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=8, save_on_train_epoch_end=True)
+    first = [spectra(), spectra(num_tokens=32, prefix="b/")]
+    fit(tmp_path, *first, saving, max_steps=8, enable_checkpointing=True, **common)
+    before = Run(tmp_path).about["id"]
+    # In another order, and with one more in front.
+    later = [spectra(layers="all", stage="train", prefix="c/"), spectra(num_tokens=32, prefix="b/"), spectra()]
+    fit(tmp_path, *later, max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    run = Run(tmp_path)
+    assert run.about["id"] == before
+    assert run.history.tokens.tolist() == [step * 4 * LENGTH for step in (4, 8, 12)]
+    assert (np.diff(run.history.seconds) > 0).all()
+    for series, rows in (("activation-validate", 64), ("activation-validate-2", 32)):
+        assert [run.spectrum(series, BLOCK, step).count for step in (4, 8, 12)] == [rows] * 3
+    assert run.steps("activation-train") == [12]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_without_a_count_leaves_tokens_unknown(tmp_path: Path) -> None:
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=8, save_on_train_epoch_end=True)
+    fit(tmp_path, saving, max_steps=8, enable_checkpointing=True, **common)
+    with pytest.warns(UserWarning, match="cannot tell how many tokens the first 8 steps took"):
+        fit(tmp_path, spectra(), max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    assert np.isnan(Run(tmp_path).history.tokens).all()
+    assert np.isfinite(Run(tmp_path).history.val_loss).all()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_losses_before_a_checkpoint_count_after_it(tmp_path: Path) -> None:
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    fit(tmp_path / "whole", spectra(), max_steps=8, **common)
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=6, save_on_train_epoch_end=True)
+    fit(tmp_path / "cut", spectra(), saving, max_steps=6, enable_checkpointing=True, **common)
+    fit(tmp_path / "cut", spectra(), max_steps=8, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    whole, cut = (Run(tmp_path / name).history for name in ("whole", "cut"))
+    assert cut.step[-1] == whole.step[-1] == 8
+    # The interrupted run wrote a line of its own at the end, whose losses are not those of the next.
+    np.testing.assert_allclose(cut.train_loss[-1], whole.train_loss[-1], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("keys", "loader", "expected"),
+    [
+        (["train_loss", "val_loss", "val/aux_loss"], 0, "val_loss"),
+        (["value_loss", "valid_total_loss"], 0, "valid_total_loss"),
+        (["validation/loss", "val_kl_loss"], 0, "validation/loss"),
+        (["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"], 1, "val_loss/dataloader_idx_1"),
+        (["interval_loss", "train_loss"], 0, None),
+        (["val_accuracy"], 0, None),
+    ],
+)
+def test_the_loss_of_validation_is_told_from_others(keys: list[str], loader: int, expected: str | None) -> None:
+    assert run_recorder._validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), loader) == expected
+
+
+def test_a_logger_that_fails_does_not_stop_training(tmp_path: Path) -> None:
+    class Down(NoLogDir):
+        @property
+        def version(self) -> str:
+            raise ConnectionError("the service is down")
+
+    with (
+        pytest.warns(UserWarning, match="draws histograms"),
+        pytest.warns(UserWarning, match="could not write the record of the run: the service is down"),
+    ):
+        trainer = fit(tmp_path, spectra(), logger=Down(tmp_path), max_steps=4)
+    assert trainer.global_step == 4

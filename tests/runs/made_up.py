@@ -10,11 +10,26 @@ import numpy as np
 from lightning_spectral.runs import Record, Row
 
 LAYER = "gpt.blocks.3"
-SETTINGS = {"kind": "activation", "stage": "validate", "layers": [LAYER], "num_tokens": 64, "fingerprint": "a1"}
+SETTINGS = {
+    "kind": "activation",
+    "stage": "validate",
+    "layers": [LAYER],
+    "num_tokens": 64,
+    "normalize": True,
+    "fingerprint": "a1",
+}
 
 
 def made_up(
-    folder: Path, tokens: float, seconds: float, exponent: float = 1.0, family: str = "F", **settings: Any
+    folder: Path,
+    tokens: float,
+    seconds: float,
+    exponent: float = 1.0,
+    family: str = "F",
+    layer: str = LAYER,
+    batch_tokens: float = 64.0,
+    data: str = "a1",
+    **settings: Any,
 ) -> Path:
     """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law.
 
@@ -24,9 +39,15 @@ def made_up(
         seconds: At loss 1.
         exponent: Of its eigenvalues.
         family: Its own.
+        layer: The one that was measured.
+        batch_tokens: Tokens of a step.
+        data: Fingerprint of the validation data.
         settings: Of its measurement, where they differ.
     """
-    about = {"id": folder.name, "family": family, "series": {"activation-validate": SETTINGS | settings}}
+    settings = SETTINGS | {"layers": [layer]} | settings
+    series = {"activation-validate": settings}
+    about = {"id": str(folder), "family": family, "series": series, "batch_tokens": batch_tokens}
+    about["validation_data"] = {"0": data}
     record = Record.begin(folder / "spectra", about)
     ranks = np.arange(1, 33.0)
     generator = np.random.default_rng(crc32(folder.name.encode()))
@@ -36,9 +57,10 @@ def made_up(
         noise = 1 + 0.001 * generator.standard_normal((4, 32))
         arrays = {
             "tokens": np.asarray(share * tokens),
-            f"activation/{LAYER}/eigenvalues": ranks**-exponent,
-            f"activation/{LAYER}/leave_one_out": ranks**-exponent * noise,
-            f"activation/{LAYER}/num_tokens": np.asarray(64),
+            f"activation/{layer}/eigenvalues": ranks**-exponent,
+            f"activation/{layer}/leave_one_out": ranks**-exponent * noise,
+            f"activation/{layer}/num_tokens": np.asarray(settings["num_tokens"]),
+            f"activation/{layer}/num_rows_without": np.asarray(settings["num_tokens"] * 3 // 4),
         }
         record.write_report("activation-validate", step, arrays)
     return folder

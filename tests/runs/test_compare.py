@@ -4,7 +4,9 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lightning_spectral import Run, cli, compare
 from lightning_spectral.functional import js_divergence, normalize
 from lightning_spectral.measurement import stopwatch
 from lightning_spectral.runs.to_json import to_json
+from lightning_spectral.runs.verdict import decide
 from tests.runs import planted
 from tests.runs.made_up import LAYER, made_up
 
@@ -74,12 +77,12 @@ def test_one_run_a_side_gives_no_verdict(runs: Path) -> None:
 def test_a_recorded_run_floor_gives_one(runs: Path, tmp_path: Path) -> None:
     seeds = compare(f"{runs}/base/0", f"{runs}/both/12", floor=f"{runs}/same/*")
     assert seeds.verdict.kind == "both"
-    assert seeds.run_floor.degrees == 2
+    assert seeds.run_floor.variances["tokens"].degrees == 2
     earlier = tmp_path / "earlier.json"
-    earlier.write_text(to_json(compare(f"{runs}/base/*", f"{runs}/same/*").as_dict()))
+    earlier.write_text(to_json(compare(f"{runs}/same/*", f"{runs}/slow/*").as_dict()))
     recorded = compare(f"{runs}/base/0", f"{runs}/both/12", floor=earlier)
     assert recorded.verdict.kind == "both"
-    assert recorded.run_floor.degrees == 4
+    assert recorded.run_floor.variances["tokens"].degrees == 4
 
 
 def test_matched_loss_is_the_lowest_that_all_reached(runs: Path) -> None:
@@ -191,8 +194,11 @@ def test_seeds_alone_raise_few_alarms() -> None:
     alarms = 0
     for _ in range(2000):
         logs = 0.1 * generator.standard_normal((2, 3, 3))
-        sides = [[Measured(None, dict(zip(BETTER, run, strict=True)), {}, {}) for run in side] for side in logs]
-        both = _Sides(*sides, scatter(sides, "F"))
+        sides = [
+            [Measured(SimpleNamespace(id="", family="F"), dict(zip(BETTER, run, strict=True)), {}, {}) for run in side]
+            for side in logs
+        ]
+        both = _Sides(*sides, scatter(sides))
         alarms += any(_gain(quantity, both).is_detected for quantity in ("tokens", "throughput"))
     assert 0.03 < alarms / 2000 < 0.06
 
@@ -203,7 +209,7 @@ def test_seeds_alone_raise_few_alarms() -> None:
         ({"stage": "train"}, "activation spectra of stage 'validate' in Run(.*a'.) and 'train' in Run"),
         ({"layers": ["b"]}, r"activation spectra of layers \['gpt.blocks.3'\] in .* and \['b'\] in"),
         ({"num_tokens": 128}, "activation spectra of num_tokens 64 in .* and 128 in"),
-        ({"fingerprint": "ff"}, "activation spectra of validation data 'a1' in .* and 'ff' in"),
+        ({"data": "ff"}, "validation data {'0': 'a1'} in .* and {'0': 'ff'} in"),
     ],
 )
 def test_runs_that_were_not_measured_alike_are_refused(tmp_path: Path, difference: dict, message: str) -> None:
@@ -217,8 +223,9 @@ def test_mixed_families_are_refused(tmp_path: Path) -> None:
     paths = [made_up(tmp_path / "a", 100, 1), made_up(tmp_path / "b", 100, 1, family="G")]
     with pytest.raises(ValueError, match=r"base must be runs of one family, got F in Run\(.*\) and G in Run"):
         compare(paths, paths[0])
-    with pytest.raises(ValueError, match="floor must be of the base's family, F, got G"):
-        compare(paths[0], paths[1], floor=paths[1])
+    other = made_up(tmp_path / "c", 100, 1, family="G")
+    with pytest.raises(ValueError, match=r"floor must be of the base's family, F, got G in Run\("):
+        compare(paths[0], paths[1], floor=other)
     assert compare(*paths).verdict.kind == "unknown"  # another family may well be the variant
 
 
@@ -229,5 +236,97 @@ def test_runs_without_spectra_are_compared_by_their_losses(tmp_path: Path) -> No
             path.unlink()
     comparison = compare([tmp_path / "0", tmp_path / "1"], [tmp_path / "2", tmp_path / "3"])
     assert comparison.verdict.kind == "both"
-    assert "no spectra recorded" in comparison.verdict.text
+    assert "no spectra to compare" in comparison.verdict.text
     assert comparison.shifts == []
+
+
+def test_a_run_that_was_resumed_elsewhere_is_no_second_seed(tmp_path: Path) -> None:
+    first = made_up(tmp_path / "version_0", 100, 1)
+    shutil.copytree(first, tmp_path / "version_1")
+    with pytest.raises(ValueError, match=r"base must be independent runs, got .*version_0.* and .*version_1"):
+        compare(f"{tmp_path}/version_*", made_up(tmp_path / "b", 50, 1))
+
+
+def test_runs_that_are_compared_are_no_floor_of_their_own(tmp_path: Path) -> None:
+    base = [made_up(tmp_path / f"b{number}", 100 + number, 1) for number in range(3)]
+    variant = made_up(tmp_path / "v", 50, 1)
+    alone, with_themselves = compare(base, variant), compare(base, variant, floor=base)
+    assert alone.gains == with_themselves.gains
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(to_json(alone.as_dict()))
+    with pytest.raises(ValueError, match="floor must be of other runs than those that are compared"):
+        compare(base, variant, floor=earlier)
+
+
+def test_a_floor_without_tokens_gives_no_verdict(tmp_path: Path) -> None:
+    base, variant = made_up(tmp_path / "b", 100, 1), made_up(tmp_path / "v", 50, 1)
+    facts = compare(base, variant).as_dict() | {"run_floor": {"variances": {}, "families": ["F"], "runs": ["x"]}}
+    (tmp_path / "floor.json").write_text(to_json(facts))
+    assert compare(base, variant, floor=tmp_path / "floor.json").verdict.kind == "unknown"
+
+
+def test_unequal_numbers_of_rows_are_refused(tmp_path: Path) -> None:
+    """The setting is an upper limit: how many rows there were is what counts."""
+    first, second = made_up(tmp_path / "a", 100, 1), made_up(tmp_path / "b", 100, 1)
+    for path in (second / "spectra").glob("*.npz"):
+        np.savez(path, **(dict(np.load(path)) | {f"activation/{LAYER}/num_tokens": np.asarray(48)}))
+    with pytest.raises(ValueError, match=f"got activation/{LAYER} on rows 64 in .* and 48 in"):
+        compare(first, second)
+
+
+@pytest.mark.parametrize("values", [np.full(32, np.nan), np.zeros(32), np.empty(0)], ids=["NaN", "zero", "empty"])
+def test_a_spectrum_that_a_run_has_not_is_left_out(tmp_path: Path, values: np.ndarray) -> None:
+    runs = [made_up(tmp_path / f"{name}{n}", 100 + n, 1) for name in "bv" for n in range(2)]
+    failure = "" if values.any() is np.False_ and len(values) else "it failed"
+    for path in (runs[1] / "spectra").glob("*.npz"):
+        changes = {f"activation/{LAYER}/eigenvalues": values, f"activation/{LAYER}/failure": np.asarray(failure)}
+        np.savez(path, **(dict(np.load(path)) | changes))
+    comparison = compare(runs[:2], runs[2:])
+    assert comparison.verdict.kind == "none"
+    assert comparison.shifts == []
+    (reason,) = comparison.left_out.values()
+    assert "b1" in reason
+    json.loads(to_json(comparison.as_dict()))
+
+
+def test_a_stall_is_an_execution_side_difference(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path / f"{name}{n}", 100 + n, 1 + n / 100) for name in "bv" for n in range(3)]
+    for run in runs[3:]:
+        history = run / "spectra" / "history.csv"
+        lines = [line.split(",") for line in history.read_text().splitlines()]
+        for fields in lines[3:]:
+            fields[2] = repr(float(fields[2]) + 5)  # once, in the middle
+        history.write_text("\n".join(map(",".join, lines)) + "\n")
+    assert compare(runs[:3], runs[3:]).verdict.kind == "execution-side"
+
+
+def test_runs_without_a_loss_in_common_are_refused(tmp_path: Path) -> None:
+    first, second = made_up(tmp_path / "a", 100, 1), made_up(tmp_path / "b", 100, 1)
+    history = second / "spectra" / "history.csv"
+    lines = [line.split(",") for line in history.read_text().splitlines()]
+    for fields in lines[1:]:
+        fields[4] = repr(float(fields[4]) / 10)
+    history.write_text("\n".join(map(",".join, lines)) + "\n")
+    with pytest.raises(ValueError, match=r"must have a loss in common, got 0.5 at the lowest in .*a'\) and 0.2 at"):
+        compare(first, second)
+
+
+@pytest.mark.parametrize(
+    ("moved", "led_by", "text"),
+    [
+        (
+            {"activation": True, "gradient": False},
+            "activation-led",
+            "learning-side gain (activation-led, +50.0% tokens)",
+        ),
+        ({"activation": False, "gradient": True}, "gradient-led", "learning-side gain (gradient-led, +50.0% tokens)"),
+        ({"activation": True, "gradient": True}, "mixed", "learning-side gain (mixed, +50.0% tokens)"),
+        ({"activation": False, "gradient": False}, "", "(no spectra moved beyond their floors, +50.0% tokens)"),
+        ({"activation": True}, "activation-led", "(activation-led; no gradient spectra to compare, +50.0% tokens)"),
+        ({}, "", "(no spectra to compare, +50.0% tokens)"),
+    ],
+)
+def test_what_leads_a_gain_is_named(moved: dict[str, bool], led_by: str, text: str) -> None:
+    verdict = decide(0.5, 0.0, moved)
+    assert (verdict.kind, verdict.led_by) == ("learning-side", led_by)
+    assert text in verdict.text

@@ -119,11 +119,30 @@ def test_a_run_whose_record_is_gone_starts_one(tmp_path: Path) -> None:
 
 def test_facts_of_the_interrupted_run_stay(tmp_path: Path) -> None:
     record = filled(tmp_path / "spectra", range(1, 3))
-    series = {"activation-validate": {"kind": "activation", "fingerprint": "ab"}}
-    record.describe(series=series, batch_tokens=512.0)
-    Record.resume(record.folder, about(), None, step=2)
-    assert Run(tmp_path).about["batch_tokens"] == 512.0
-    assert Run(tmp_path).settings("activation-validate") == {"kind": "activation", "fingerprint": "ab"}
+    record.describe(batch_tokens=512.0, validation_data={"0": "ab"}, device="that of before")
+    Record.resume(record.folder, about(device="that of now"), None, step=2)
+    found = Run(tmp_path).about
+    assert (found["batch_tokens"], found["validation_data"], found["device"]) == (512.0, {"0": "ab"}, "that of now")
+
+
+def test_a_kill_while_a_record_moves_in_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = filled(tmp_path / "version_0" / "spectra", range(1, 6))
+    copied = []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        copied.append(target)
+
+    monkeypatch.setattr("shutil.copyfile", killed)
+    folder = tmp_path / "version_1" / "spectra"
+    with pytest.raises(KeyboardInterrupt):
+        Record.resume(folder, about(), old.folder, step=4)
+    assert not folder.exists()
+    monkeypatch.undo()
+    Record.resume(folder, about(), old.folder, step=4)
+    assert Run(folder).steps("activation") == [1, 2, 3, 4]
+    assert Run(folder).history.step.tolist() == [1, 2, 3, 4]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

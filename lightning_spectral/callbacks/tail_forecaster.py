@@ -1,0 +1,351 @@
+"""The callback that forecasts, from an early tail exponent, how many tokens a run will need."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_spectral import tensorboard
+from lightning_spectral.callbacks.measuring import MeasuringCallback
+from lightning_spectral.callbacks.run_about import check_notes
+from lightning_spectral.capture.layers import resolve_layers
+from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens, leave_one_out
+from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
+from lightning_spectral.measurement import Report
+from lightning_spectral.runs.history import History
+from lightning_spectral.runs.references import References, Wanted, alpha_at, find_references
+
+NO_SKILL = 0.1
+"""Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
+
+
+class TailForecaster(MeasuringCallback):
+    r"""Forecasts the training tokens until a loss is reached, from the tail of the deepest layer's spectrum.
+
+    In *Spectral Lens* the tail exponent of the activation covariance, early in training, goes with the tokens that runs
+    of a family need: a steeper tail, more tokens. At each report the exponent of this run is set against those of
+    finished runs of its family *at the same number of tokens*, and the line of log tokens-to-target on the exponent
+    gives the forecast, with an 80% prediction interval. Nothing later than the report enters it.
+
+    Values lie under ``forecast/``:
+
+    - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens.
+    - ``relative``: the forecast over the fewest tokens that a reference needed; 1 is as good as the best.
+    - ``num_references``: how many were usable here; with fewer than four all forecasts are NaN.
+    - ``skill``, ``median_error``: how well the references forecast each other at this point: rank correlation of
+      leave-one-out forecasts with the truth, and their median relative error. Where that skill is what runs without any
+      relation show, a warning says so.
+    - ``alpha_tail``: this run's exponent.
+    - ``actual``: the tokens it took, once the target is reached.
+    - ``failed``: measurements that came to nothing so far.
+
+    Forecasts and truth also go into the record of the run, and a finished run is a reference for the next. A reference
+    must be of the same family (see ``family``), have reached the target, and have measured the same layer on the same
+    stage, normalisation and number of rows; exponents are taken anew from its eigenvalues, whatever its bands.
+
+    Args:
+        target_loss: Value of ``monitor`` to be reached from above.
+        monitor: Key of the loss in ``trainer.callback_metrics``.
+        references: Log directories of finished runs, or glob patterns of them; all ranks must be able to read them.
+        layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
+        stage: ``"validate"`` reads the first rows of a validation run, which are the same in all runs; ``"train"`` the
+            last training batches before a report.
+        every_n_steps: Optimizer steps between forecasts; between measured validation runs at the least.
+        num_tokens: Rows per report over all ranks, after the mask.
+        tail: Band of the exponent: two ints, 1-based inclusive ranks, or two fractions of the width.
+        num_groups: Groups of whole samples for error bars; give that of an ActivationSpectrum to share its measurement.
+        normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
+        dtype: Type of the products; sums and solves are in float64.
+        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        stop_if_relative_above: End training where ``relative`` is larger; None for never.
+        prefix: Put before every key, to tell two of these callbacks apart.
+        dataloader_idx: Which validation loader to read.
+        family: Name that comparable runs share in their records; None for one made of the model's class and its
+            configuration, without batch size, learning rate and seed.
+        tags: Whatever else the record of the run is to say, JSON-like.
+        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
+            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
+            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
+
+    Raises:
+        ValueError: For arguments out of range; at the start of ``fit`` where no validation will run to give
+            ``monitor``, or ``layer`` matches no layer or several; after the first validation where ``monitor`` is not
+            logged.
+
+    References:
+        Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,
+        arXiv 2605.05683 (2026).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TailForecaster(2.0, references=["logs/*"])], logger=False)
+    """
+
+    kind = "forecast"
+    quantities = (
+        "tokens_to_target",
+        "low",
+        "high",
+        "relative",
+        "num_references",
+        "skill",
+        "median_error",
+        "alpha_tail",
+        "actual",
+    )
+
+    def __init__(
+        self,
+        target_loss: float,
+        monitor: str = "val_loss",
+        references: str | Sequence[str] = (),
+        layer: str | None = None,
+        stage: Literal["train", "validate"] = "validate",
+        every_n_steps: int = 100,
+        num_tokens: int = 65536,
+        tail: tuple[int, int] | tuple[float, float] = (0.125, 0.5),
+        num_groups: int = 4,
+        normalize: bool = True,
+        dtype: Literal["float32", "float64"] = "float32",
+        mask: str | None = None,
+        stop_if_relative_above: float | None = None,
+        prefix: str = "",
+        dataloader_idx: int = 0,
+        family: str | None = None,
+        tags: dict[str, Any] | None = None,
+        tokens_per_sample: int | str | None = None,
+    ) -> None:
+        notes = check_notes(family, tags, tokens_per_sample)
+        super().__init__(
+            layer, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
+        )
+        if isinstance(target_loss, bool) or not isinstance(target_loss, (int, float)) or not math.isfinite(target_loss):
+            raise ValueError(f"target_loss must be a finite number, got {target_loss!r}")
+        if stop_if_relative_above is not None and not stop_if_relative_above >= 1:
+            raise ValueError(
+                f"stop_if_relative_above must be at least 1, the best of the family, got {stop_if_relative_above}"
+            )
+        check_band("tail", tail)
+        self.target_loss = float(target_loss)
+        self.monitor = monitor
+        self.references = (references,) if isinstance(references, str) else tuple(references)
+        self.tail = cast(Band, tuple(tail))
+        self.stop_if_relative_above = stop_if_relative_above
+        self.actual = math.nan
+        """Tokens that the target took; NaN until it is reached."""
+        self._found = References([], {})
+        self._losses: list[list[float]] = []
+        self._forecasts: list[dict[str, float]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in a checkpoint."""
+        return self._generate_state_key(
+            layer=self.layers, stage=self.stage, target=self.target_loss, prefix=self.prefix
+        )
+
+    def keys(self) -> list[str]:
+        """The keys this callback writes."""
+        return [f"forecast/{quantity}" for quantity in (*self.quantities, "failed")]
+
+    def settings(self) -> dict[str, Any]:
+        """How the measurement is made.
+
+        Returns:
+            JSON-like values by name.
+        """
+        return super().settings() | {"tail": list(self.tail)}
+
+    def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        """The one layer to measure.
+
+        Args:
+            pl_module: The module that is trained.
+
+        Returns:
+            The module by name.
+
+        Raises:
+            ValueError: If the pattern matches no layer, or several.
+        """
+        found = resolve_layers(pl_module, self.layers)
+        if self.layers is None:
+            return dict([list(found.items())[-1]])
+        if len(found) > 1:
+            raise ValueError(f"layer must name one layer, got {self.layers!r}: it matches {', '.join(found)}")
+        return found
+
+    def check_widths(self, widths: dict[str, int]) -> None:
+        """Refuse a band of ranks beyond the width of the layer.
+
+        Args:
+            widths: Width by layer.
+
+        Raises:
+            ValueError: Naming band and width.
+        """
+        for width in widths.values():
+            resolve_band(self.tail, width, "tail")
+
+    def summary(self) -> dict[str, Any]:
+        """Losses and forecasts so far.
+
+        Returns:
+            Plain numbers.
+        """
+        return {"losses": self._losses, "forecasts": self._forecasts, "actual": self.actual}
+
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Take up what :meth:`summary` gave.
+
+        Args:
+            summary: Its result, or an empty one to begin anew.
+        """
+        self._losses, self._forecasts = list(summary.get("losses", [])), list(summary.get("forecasts", []))
+        self.actual = summary.get("actual", math.nan)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run without the loss to watch, and join the measurement."""
+        if not trainer.enable_validation and (self.stage == "validate" or "val" in self.monitor):
+            raise ValueError(
+                f"monitor must be logged during fit, got {self.monitor!r}, but no validation will run: "
+                "give the Trainer validation data, or monitor a training loss with stage='train'"
+            )
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for references: the family of the run is known now."""
+        super().on_train_start(trainer, pl_module)
+        if self._recorder is None:
+            return
+        (layer,) = self._layer_names
+        reached = (self._recorder.family, self.target_loss, self.monitor)
+        wanted = Wanted(*reached, self.stage, self.request.normalize, self.request.num_tokens, layer)
+        self._found = find_references(self.references, wanted, self._recorder.run_id)
+        if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
+            reasons = self._found.reasons()
+            self.warn(
+                f"makes no forecast: it needs {MIN_REFERENCES} reference runs and has {num_usable}"
+                f"{f', besides {reasons}' if reasons else ''}. Train runs of this family to a loss of "
+                f"{self.target_loss:g}, with this callback or an ActivationSpectrum of the same settings, and give "
+                "their log directories as references"
+            )
+        elif self._found.skipped:
+            rank_zero_info(f"TailForecaster uses {num_usable} references, and not: {self._found.reasons()}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a forecast if one is due; without validation, look at the loss with each."""
+        before = self._seen
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not trainer.enable_validation and self._seen is not before:
+            self._watch_loss(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the target is reached."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self._watch_loss(trainer)
+
+    def measured(self, report: Report) -> dict[str, float]:
+        """The forecast from one report.
+
+        Args:
+            report: The shared report.
+
+        Returns:
+            Values by key, without the prefix.
+        """
+        (name,) = self._layer_names
+        values = dict.fromkeys(self.quantities, math.nan)
+        exponent = report.layers[name].exponent(self.tail)
+        values |= self._forecast(name, exponent.value) | {"alpha_tail": exponent.value, "actual": self.actual}
+        if report.layers[name].failure is None and exponent.reason is not None and math.isnan(exponent.value):
+            self.warn(f"at step {report.step}, {name}: NaN, because {exponent.reason}")
+        self._forecasts.append({"step": float(report.step), "tokens": self.tokens, **values})
+        return {f"forecast/{quantity}": value for quantity, value in values.items()}
+
+    def _forecast(self, layer: str, alpha: float) -> dict[str, float]:
+        """What the references make of this run's exponent, at its tokens."""
+        series = f"{self.measures}-{self.stage}"
+        here = [alpha_at(reference.run, series, layer, self.tail, self.tokens) for reference in self._found.usable]
+        known = [index for index, value in enumerate(here) if math.isfinite(value)]
+        values: dict[str, float] = {"num_references": float(len(known))}
+        if len(known) < MIN_REFERENCES:
+            if len(self._found.usable) >= MIN_REFERENCES:
+                self.warn(f"makes no forecast where fewer than {MIN_REFERENCES} references have reports on both sides")
+            return values
+        alphas = torch.tensor([here[index] for index in known], dtype=torch.float64)
+        tokens = torch.tensor([self._found.usable[index].tokens_to_target for index in known], dtype=torch.float64)
+        forecast, skill = forecast_tokens(alphas, tokens, alpha), leave_one_out(alphas, tokens)
+        if skill.p_value > NO_SKILL:
+            self.warn(
+                f"has no skill at {self.tokens:,.0f} tokens: its references forecast each other with a rank "
+                f"correlation of {skill.rank_correlation:.2f} (p = {skill.p_value:.2f}), as runs without a relation do"
+            )
+        return values | {
+            "tokens_to_target": forecast.value,
+            "low": forecast.low,
+            "high": forecast.high,
+            "relative": forecast.value / self._found.best,
+            "skill": skill.rank_correlation,
+            "median_error": skill.median_error,
+        }
+
+    def _watch_loss(self, trainer: Trainer) -> None:
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(key for key in trainer.callback_metrics if "loss" in key) or "no losses"
+            raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
+        if trainer.sanity_checking or self._recorder is None:
+            return
+        loss = float(trainer.callback_metrics[self.monitor])
+        self._losses.append([float(trainer.global_step), self.tokens, loss])
+        if math.isnan(self.actual) and loss <= self.target_loss:
+            self.actual = self._crossing()
+            self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
+        facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self._layer_names[0]}
+        self._recorder.describe(forecast=facts | {"actual": _known(self.actual), "forecasts": self._recorded()})
+        self._stop_if_hopeless(trainer)
+
+    def _crossing(self) -> float:
+        """Tokens at which the target was crossed, between this look at the loss and the one before."""
+        steps, tokens, losses = np.asarray(self._losses[-2:], dtype=np.float64).T
+        point = History(steps, tokens, np.zeros_like(steps), losses, losses).first_at(self.target_loss)
+        return self.tokens if math.isnan(point.tokens) else point.tokens
+
+    def _recorded(self) -> list[dict[str, float | None]]:
+        return [{key: _known(value) for key, value in forecast.items()} for forecast in self._forecasts]
+
+    def _stop_if_hopeless(self, trainer: Trainer) -> None:
+        relative = self._forecasts[-1]["relative"] if self._forecasts else math.nan
+        if self.stop_if_relative_above is None or not relative > self.stop_if_relative_above:
+            return
+        if math.isnan(self.actual):
+            trainer.should_stop = True
+            rank_zero_info(
+                f"TailForecaster ends training: it forecasts {relative:.2f} times the tokens of the family's best run, "
+                f"more than stop_if_relative_above={self.stop_if_relative_above:g}"
+            )
+
+    def draw(self, writer: Any, report: Report) -> None:
+        """Write the chart of forecast, interval and truth, once.
+
+        Args:
+            writer: A SummaryWriter.
+            report: The shared report.
+        """
+        start = f"{self.prefix}forecast"
+        tokens = [f"{start}/{quantity}" for quantity in ("tokens_to_target", "low", "high", "actual")]
+        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": [f"{start}/skill", f"{start}/median_error"]}
+        tensorboard.add_charts(writer, "forecast", charts)
+
+
+def _known(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return None if math.isnan(value) else value

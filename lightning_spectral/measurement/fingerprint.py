@@ -1,0 +1,61 @@
+"""What tells one set of validation data from another: a checksum of its first samples."""
+
+from math import isnan, nan
+from typing import Any
+
+import torch
+
+from lightning_spectral.capture.batch import checksum, num_samples
+from lightning_spectral.metrics.exchange import sum_over_ranks
+
+NUM_SAMPLES = 16
+"""Samples of each loader, over all ranks, that are looked at."""
+
+
+class Fingerprint:
+    """Adds up checksums of the first samples of each loader, as ranks see them: one in turn each.
+
+    It depends neither on how samples are batched nor, where they are dealt out to ranks one by one as by Lightning's
+    own sampler, on the number of ranks, nor on the precision that floating-point samples are converted to.
+
+    Args:
+        rank: Of this process.
+        world: Number of processes.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self._room = len(range(rank, NUM_SAMPLES, world))
+        self._sums: dict[int, float] = {}
+        self._seen: dict[int, int] = {}
+
+    def add(self, batch: Any, loader: int) -> None:
+        """Look at a batch.
+
+        Args:
+            batch: The batch.
+            loader: Index of the loader it comes from.
+        """
+        seen = self._seen.get(loader, 0)
+        if seen >= self._room:
+            return
+        try:
+            found: float = checksum(batch, self._room - seen)
+            size = num_samples(batch) or 0
+        except Exception:  # of whatever a batch may be made of; then it is not known which data these are
+            found, size = nan, self._room
+        self._seen[loader] = seen + size
+        self._sums[loader] = self._sums.get(loader, 0.0) + found
+
+    def agree(self, num_loaders: int, device: torch.device) -> dict[str, str]:
+        """Of all ranks together; a collective.
+
+        Args:
+            num_loaders: How many there are.
+            device: Where the process group can reduce float64.
+
+        Returns:
+            Hexadecimal digits by index of the loader; those whose batches cannot be cut into samples are missing.
+        """
+        sums = torch.tensor([self._sums.get(loader, 0.0) for loader in range(num_loaders)], dtype=torch.float64)
+        total = sum_over_ranks(sums.to(device)).tolist()
+        return {str(loader): f"{int(found):x}" for loader, found in enumerate(total) if not isnan(found)}

@@ -1,0 +1,248 @@
+"""TailForecaster in real runs: a law that is known, references that do not serve, targets that are reached."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_spectral import ActivationSpectrum, Run, TailForecaster
+from lightning_spectral.functional import power_law
+from lightning_spectral.measurement import Report
+from tests.models import LENGTH, LanguageModel, tiny_trainer, token_loader
+from tests.runs.made_up import made_up
+
+LAYER = "network.blocks.5"
+QUANTITIES = {
+    *("tokens_to_target", "low", "high", "relative", "num_references", "skill", "median_error", "alpha_tail"),
+    *("actual", "failed"),
+}
+ALPHAS = [0.8, 1.0, 1.1, 1.3, 1.5, 1.6]
+
+
+def law(alpha: float) -> float:
+    """Tokens to the target of the made-up references."""
+    return 100 * math.exp(0.9 * alpha)
+
+
+class Falling(LanguageModel):
+    """Whose validation loss is 3 - step/10."""
+
+    def validation_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("falling_loss", 3.0 - self.global_step / 10, batch_size=len(batch["input_ids"]))
+
+
+class Kept(TailForecaster):
+    """Keeps reports and what it logs, by step."""
+
+    def __init__(self, references: Any = (), **kwargs: Any) -> None:
+        defaults = {"target_loss": 1.0, "monitor": "falling_loss", "every_n_steps": 4, "num_tokens": 512, "family": "F"}
+        super().__init__(references=references, **(defaults | {"num_groups": 2} | kwargs))
+        self.logged: dict[int, dict[str, float]] = {}
+        self.reports: list[Report] = []
+
+    def measured(self, report: Report) -> dict[str, float]:
+        self.reports.append(report)
+        self.logged[report.step] = values = super().measured(report)
+        return values
+
+    def values(self, quantity: str) -> list[float]:
+        return [values[f"forecast/{quantity}"] for values in self.logged.values()]
+
+
+def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
+    seed_everything(0, verbose=False)
+    defaults = {"max_steps": 12, "val_check_interval": 4, "limit_val_batches": 16}
+    trainer = tiny_trainer(folder, callbacks=list(callbacks), **(defaults | kwargs))
+    trainer.fit(Falling(), token_loader(400), token_loader(64, seed=1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def references(folder: Path, alphas: list[float] = ALPHAS, **kwargs: Any) -> str:
+    for number, alpha in enumerate(alphas):
+        made_up(folder / f"{number}", law(alpha), 1.0, alpha, layer=LAYER, **{"num_tokens": 512, **kwargs})
+    return f"{folder}/*"
+
+
+def test_forecast_follows_the_references_law(tmp_path: Path) -> None:
+    forecaster = Kept(references(tmp_path / "refs"), prefix="a/")
+    trainer = fit(tmp_path / "run", forecaster, logger=TensorBoardLogger(tmp_path, "tb", ""), max_steps=8)
+    keys = {f"a/forecast/{quantity}" for quantity in QUANTITIES}
+    assert {key for key in trainer.callback_metrics if "forecast/" in key} == keys
+    assert list(forecaster.logged) == [4, 8]
+    # At 256 tokens all six have reports on both sides; at 128 the slow ones have none yet, whose first is at law/4.
+    assert forecaster.values("num_references")[-1] == 6
+    for report, alpha, forecast, low, high, relative in zip(
+        forecaster.reports,
+        *(forecaster.values(quantity) for quantity in ("alpha_tail", "tokens_to_target", "low", "high", "relative")),
+        strict=True,
+    ):
+        assert alpha == pytest.approx(float(power_law(report.layers[LAYER].eigenvalues, (0.125, 0.5)).exponent))
+        assert forecast == pytest.approx(law(alpha), rel=1e-6)
+        assert (low, high) == (pytest.approx(forecast, rel=1e-4), pytest.approx(forecast, rel=1e-4))
+        assert relative == pytest.approx(forecast / law(min(ALPHAS)), rel=1e-6)
+    assert forecaster.values("skill")[-1] == pytest.approx(1)
+    assert forecaster.values("median_error")[-1] == pytest.approx(0, abs=1e-6)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    logged = [event.value for event in events.Scalars("a/forecast/tokens_to_target")]
+    assert logged == pytest.approx(forecaster.values("tokens_to_target"))
+
+
+def test_references_are_taken_at_the_tokens_of_the_report(tmp_path: Path) -> None:
+    """Exponents that grow with log tokens alike in all references: taken anywhere else, forecasts would be off."""
+    for number, alpha in enumerate(ALPHAS):
+        made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, layer=LAYER, num_tokens=512)
+        record = Run(tmp_path / "refs" / f"{number}")
+        for step in record.steps("activation"):
+            path = record.folder / f"activation-validate-{step:09d}.npz"
+            arrays = dict(np.load(path))
+            exponent = alpha + math.log(float(arrays["tokens"]))
+            arrays[f"activation/{LAYER}/eigenvalues"] = np.arange(1, 33.0) ** -exponent
+            np.savez(path, **arrays)
+    forecaster = Kept(f"{tmp_path}/refs/*")
+    fit(tmp_path / "run", forecaster, max_steps=8)
+    tokens = 8 * 4 * LENGTH
+    expected = law(forecaster.values("alpha_tail")[-1] - math.log(tokens))
+    assert forecaster.values("tokens_to_target")[-1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_too_few_references_are_told_once_with_the_reasons(tmp_path: Path) -> None:
+    folder = tmp_path / "refs"
+    references(folder / "good", ALPHAS[:3])
+    made_up(folder / "family" / "0", 300, 1.0, layer=LAYER, num_tokens=512, family="G")
+    made_up(folder / "layer" / "0", 300, 1.0, layer="network.blocks.0", num_tokens=512)
+    made_up(folder / "rows" / "0", 300, 1.0, layer=LAYER, num_tokens=64)
+    made_up(folder / "broken" / "0", 300, 1.0, layer=LAYER, num_tokens=512)
+    (folder / "broken" / "0" / "spectra" / "history.csv").write_text("a,b\n1,2\n")
+    forecaster = Kept([f"{folder}/*/*", f"{folder}/none*"])
+    with pytest.warns(UserWarning, match="makes no forecast") as caught:
+        trainer = fit(tmp_path / "run", forecaster)
+    (message,) = [str(one.message) for one in caught if "makes no forecast" in str(one.message)]
+    assert "it needs 4 reference runs and has 3, besides " in message
+    for reason in (
+        "1 of another family (G, not F)",
+        f"1 that did not measure {LAYER}",
+        "1 measured with num_tokens=64 and not 512",
+        "1 that cannot be read (run has a broken record: line 1 of ",
+        "1 pattern that matches no run",
+        "Train runs of this family to a loss of 1, with this callback or an ActivationSpectrum",
+    ):
+        assert reason in message
+    assert "\n" not in message
+    assert np.isnan(forecaster.values("tokens_to_target")).all()
+    assert trainer.callback_metrics["forecast/failed"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_a_target_that_no_reference_reached_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has 0, besides 6 that never came down to 0.4"):
+        fit(tmp_path / "run", Kept(references(tmp_path / "refs"), target_loss=0.4))
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_a_family_without_relation_has_no_skill_and_says_so(tmp_path: Path) -> None:
+    for number, (alpha, tokens) in enumerate(zip(ALPHAS, (300, 420, 280, 310, 430, 290), strict=True)):
+        made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, layer=LAYER, num_tokens=512)
+    forecaster = Kept(f"{tmp_path}/refs/*")
+    with pytest.warns(UserWarning, match=r"has no skill at \d+ tokens: its references forecast each other"):
+        fit(tmp_path / "run", forecaster)
+    assert math.isfinite(forecaster.values("tokens_to_target")[-1])
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_truth_is_logged_and_recorded_once_the_target_is_reached(tmp_path: Path) -> None:
+    forecaster = Kept(target_loss=2.1)
+    trainer = fit(tmp_path, forecaster)
+    # The loss is 2.2 at step 8 and 1.8 at step 12.
+    tokens = 4 * LENGTH
+    expected = 8 * tokens * (12 / 8) ** 0.25
+    assert forecaster.actual == pytest.approx(expected)
+    assert float(trainer.callback_metrics["forecast/actual"]) == pytest.approx(expected)
+    facts = Run(tmp_path).about["forecast"]
+    assert (facts["target_loss"], facts["monitor"], facts["layer"]) == (2.1, "falling_loss", LAYER)
+    assert facts["actual"] == pytest.approx(expected)
+    assert [forecast["step"] for forecast in facts["forecasts"]] == [4, 8, 12]
+    assert facts["forecasts"][0]["tokens_to_target"] is None
+    assert json.loads((tmp_path / "spectra" / "run.json").read_text())["forecast"] == facts
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_finished_runs_are_references_for_the_next(tmp_path: Path) -> None:
+    for number in range(4):
+        fit(tmp_path / "runs" / str(number), Kept(target_loss=2.1, family=None))
+    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1, family=None)
+    fit(tmp_path / "runs" / "4", later)
+    assert later.values("num_references") == [4.0] * 3
+    # All are the same run: there is no line through one point, and the best of the family is known.
+    assert np.isnan(later.values("tokens_to_target")).all()
+    assert {reference.tokens_to_target for reference in later._found.usable} == {later.actual}
+
+
+def test_a_hopeless_run_is_ended(tmp_path: Path) -> None:
+    refs = references(tmp_path / "refs")
+    patient, impatient = Kept(refs, stop_if_relative_above=1000), Kept(refs, stop_if_relative_above=1.0)
+    assert fit(tmp_path / "a", patient).global_step == 12
+    relative = next(value for value in patient.values("relative") if math.isfinite(value))
+    assert relative > 1, "the made-up references must be faster for this test to test anything"
+    ended = fit(tmp_path / "b", impatient)
+    assert ended.global_step < 12
+    assert ended.should_stop
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_it_shares_the_measurement_of_an_activation_spectrum(tmp_path: Path) -> None:
+    spectrum = ActivationSpectrum(stage="validate", every_n_steps=4, num_tokens=512, num_groups=2)
+    forecaster = Kept()
+    fit(tmp_path, spectrum, forecaster)
+    assert Run(tmp_path).steps("activation") == [4, 8, 12]
+    assert len(list((tmp_path / "spectra").glob("*.npz"))) == 3
+    assert len(forecaster.reports[0].layers) == 5
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resumed_run_forecasts_the_same(tmp_path: Path) -> None:
+    refs = references(tmp_path / "refs")
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    whole, first, second = (Kept(refs, target_loss=1.9) for _ in range(3))
+    fit(tmp_path / "whole", whole, max_steps=12, **common)
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=8, save_on_train_epoch_end=True)
+    fit(tmp_path / "cut", first, saving, max_steps=8, enable_checkpointing=True, **common)
+    fit(tmp_path / "cut", second, max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    assert second.logged == {12: pytest.approx(whole.logged[12], nan_ok=True)}
+    assert second.actual == whole.actual
+    assert len(Run(tmp_path / "cut").about["forecast"]["forecasts"]) == 3
+
+
+def test_forecasts_can_be_monitored(tmp_path: Path) -> None:
+    forecaster = Kept(references(tmp_path / "refs"))
+    stop = EarlyStopping("forecast/relative", check_finite=False, patience=100)
+    best = ModelCheckpoint(tmp_path / "best", monitor="forecast/tokens_to_target")
+    fit(tmp_path / "run", forecaster, stop, best, enable_checkpointing=True)
+    assert float(stop.best_score) == pytest.approx(np.nanmin(forecaster.values("relative")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        ({"target_loss": math.nan}, {}, "target_loss must be a finite number, got nan"),
+        ({"stop_if_relative_above": 0.5}, {}, "stop_if_relative_above must be at least 1, the best of the family, got"),
+        ({"tail": (5, 2)}, {}, "tail must be two ascending ranks from 1"),
+        ({"layer": "*.blocks.*"}, {}, r"layer must name one layer, got '\*.blocks.\*': it matches network.blocks.0, "),
+        ({"layer": "nothing"}, {}, "layers='nothing' matches no layer"),
+        ({"tail": (3, 99)}, {}, "tail must end at or before rank 32, the last there is"),
+        ({"monitor": "loss"}, {}, "monitor must be a metric that is logged, got 'loss': there are .*val_loss"),
+        ({}, {"limit_val_batches": 0}, "monitor must be logged during fit, got 'falling_loss', but no validation will"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: dict, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:  # noqa: PT012
+        forecaster = Kept(**arguments)
+        fit(tmp_path, forecaster, **changes)
+    assert "\n" not in str(raised.value)

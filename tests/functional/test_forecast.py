@@ -1,0 +1,438 @@
+"""Forecasts against families with a known law and with none, SciPy, and twins written out in NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_spectral.functional import (
+    extrapolate_loss,
+    forecast_tokens,
+    leave_one_out,
+    partial_spearman,
+    spearman,
+    spearman_interval,
+)
+
+INTERCEPT, SLOPE, NOISE = 14.0, 2.0, 0.3
+
+
+def family(rng, num_runs, slope=SLOPE, noise=NOISE):
+    """Runs with ln tokens = c + s alpha + noise."""
+    alpha = 1 + 0.2 * rng.standard_normal(num_runs)
+    tokens = np.exp(INTERCEPT + slope * alpha + noise * rng.standard_normal(num_runs))
+    return torch.tensor(alpha), torch.tensor(tokens)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def runs(rng):
+    return family(rng, 9)
+
+
+def interval_twin(alpha, tokens, at, level):
+    line = scipy.stats.linregress(alpha, np.log(tokens))
+    n, centre = len(alpha), line.intercept + line.slope * at
+    s = np.sqrt(np.sum((np.log(tokens) - line.intercept - line.slope * alpha) ** 2) / (n - 2))
+    spread = s * np.sqrt(1 + 1 / n + (at - np.mean(alpha)) ** 2 / np.sum((alpha - np.mean(alpha)) ** 2))
+    t = scipy.stats.t.ppf((1 + level) / 2, n - 2)
+    return tuple(np.exp([centre, centre - t * spread, centre + t * spread]))
+
+
+@pytest.mark.parametrize("num_runs", [4, 5, 30])
+def test_a_law_without_noise_is_recovered(rng, num_runs):
+    alpha, tokens = family(rng, num_runs, noise=0)
+    assert forecast_tokens(alpha, tokens, 1.7) == pytest.approx([math.exp(INTERCEPT + SLOPE * 1.7)] * 3, rel=1e-9)
+
+
+def test_the_law_is_recovered_the_better_the_more_runs(rng):
+    truth = math.exp(INTERCEPT + SLOPE * 1.1)
+    assert forecast_tokens(*family(rng, 20_000), 1.1).value == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize("num_runs", [5, 8, 12])
+def test_80_percent_intervals_cover_80_percent_of_new_runs(rng, num_runs):
+    covered = 0
+    for _ in range(1000):
+        alpha, tokens = family(rng, num_runs + 1)
+        forecast = forecast_tokens(alpha[:-1], tokens[:-1], float(alpha[-1]))
+        covered += forecast.low <= float(tokens[-1]) <= forecast.high
+    assert 750 <= covered <= 850
+
+
+@pytest.mark.parametrize("num_runs", [4, 7, 25])
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.99])
+@pytest.mark.parametrize("at", [0.2, 1.0])
+def test_the_interval_equals_its_twin(rng, num_runs, level, at):
+    alpha, tokens = family(rng, num_runs)
+    expected = interval_twin(alpha.numpy(), tokens.numpy(), at, level)
+    assert forecast_tokens(alpha, tokens, at, level) == pytest.approx(expected, rel=1e-9)
+
+
+def test_float32_and_integer_tokens_are_read_in_float64(runs):
+    alpha, tokens = runs[0].float(), runs[1].long()
+    assert forecast_tokens(alpha, tokens, 1.0) == forecast_tokens(alpha.double(), tokens.double(), 1.0)
+
+
+@pytest.mark.parametrize("num_runs", [0, 1, 3])
+def test_fewer_than_four_references_give_no_forecast(runs, num_runs):
+    assert all(map(math.isnan, forecast_tokens(runs[0][:num_runs], runs[1][:num_runs], 1.0)))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.1, 1 / 3, 1.7, 1e-20])
+@pytest.mark.parametrize("num_runs", [4, 6, 7, 9])
+def test_equal_exponents_give_no_forecast(runs, alpha, num_runs):
+    alphas = torch.full((num_runs,), alpha, dtype=torch.float64)
+    assert all(map(math.isnan, forecast_tokens(alphas, runs[1][:num_runs], 1.0)))
+
+
+@pytest.mark.parametrize("at", [math.nan, math.inf])
+def test_no_exponent_gives_no_forecast(runs, at):
+    assert all(map(math.isnan, forecast_tokens(*runs, at)))
+
+
+def test_an_interval_beyond_the_floating_point_range_is_infinite(rng):
+    forecast = forecast_tokens(*family(rng, 5, slope=0), 1e6)
+    assert forecast.low == 0
+    assert forecast.high == math.inf
+
+
+@given(
+    alpha=st.lists(st.floats(-5, 5), min_size=4, max_size=12, unique=True),
+    bad=st.lists(st.sampled_from([(math.nan, 1.0), (-math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]), max_size=3),
+    data=st.data(),
+)
+def test_neither_order_nor_runs_without_a_number_matter(alpha, bad, data):
+    good = [(value, math.exp(index % 3)) for index, value in enumerate(alpha)]
+    mixed = data.draw(st.permutations(good + bad))
+    first, second = (torch.tensor(pairs, dtype=torch.float64).T for pairs in (good, mixed))
+    if first[0].var() < 1e-6:  # a line through what is hardly a spread magnifies rounding
+        return
+    assert forecast_tokens(*second, 1.0) == pytest.approx(forecast_tokens(*first, 1.0), rel=1e-5)
+    skill, shuffled = leave_one_out(*first), leave_one_out(*second)
+    assert shuffled.p_value == pytest.approx(skill.p_value, rel=1e-9, nan_ok=True)
+    assert shuffled.predictions.shape == (len(mixed),)
+    dropped = torch.tensor([pair in bad for pair in mixed])
+    assert shuffled.predictions[dropped].isnan().all()
+
+
+def test_each_run_is_forecast_from_the_others(runs):
+    alpha, tokens = runs
+    skill = leave_one_out(alpha, tokens)
+    for run in range(9):
+        others = torch.arange(9) != run
+        expected = forecast_tokens(alpha[others], tokens[others], float(alpha[run])).value
+        assert float(skill.predictions[run]) == pytest.approx(expected, rel=1e-12)
+    errors = (skill.predictions / tokens - 1).abs()
+    assert skill.median_error == pytest.approx(float(errors.median()), rel=1e-9)
+    mean_of_others = (tokens.log().sum() - tokens.log()) / 8
+    expected = scipy.stats.spearmanr(skill.predictions.log() - mean_of_others, tokens.log() - mean_of_others)
+    assert skill.rank_correlation == pytest.approx(expected.statistic, rel=1e-12)
+
+
+@pytest.mark.parametrize("slope", [-2.0, 2.0])
+@pytest.mark.parametrize("num_runs", [4, 8, 9])
+def test_a_law_without_noise_is_all_skill(rng, num_runs, slope):
+    skill = leave_one_out(*family(rng, num_runs, slope=slope, noise=0))
+    assert skill.rank_correlation == pytest.approx(1)
+    assert skill.median_error == pytest.approx(0, abs=1e-9)
+    # Of n! arrangements two are as extreme, where all are tried; t is cut off there.
+    assert skill.p_value == pytest.approx(2 / math.factorial(num_runs))
+
+
+@pytest.mark.parametrize("num_runs", [5, 8, 12])
+def test_a_family_without_relation_has_no_skill(rng, num_runs):
+    skills = [leave_one_out(*family(rng, num_runs, slope=0)) for _ in range(600)]
+    correlations = np.array([skill.rank_correlation for skill in skills])
+    # The skew that the docstring owns up to: near zero in the middle, a little below in the mean.
+    assert -0.25 < np.median(correlations) < 0.1
+    assert -0.2 < correlations.mean() < 0
+    assert np.mean([skill.p_value < 0.1 for skill in skills]) <= 0.13
+
+
+@pytest.mark.parametrize("num_runs", [4, 5, 7, 9, 15, 30])
+def test_without_relation_p_values_fall_below_their_level_no_more_often_than_it_says(rng, num_runs):
+    p_values = np.array([leave_one_out(*family(rng, num_runs, slope=0)).p_value for _ in range(600)])
+    assert 0.06 <= np.mean(p_values < 0.1) <= 0.13
+    assert np.mean(p_values < 0.05) <= 0.08
+
+
+def test_forecasts_not_taken_relative_to_the_others_would_go_against_the_truth(rng):
+    plain = []
+    for _ in range(200):
+        alpha, tokens = family(rng, 8, slope=0)
+        plain.append(spearman(leave_one_out(alpha, tokens).predictions, tokens))
+    assert np.mean(plain) < -0.3
+
+
+@pytest.mark.parametrize("num_runs", [4, 5])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_small_p_values_equal_scipys_permutation_test(rng, num_runs, ties):
+    alpha, tokens = family(rng, num_runs)
+    if ties:
+        alpha = (alpha * 5).round()
+
+    def rho(x):
+        return scipy.stats.spearmanr(x, tokens).statistic
+
+    expected = scipy.stats.permutation_test((alpha.numpy(),), rho, permutation_type="pairings", n_resamples=np.inf)
+    assert leave_one_out(alpha, tokens).p_value == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+def test_large_p_values_equal_scipys(rng):
+    alpha, tokens = family(rng, 20)
+    assert leave_one_out(alpha, tokens).p_value == pytest.approx(scipy.stats.spearmanr(alpha, tokens).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_runs", [0, 1, 3])
+def test_fewer_than_four_references_have_no_skill(runs, num_runs):
+    skill = leave_one_out(runs[0][:num_runs], runs[1][:num_runs])
+    assert all(map(math.isnan, skill[:3]))
+    assert skill.predictions.shape == (num_runs,)
+    assert skill.predictions.isnan().all()
+
+
+def test_a_run_whose_others_are_all_alike_has_no_forecast(runs):
+    alpha = torch.ones(9)
+    alpha[3] = 2
+    assert leave_one_out(alpha, runs[1]).predictions.isnan().nonzero().flatten().tolist() == [3]
+    assert math.isnan(leave_one_out(torch.ones(9), runs[1]).p_value)
+
+
+NUMBERS = st.lists(st.integers(-3, 3), min_size=4, max_size=15)
+
+
+@given(x=NUMBERS, seed=st.integers(0, 1000))
+def test_rank_correlation_equals_scipys_ties_and_all(x, seed):
+    y = np.random.default_rng(seed).integers(-3, 3, len(x))
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        assert math.isnan(spearman(torch.tensor(x), torch.tensor(y)))
+        return
+    assert spearman(torch.tensor(x), torch.tensor(y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+def partial_twin(x, y, given_):
+    """Off the inverse of the correlation matrix of ranks."""
+    inverse = np.linalg.inv(np.corrcoef([scipy.stats.rankdata(values) for values in (x, y, given_)]))
+    return -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
+
+
+@pytest.mark.parametrize("num_runs", [5, 7, 40])
+def test_partial_correlation_equals_that_of_the_inverse_and_the_textbook(rng, num_runs):
+    x, y, z = rng.standard_normal((3, num_runs)) + rng.standard_normal(num_runs)
+    found = partial_spearman(*map(torch.tensor, (x, y, z)))
+    assert found == pytest.approx(partial_twin(x, y, z), abs=1e-9)
+    xy, xz, yz = (scipy.stats.spearmanr(a, b).statistic for a, b in ((x, y), (x, z), (y, z)))
+    assert found == pytest.approx((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)), abs=1e-9)
+
+
+def test_partial_correlation_takes_out_what_two_share(rng):
+    shared, x, y = torch.tensor(rng.standard_normal((3, 5000)))
+    assert spearman(shared + x, shared + y) == pytest.approx(0.48, abs=0.03)
+    assert partial_spearman(shared + x, shared + y, shared) == pytest.approx(0, abs=0.05)
+
+
+def test_nothing_is_left_where_the_third_says_it_all(rng):
+    x, y = torch.tensor(rng.standard_normal((2, 9)))
+    assert math.isnan(partial_spearman(x, y, x.exp()))
+    assert math.isnan(partial_spearman(x, y, -y))
+
+
+def test_a_third_that_does_not_vary_explains_nothing(rng):
+    x, y = torch.tensor(rng.standard_normal((2, 9)))
+    assert partial_spearman(x, y, torch.ones(9)) == pytest.approx(spearman(x, y), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "correlate", [spearman, lambda x, y: partial_spearman(x, y, x.square())], ids=["plain", "partial"]
+)
+def test_pairs_with_a_nan_are_dropped_and_infinities_rank_last(rng, correlate):
+    x, y = torch.tensor(rng.standard_normal((2, 8)))
+    x[2], y[5] = math.nan, math.nan
+    kept = ~(x.isnan() | y.isnan())
+    assert correlate(x, y) == correlate(x[kept], y[kept])
+    largest, infinite = y.clone(), y.clone()
+    largest[0], infinite[0] = 100, math.inf
+    assert correlate(x, infinite) == correlate(x, largest)
+
+
+def test_fewer_than_four_pairs_have_no_correlation():
+    x = torch.tensor([1.0, 2.0, 3.0, math.nan])
+    assert math.isnan(spearman(x, x))
+    assert math.isnan(partial_spearman(x, x, x))
+    assert all(map(math.isnan, spearman_interval(x, x)))
+
+
+def test_the_interval_equals_a_loop_over_draws(rng):
+    x, y = torch.tensor(rng.standard_normal((2, 10)) + rng.standard_normal(10))
+    drawn = torch.randint(10, (200, 10), generator=torch.Generator().manual_seed(3))
+    correlations = [scipy.stats.spearmanr(x[draw], y[draw]).statistic for draw in drawn]
+    expected = np.quantile(correlations, [0.1, 0.9])
+    assert spearman_interval(x, y, 0.8, num_draws=200, seed=3) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_95_percent_intervals_cover_the_correlation(rng, correlation):
+    truth = 6 / math.pi * math.asin(correlation / 2)  # of normal pairs
+    covered = 0
+    for seed in range(200):
+        x, noise = torch.tensor(rng.standard_normal((2, 12)))
+        y = correlation * x + math.sqrt(1 - correlation**2) * noise
+        low, high = spearman_interval(x, y, num_draws=300, seed=seed)
+        covered += low <= truth <= high
+    assert covered >= 180
+
+
+def test_draws_leave_the_global_random_stream_alone(rng):
+    x, y = torch.tensor(rng.standard_normal((2, 10)))
+    state = torch.get_rng_state()
+    first = spearman_interval(x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert spearman_interval(x, y) == first
+    assert spearman_interval(x, y, seed=1) != first
+
+
+def test_draws_without_variation_are_passed_over():
+    x = torch.tensor([0.0, 0.0, 0.0, 1.0])  # a third of the draws lacks the one
+    assert spearman_interval(x, x) == pytest.approx((1.0, 1.0))
+
+
+def curve(tokens, b, c):
+    return 3 * (tokens / 1e5) ** -b + c
+
+
+@pytest.mark.parametrize("num_points", [4, 10, 100])
+@pytest.mark.parametrize("b", [0.05, 0.3, 1.0, 2.0])
+@pytest.mark.parametrize("c", [0.0, 1.5])
+def test_a_loss_curve_without_noise_is_continued_exactly(num_points, b, c):
+    tokens = torch.linspace(1e5, 2e6, num_points, dtype=torch.float64)
+    assert extrapolate_loss(tokens, curve(tokens, b, c), float(curve(7e6, b, c))) == pytest.approx(7e6, rel=1e-9)
+
+
+@pytest.mark.parametrize("b", [0.1, 0.3, 0.5])
+def test_a_noisy_loss_curve_is_continued_to_a_few_percent(rng, b):
+    tokens = torch.linspace(1e5, 2e6, 40, dtype=torch.float64)
+    errors = [
+        extrapolate_loss(tokens, curve(tokens, b, 1.5) + 0.003 * torch.tensor(rng.standard_normal(40)), target) / 6e6
+        - 1
+        for target in [float(curve(6e6, b, 1.5))] * 50
+    ]
+    assert np.median(np.abs(errors)) < 0.03
+
+
+@pytest.mark.parametrize("c", [0.0, 1.5])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_fit_is_the_best_that_scipy_finds_within_the_bounds(c, seed):
+    noise = 0.01 * np.random.default_rng(seed).standard_normal(12)
+    tokens = np.linspace(1, 20, 12)
+    losses = 3 * tokens**-0.3 + c + noise
+
+    def residual(parameters):
+        a, b, floor = parameters
+        return a * tokens**-b + floor - losses
+
+    # From the truth, so that SciPy cannot miss it; with c = 0 half of the fits end at the bound.
+    fit = scipy.optimize.least_squares(
+        residual, (3, 0.3, c + 1e-3), bounds=((0, 1e-3, 0), (np.inf, 10, np.inf)), xtol=1e-14, ftol=1e-14, gtol=1e-14
+    )
+    a, b, floor = fit.x
+    target = 3 * 200**-0.3 + c
+    expected = ((target - floor) / a) ** (-1 / b)
+    assert extrapolate_loss(torch.tensor(tokens), torch.tensor(losses), target) == pytest.approx(expected, rel=1e-5)
+
+
+@given(scale=st.floats(1e-3, 1e9), seed=st.integers(0, 100))
+def test_neither_the_unit_of_tokens_nor_the_order_of_points_matters(scale, seed):
+    rng = np.random.default_rng(seed)
+    tokens = torch.linspace(1, 20, 15, dtype=torch.float64)
+    losses = 3 * tokens**-0.4 + 1 + 0.01 * torch.tensor(rng.standard_normal(15))
+    expected = extrapolate_loss(tokens, losses, 1.8)
+    order = torch.tensor(rng.permutation(15))
+    assert extrapolate_loss((tokens * scale)[order], losses[order], 1.8) == pytest.approx(expected * scale, rel=1e-5)
+
+
+def test_points_that_are_not_finite_are_dropped():
+    tokens = torch.linspace(1e5, 1e6, 8, dtype=torch.float64)
+    losses = curve(tokens, 0.3, 1.5)
+    more_tokens = torch.cat([tokens, torch.tensor([2e6, math.inf, math.nan])])
+    more_losses = torch.cat([losses, torch.tensor([math.nan, 1.0, 1.0])])
+    assert extrapolate_loss(more_tokens, more_losses, 2.5) == extrapolate_loss(tokens, losses, 2.5)
+
+
+def test_the_fit_is_read_even_where_the_target_was_crossed():
+    tokens = torch.linspace(1e5, 1e6, 8, dtype=torch.float64)
+    assert extrapolate_loss(tokens, curve(tokens, 0.3, 1.5), float(curve(3e5, 0.3, 1.5))) == pytest.approx(3e5)
+
+
+def test_a_target_below_the_floor_of_the_fit_is_never_reached():
+    tokens = torch.linspace(1e5, 1e6, 8, dtype=torch.float64)
+    assert extrapolate_loss(tokens, curve(tokens, 0.5, 1.5), 1.4) == math.inf
+    assert extrapolate_loss(tokens, curve(tokens, 0.5, 1.5), -1.0) == math.inf
+
+
+@pytest.mark.parametrize("losses", [[0.1] * 6, [0.7] * 7, [2.0, 2.2, 2.4, 2.6, 2.8]], ids=["0.1", "0.7", "rising"])
+def test_a_loss_that_does_not_fall_never_reaches_what_is_below_it(losses):
+    losses = torch.tensor(losses, dtype=torch.float64)
+    tokens = torch.arange(1, len(losses) + 1) * 1e5
+    assert extrapolate_loss(tokens, losses, 0.05) == math.inf
+    assert extrapolate_loss(tokens, losses, float(losses[0])) == math.inf
+    assert math.isnan(extrapolate_loss(tokens, losses, 4.0))
+
+
+@pytest.mark.parametrize("tokens", [[], [1.0, 2.0, 3.0], [1.0, 1.0, 2.0, 2.0, 3.0]], ids=str)
+def test_fewer_than_four_different_points_are_not_continued(tokens):
+    tokens = torch.tensor(tokens)
+    assert math.isnan(extrapolate_loss(tokens, tokens**-0.5, 0.1))
+
+
+def test_no_target_is_not_reached():
+    tokens = torch.arange(1.0, 9.0)
+    assert math.isnan(extrapolate_loss(tokens, tokens**-0.5, math.nan))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, y: forecast_tokens(x, y, 1.0), leave_one_out], ids=["forecast", "skill"]
+)
+@pytest.mark.parametrize("bad", [0.0, -5.0])
+def test_tokens_that_are_not_positive_are_refused(function, bad):
+    with pytest.raises(ValueError, match=f"tokens must be positive, got {bad}: leave such runs or points out"):
+        function(torch.arange(5.0), torch.tensor([1.0, 2.0, bad, 4.0, 5.0]))
+
+
+def test_points_at_no_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"tokens must be positive, got 0\.0"):
+        extrapolate_loss(torch.arange(5.0), torch.ones(5), 1.0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, y: forecast_tokens(x, y, 1.0), leave_one_out, spearman, spearman_interval],
+    ids=["forecast", "skill", "spearman", "interval"],
+)
+@pytest.mark.parametrize("shapes", [((4,), (5,)), ((2, 4), (2, 4)), ((), ())], ids=str)
+def test_what_is_not_two_vectors_of_one_length_is_refused(function, shapes):
+    with pytest.raises(ValueError, match="must be vectors of one length, got shapes"):
+        function(*(torch.ones(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("level", [0, 1, 80, math.nan])
+def test_levels_out_of_range_are_refused(runs, level):
+    with pytest.raises(ValueError, match="level must be between 0 and 1, got"):
+        forecast_tokens(*runs, 1.0, level=level)
+    with pytest.raises(ValueError, match="level must be between 0 and 1, got"):
+        spearman_interval(*runs, level=level)
+
+
+def test_no_draws_are_refused(runs):
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+        spearman_interval(*runs, num_draws=0)

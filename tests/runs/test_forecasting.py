@@ -1,0 +1,134 @@
+"""Offline forecasts of made-up families: a law that is known, one without relation, and nothing seen of the future."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_spectral import Run, cli, forecast
+from tests.runs.made_up import LAYER, made_up
+
+ALPHAS = [0.8, 0.9, 1.0, 1.15, 1.3, 1.4, 1.5, 1.7]
+BATCHES = [512.0, 64.0, 128.0, 256.0, 64.0, 1024.0, 128.0, 512.0]
+
+
+def family(folder: Path, tokens: list[float], alphas: list[float] = ALPHAS, **kwargs) -> str:
+    """Runs whose exponent does not change, and that reach loss 1 after some tokens; the first report comes early."""
+    for number, (count, alpha, batch) in enumerate(zip(tokens, alphas, BATCHES, strict=True)):
+        path = made_up(folder / f"{number}", count, 1.0, alpha, batch_tokens=batch, **kwargs)
+        first = path / "spectra" / "activation-validate-000000100.npz"
+        arrays = dict(np.load(first))
+        np.savez(first.with_name("activation-validate-000000001.npz"), **(arrays | {"tokens": np.asarray(1.0)}))
+    return f"{folder}/*"
+
+
+def law(alpha: float) -> float:
+    return 1000 * math.exp(0.8 * alpha)
+
+
+def test_a_law_is_found_and_forecasts_follow_it(tmp_path: Path) -> None:
+    tokens = [law(alpha) for alpha in ALPHAS]
+    (found,) = forecast(family(tmp_path, tokens), 1.0)
+    assert found.tokens_to_target == pytest.approx(tokens)
+    assert (found.layer, found.band) == (LAYER, (0.125, 0.5))
+    assert [point.tokens for point in found.points] == pytest.approx([f * min(tokens) for f in (0.1, 0.25, 0.5)])
+    for point in found.points:
+        tail = point.predictors[0]
+        assert tail.name == "alpha_tail"
+        assert tail.rho == pytest.approx(1)
+        assert tail.partial_rho == pytest.approx(1)
+        assert tail.skill == pytest.approx(1)
+        assert tail.median_error == pytest.approx(0, abs=1e-6)
+        assert [one.value for one in tail.forecasts] == pytest.approx(tokens)
+        batch = {predictor.name: predictor for predictor in point.predictors}["log batch size"]
+        assert batch.rho == pytest.approx(stats.spearmanr(BATCHES, tokens).statistic)
+        assert math.isnan(batch.partial_rho)
+        assert point.by_layer[LAYER]["0.125-0.5"] == pytest.approx(1)
+
+
+def test_a_family_without_relation_shows_none(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    tokens = (2000 * np.exp(0.3 * generator.standard_normal(len(ALPHAS)))).tolist()
+    (found,) = forecast(family(tmp_path, tokens), 1.0)
+    tail = found.points[0].predictors[0]
+    assert tail.low < 0 < tail.high
+    assert tail.median_error > 0.1
+
+
+def test_nothing_after_the_point_enters_a_forecast(tmp_path: Path) -> None:
+    """What a run shows later is shuffled: the others' forecasts change, for its truth does, but not its own."""
+    tokens = [law(alpha) for alpha in ALPHAS]
+    pattern = family(tmp_path, tokens)
+    before = forecast(pattern, 1.0)[0]
+    run = Run(tmp_path / "4")
+    later = [step for step in run.steps("activation") if run.tokens_at("activation", step) > before.points[1].tokens]
+    generator = np.random.default_rng(0)
+    for step in later:
+        path = run.folder / f"activation-validate-{step:09d}.npz"
+        arrays = dict(np.load(path))
+        arrays[f"activation/{LAYER}/eigenvalues"] = np.sort(generator.random(32))[::-1]
+        np.savez(path, **arrays)
+    history = run.folder / "history.csv"
+    lines = history.read_text().splitlines()
+    seen = sum(float(line.split(",")[1]) <= before.points[1].tokens for line in lines[1:])
+    shuffled = [
+        ",".join([*line.split(",")[:-1], repr(loss)])
+        for line, loss in zip(lines[1 + seen :], [1.9, 1.7, 1.3, 0.9, 0.8, 0.6][: len(lines) - 1 - seen], strict=True)
+    ]
+    history.write_text("\n".join([*lines[: 1 + seen], *shuffled]) + "\n")
+    after = forecast(pattern, 1.0)[0]
+    assert after.tokens_to_target[4] != before.tokens_to_target[4]
+    for first, second in zip(before.points[1].predictors, after.points[1].predictors, strict=True):
+        # Of the extrapolated curve, which sees no other run, all.
+        assert first.forecasts[4] == pytest.approx(second.forecasts[4], nan_ok=True), first.name
+
+
+def test_families_are_forecast_apart(tmp_path: Path) -> None:
+    tokens = [law(alpha) for alpha in ALPHAS]
+    family(tmp_path / "a", tokens)
+    family(tmp_path / "b", tokens[::-1], family="G")
+    made_up(tmp_path / "c" / "0", 100, 1, family="H")
+    first, second = forecast(f"{tmp_path}/*/*", 1.0)
+    assert (first.family, second.family) == ("F", "G")
+    assert second.points[0].predictors[0].rho == pytest.approx(-1)
+
+
+def test_command_prints_tables_json_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["forecast", family(tmp_path / "runs", [law(alpha) for alpha in ALPHAS]), "--target", "1.0"]
+    cli.main([*words, "--plot", str(tmp_path / "law.png")])
+    printed = capsys.readouterr().out
+    assert re.search(r"alpha_tail +\+1.00 +\+1.00 .. \+1.00 +\+1.00 +\+1.00 +0%", printed)
+    assert "the tail errs by 0%, not beaten by any other" in printed
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+    cli.main([*words, "--json", "--tail", "4", "16"])
+    (found,) = json.loads(capsys.readouterr().out)["families"]
+    assert found["band"] == [4, 16]
+    assert len(found["points"][0]["predictors"][0]["forecasts"]) == len(ALPHAS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x*", "--target", "1"], "runs must name runs with a record, got 'x*': no folder with one matches"),
+        (
+            ["runs/*", "--target", "0.1"],
+            "runs must hold 4 of one family that came down to 0.1, with activation spectra: ",
+        ),
+        (["runs/*", "--target", "1", "--layer", "b"], "runs must hold 4 of one family that came down to 1, with"),
+        (["runs/*", "--target", "1", "--tail", "9", "2"], "tail must be two ascending ranks from 1, got (9, 2)"),
+        (["runs/*"], "the following arguments are required: --target: see lightning-spectral forecast --help"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family(tmp_path / "runs", [law(alpha) for alpha in ALPHAS])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["forecast", *words])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"lightning-spectral: error: {message}")
