@@ -68,8 +68,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "train")
     assert message == (
-        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, forecast, got 'train': "
-        "see lightning-spectral --help"
+        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, forecast, "
+        "got 'train': see lightning-spectral --help"
     )
 
 

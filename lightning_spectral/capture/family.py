@@ -24,8 +24,8 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
         module: The module that is trained.
 
     Returns:
-        ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate, seed and the length of
-        its schedule, or, where it saved none, the shapes of its parameters; and the number of parameters. All JSON-like.
+        ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate, seed and lengths of the
+        schedule, or, where it saved none, the shapes of its parameters; and the number of parameters. All JSON-like.
     """
     hyperparameters = _without_settings_of_the_run(getattr(module, "hparams", None) or {})
     if not hyperparameters:

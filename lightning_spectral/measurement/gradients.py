@@ -24,7 +24,7 @@ from lightning_spectral.measurement.gradient_report import (
 )
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.staged import Stage, StagedMeasurement
-from lightning_spectral.measurement.stopwatch import Stopwatch
+from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
 from lightning_spectral.metrics.reduction import gather_numbers, world_size
 
@@ -198,6 +198,7 @@ class GradientMeasurement(StagedMeasurement):
         Args:
             step: The trainer's ``global_step``.
         """
+        settle(self._device)
         with self.stopwatch.running():
             if self._reader is None:
                 self._fill_store()

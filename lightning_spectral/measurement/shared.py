@@ -13,7 +13,7 @@ from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.report import LayerSpectrum, Report, decompose
 from lightning_spectral.measurement.staged import Stage, StagedMeasurement
-from lightning_spectral.measurement.stopwatch import Stopwatch
+from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -180,6 +180,7 @@ class Measurement(StagedMeasurement):
         Args:
             step: The trainer's ``global_step``.
         """
+        settle(self._collector.device)
         with self.stopwatch.running():
             failures = self._collector.failures
             spectra = {name: _missing(name, failures.get(name, NEVER_RAN)) for name in self._reader.names}

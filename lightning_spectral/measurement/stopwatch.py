@@ -4,6 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+import torch
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what a GPU has to do yet, so that a report, which must wait for it, does not pass for its cost.
+
+    Args:
+        device: Where training runs.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 class Stopwatch:
     """Adds up wall time; on a GPU, of what the host does, not of kernels it only queued."""

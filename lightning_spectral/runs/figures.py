@@ -1,18 +1,18 @@
 """Pictures of runs: how spectra evolve, and two sides of a comparison at a glance."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens
+from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, forecast_tokens
 from lightning_spectral.functional.powerlaw import resolve_band
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
-from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor
+from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.references import KIND, alpha_at
 from lightning_spectral.runs.run import VALUES, Run
@@ -194,30 +194,26 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     law, course = figure.subplots(1, 2)
-    point = family.points[0]
-    alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
     order = np.argsort(family.tokens_to_target)
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(order)))[np.argsort(order)]
+    point = next((point for point in family.points if isfinite(_of_tail(point).rho)), family.points[0])
+    alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
     law.scatter(alphas, family.tokens_to_target, color=colors, zorder=3)
     _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target))
     law.set(yscale="log", xlabel=f"alpha_tail of {family.layer}", ylabel="tokens to the target")
-    rho = next(predictor.rho for predictor in point.predictors if predictor.name == "alpha_tail")
-    law.set_title(f"at {point.tokens:,.0f} tokens: Spearman {rho:+.2f}, line with its 80% band", fontsize="small")
-    for index, color in enumerate(colors):
-        forecasts = [_of_tail(point).forecasts[index] for point in family.points]
-        tokens, truth = [point.tokens for point in family.points], family.tokens_to_target[index]
-        course.plot(tokens, [forecast.value / truth for forecast in forecasts], color=color, marker=".", lw=1.2)
-        course.fill_between(
-            tokens,
-            [forecast.low / truth for forecast in forecasts],
-            [forecast.high / truth for forecast in forecasts],
-            color=color,
-            alpha=0.06,
-            lw=0,
-        )
+    title = f"at {point.tokens:,.0f} tokens: Spearman {_of_tail(point).rho:+.2f}, line with its 80% band"
+    law.set_title(title, fontsize="small")
+    tokens, forecasts = tail_course(family)
+    shown = {int(order[0]), int(order[len(order) // 2]), int(order[-1])}
+    for index, (color, truth) in enumerate(zip(colors, family.tokens_to_target, strict=True)):
+        value, low, high = (np.array([getattr(f[index], end) for f in forecasts]) / truth for end in Forecast._fields)
+        course.plot(tokens, value, color=color, marker=".", lw=1.2)
+        if index in shown:
+            course.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
     course.axhline(1, color="black", lw=0.8, ls="--")
     course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
-    course.set_title("each run forecast from the others, with 80% intervals", fontsize="small")
+    title = "each run forecast from the others; 80% bands of the fastest, the middle and the slowest"
+    course.set_title(title, fontsize="small")
     for axes in (law, course):
         axes.grid(alpha=0.25, which="both", lw=0.5)
     figure.suptitle(f"{family.family}: dark runs were fast, bright ones slow", fontsize="medium")

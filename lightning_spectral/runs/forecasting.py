@@ -29,6 +29,10 @@ TAIL_BANDS: tuple[Band, ...] = ((1 / 8, 1 / 4), (1 / 6, 1 / 3), (1 / 4, 1 / 2), 
 """Those of *Spectral Lens* at widths 768 to 1600, as fractions, and the callbacks' default."""
 
 
+Measure = Callable[[Run, float], float]
+"""A number of a run at some tokens; NaN for what is not known there."""
+
+
 class Predictor(NamedTuple):
     """How well one early number goes with the tokens to the target, in one family at one number of tokens."""
 
@@ -141,6 +145,23 @@ def forecast(
     return found
 
 
+def tail_course(family: FamilyForecast, num_points: int = 12) -> tuple[np.ndarray, list[list[Forecast]]]:
+    """Forecasts by the tail over training.
+
+    Args:
+        family: The family.
+        num_points: How many.
+
+    Returns:
+        Numbers of tokens, evenly in their logarithm from the first that all runs were measured at to those of the
+        fastest run, and at each the forecast of every run from the others.
+    """
+    first = max(run.tokens_at(KIND, run.steps(KIND)[0]) for run in family.runs)
+    tokens = np.geomspace(first, max(min(family.tokens_to_target), first), num_points)
+    measure = _tail_of(family.layer, family.band)
+    return tokens, [_forecasts(measure, family.runs, _vector(family.tokens_to_target), at) for at in tokens]
+
+
 def _usable(runs: Sequence[Run], target: float, layer: str | None) -> tuple[list[Run], dict[str, str]]:
     usable, skipped = [], {}
     for run in runs:
@@ -180,8 +201,8 @@ def _point(
     def head(run: Run, there: float) -> float:
         return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"])[0]
 
-    measures: dict[str, Callable[[Run, float], float]] = {
-        "alpha_tail": lambda run, there: alpha_at(run, KIND, layer, band, there),
+    measures: dict[str, Measure] = {
+        "alpha_tail": _tail_of(layer, band),
         "alpha_head": head,
         "RankMe": lambda run, there: run.spectrum_at(KIND, layer, there).rankme()[0],
         "early loss": loss_at,
@@ -202,21 +223,31 @@ def _point(
     return Point(at, at / min(tokens), predictors, by_layer)
 
 
-def _predictor(
-    name: str, measure: Callable[[Run, float], float], runs: list[Run], truth: Tensor, log_batch: Tensor, at: float
-) -> Predictor:
-    forecasts, means = [], []
-    for index, run in enumerate(runs):
-        others = [other for other in range(len(runs)) if other != index]
-        there = _last_report(run, at)
-        values = _vector([measure(runs[other], there) if isfinite(there) else nan for other in others])
-        own = measure(run, there) if isfinite(there) else nan
-        forecasts.append(forecast_tokens(values, truth[others], own))
-        means.append(float(truth[others].log().mean()))
+def _predictor(name: str, measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, at: float) -> Predictor:
+    forecasts = _forecasts(measure, runs, truth, at)
     here = _vector([measure(run, at) for run in runs])
     interval = spearman_interval(here, truth)
     partial = nan if name == "log batch size" else partial_spearman(here, truth, log_batch)
-    return Predictor(name, spearman(here, truth), *interval, partial, *_skill(forecasts, truth, means), forecasts)
+    return Predictor(name, spearman(here, truth), *interval, partial, *_skill(forecasts, truth), forecasts)
+
+
+def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, at: float) -> list[Forecast]:
+    """Of each run from the others, at its last report, of which nothing later is known."""
+    forecasts = []
+    for index, run in enumerate(runs):
+        others = _others(len(runs), index)
+        there = _last_report(run, at)
+        values = _vector([measure(runs[other], there) if isfinite(there) else nan for other in others])
+        forecasts.append(forecast_tokens(values, truth[others], measure(run, there) if isfinite(there) else nan))
+    return forecasts
+
+
+def _others(num: int, index: int) -> list[int]:
+    return [other for other in range(num) if other != index]
+
+
+def _tail_of(layer: str, band: Band) -> Measure:
+    return lambda run, tokens: alpha_at(run, KIND, layer, band, tokens)
 
 
 def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float, target: float) -> Predictor:
@@ -229,25 +260,23 @@ def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float,
         values.append(extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), target))
     found = _vector(values)
     forecasts = [Forecast(value, nan, nan) for value in values]
-    means = [
-        float(truth[[other for other in range(len(runs)) if other != index]].log().mean()) for index in range(len(runs))
-    ]
     return Predictor(
         "L(t) = a t^-b + c",
         spearman(found, truth),
         *spearman_interval(found, truth),
         partial_spearman(found, truth, log_batch),
-        *_skill(forecasts, truth, means),
+        *_skill(forecasts, truth),
         forecasts,
     )
 
 
-def _skill(forecasts: Sequence[Forecast], truth: Tensor, means: Sequence[float]) -> tuple[float, float]:
+def _skill(forecasts: Sequence[Forecast], truth: Tensor) -> tuple[float, float]:
     """Rank correlation and median relative error of forecasts, each made without the run itself."""
     values = _vector([forecast.value for forecast in forecasts])
     errors = (values / truth - 1).abs()
     known = errors.isfinite()
-    centres = _vector(means)
+    # Relative to the mean of the others, as in `leave_one_out`.
+    centres = _vector([float(truth[_others(len(truth), index)].log().mean()) for index in range(len(truth))])
     rho = spearman((values.log() - centres)[known], (truth.log() - centres)[known])
     return rho, float(errors[known].median()) if bool(known.any()) else nan
 

@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from lightning_spectral import ActivationSpectrum, HeadDrift
+from lightning_spectral import ActivationSpectrum, HeadDrift, TailForecaster
 from tests.models import LanguageModel, Network, tiny_trainer, token_loader
 
 
@@ -28,13 +28,15 @@ class Reports(ActivationSpectrum):
         return super().measured(report)
 
 
-def spectra() -> tuple[Reports, Reports, HeadDrift, HeadDrift]:
+def spectra() -> tuple[Reports, Reports, HeadDrift, HeadDrift, TailForecaster]:
     return (
         Reports(layers="all", every_n_steps=7, num_tokens=96, prefix="train/"),
         Reports(every_n_steps=10, num_tokens=96, stage="validate", dtype="float64", prefix="val/"),
         # One shares the measurement of the second, the other has one of its own.
         HeadDrift(rank=4, every_n_steps=10, num_tokens=96, dtype="float64"),
         HeadDrift(rank=4, reference="previous", every_n_steps=5, num_tokens=96, stage="train", prefix="previous/"),
+        # Without references it warns that it makes no forecast.
+        TailForecaster(0.0, every_n_steps=10, num_tokens=96, dtype="float64"),
     )
 
 
@@ -121,6 +123,7 @@ EAGER = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:TailForecaster makes no forecast")
 @pytest.mark.parametrize(("make", "kwargs"), EAGER)
 def test_run_is_bit_identical_with_and_without(tmp_path: Path, make, kwargs: dict[str, Any]) -> None:
     expected = train(tmp_path, make, [], **kwargs)
@@ -131,9 +134,10 @@ def test_run_is_bit_identical_with_and_without(tmp_path: Path, make, kwargs: dic
     steps = range(7, found["step"] + 1, 7)
     assert callbacks[0].rows == dict.fromkeys(steps, 96)
     assert set(callbacks[1].rows.values()) == {96}
-    for drift in callbacks[2:]:
+    for drift in callbacks[2:4]:
         assert drift.summary()["num_reports"] >= 2
-        assert drift.num_failed == 0
+    assert len(callbacks[4].summary()["forecasts"]) >= 2
+    assert not any(callback.num_failed for callback in callbacks[2:])
 
 
 @NO_GRADIENTS
