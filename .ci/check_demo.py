@@ -15,6 +15,10 @@ GRADIENT_QUANTITIES = {
     *("alpha_tail", "alpha_tail_stderr", "r2_tail", "alpha_head", "alpha_head_stderr", "alpha_tail_centred"),
     *("rankme", "noise_scale", "grad_norm", "num_samples"),
 }
+FORECAST_QUANTITIES = {
+    *("tokens_to_target", "low", "high", "relative", "num_references", "skill", "median_error", "alpha_tail", "actual"),
+}
+KINDS = ("activation", "gradient", "drift", "forecast")
 DRIFT_QUANTITIES = {"overlap", "max_angle", "js", "overlap_floor", "max_angle_floor", "js_floor"}
 WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
 NUM_SAMPLES = 128
@@ -34,10 +38,11 @@ def main(folder: Path) -> None:
     weights = {f"{layer}.attention.out.weight" for layer in LAYERS}
     wanted |= {f"gradient/{weight}/{quantity}" for weight in weights for quantity in GRADIENT_QUANTITIES}
     wanted |= {f"weight/{weight}/{quantity}" for weight in weights for quantity in WEIGHT_QUANTITIES}
-    wanted |= {f"{kind}/failed" for kind in ("activation", "gradient", "drift")} | {"spectral/seconds"}
+    wanted |= {f"forecast/{quantity}" for quantity in FORECAST_QUANTITIES}
+    wanted |= {f"{kind}/failed" for kind in KINDS} | {"spectral/seconds"}
     missing = wanted - set(tags["scalars"])
     assert not missing, f"missing: {missing}"
-    for kind in ("activation", "gradient", "drift"):
+    for kind in KINDS:
         assert events.Scalars(f"{kind}/failed")[-1].value == 0
     for kind in ("activation", "gradient"):
         assert f"{kind}/spectra" in tags["images"]

@@ -108,6 +108,7 @@ def test_a_model_may_bring_its_own_loaders(user_folder: Path, capsys: pytest.Cap
     assert "blocks.2" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:TailForecaster makes no forecast")
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, config, path, *overridden = readme_command("examples/nanogpt.yaml")
@@ -129,7 +130,12 @@ def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    "command", [readme_command("lightning-spectral compare"), readme_command("lightning-spectral show")]
+    "command",
+    [
+        readme_command("lightning-spectral compare"),
+        readme_command("lightning-spectral show"),
+        readme_command("lightning-spectral forecast"),
+    ],
 )
 def test_runs_are_read_as_the_readme_says(
     command: list[str], user_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -137,11 +143,17 @@ def test_runs_are_read_as_the_readme_says(
     for number in range(3):
         made_up(Path("runs", "baseline", f"version_{number}"), 100 + number, 1.0, exponent=1 + 0.01 * number)
         made_up(Path("runs", "rope", f"version_{number}"), 50 + number, 1.0, exponent=1.5 + 0.01 * number)
+        for batch_size in (8, 64):  # of a loss that was above 2 and came below
+            path = Path("references", f"batch_{batch_size}-seed_{number}")
+            made_up(path, 10 * batch_size + number, 1.0, exponent=1 + batch_size / 100)
+            history = path / "spectra" / "history.csv"
+            history.write_text(history.read_text().replace(",2.0\n", ",2.1\n"))
     _, *words = shlex.split(" ".join(command))
     cli.main(words)
     printed = capsys.readouterr().out
     assert "gpt.blocks.3" in printed
     assert ("verdict  both: learning-side gain (activation-led" in printed) == ("compare" in words)
+    assert ("alpha_tail    " in printed) == ("forecast" in words)
     assert list(user_folder.glob("*.png"))
 
 

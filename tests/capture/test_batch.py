@@ -3,13 +3,15 @@
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from enum import Enum
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_spectral.capture import num_samples, token_mask
-from lightning_spectral.capture.batch import hold, take
+from lightning_spectral.capture.batch import hold, num_tokens, take, tensors
 
 X = torch.zeros(3, 5, dtype=torch.long)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -138,3 +140,35 @@ def test_held_batch_can_be_differentiated_through() -> None:
     with torch.inference_mode():
         batch = {"x": torch.ones(2, 3)}
     assert not hold(batch)["x"].is_inference()
+
+
+def test_shared_parts_are_seen_once_and_deep_ones_at_all() -> None:
+    nodes = [SimpleNamespace(x=torch.ones(2)) for _ in range(30)]
+    for node in nodes:
+        node.others = nodes  # every path through this graph would be longer than the age of the universe
+    assert len(list(tensors(nodes[0]))) == 30
+    chain: SimpleNamespace = SimpleNamespace(x=torch.ones(3))
+    for _ in range(5000):
+        chain = SimpleNamespace(inner=chain)
+    assert num_samples(chain) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_sample", "expected"),
+    [
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "x": torch.ones(2, 9, dtype=torch.long)}, None, 10),
+        ([torch.randn(3, 7), torch.ones(3, 4, dtype=torch.int32)], None, 12),
+        ((torch.randn(3, 7), torch.ones(3)), None, 3),
+        ({"mask": torch.ones(3, 4, dtype=torch.bool), "x": torch.randn(3, 4)}, None, 3),
+        ({"mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "x": torch.randn(2, 3)}, "mask", 3),
+        ({"labels": torch.tensor([[7, -100], [-100, -100]]), "x": torch.randn(2, 2)}, "labels", 1),
+        (torch.randn(4, 8), 100, 400),
+    ],
+)
+def test_tokens_are_counted_by_the_rule(batch: Any, per_sample: Any, expected: int) -> None:
+    assert int(num_tokens(batch, per_sample)) == expected
+
+
+def test_batches_without_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch must hold a tensor with an axis of samples for its tokens"):
+        num_tokens({"name": "x"})
