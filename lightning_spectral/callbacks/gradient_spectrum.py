@@ -173,19 +173,8 @@ class GradientSpectrum(StagedCallback):
         self.head = cast(Band, tuple(head))
         self.tail = cast(Band, tuple(tail))
         self.loss_fn = load_loss(loss_fn)
-        self.request = GradientRequest(
-            stage,
-            every_n_steps,
-            num_samples,
-            method,
-            chunk_size,
-            loss_reduction,
-            weights,
-            num_groups,
-            row_dtype,
-            row_device,
-            dataloader_idx,
-        )
+        rows = (num_samples, method, chunk_size, loss_reduction, weights, num_groups, row_dtype, row_device)
+        self.request = GradientRequest(stage, every_n_steps, *rows, dataloader_idx)
         self._measurement: GradientMeasurement | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._is_whole_model = False

@@ -393,6 +393,21 @@ def test_runs_that_are_no_reference_are_refused(tmp_path: Path, recorded: Any, d
     assert "\n" not in str(raised.value)
 
 
+def test_a_run_of_another_width_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path / "one", Kept(), model=LanguageModel(Network(width=16)), max_steps=4)
+    with pytest.raises(ValueError, match=r"reference must have network.blocks.0 of width 32, got Run\(.*\) with 16$"):
+        fit(tmp_path / "two", Kept(reference=str(tmp_path / "one")))
+
+
+def test_of_several_series_the_one_with_eigenvectors_is_the_reference(tmp_path: Path) -> None:
+    spectrum = ActivationSpectrum(stage="validate", every_n_steps=4, num_tokens=256)
+    recorded = Kept(prefix="b/")
+    fit(tmp_path / "one", spectrum, recorded)
+    drift = Kept(reference=str(tmp_path / "one"))
+    fit(tmp_path / "two", drift)
+    assert drift.values("js") == [0.0] * 3
+
+
 def test_validation_alone_is_measured(tmp_path: Path) -> None:
     drift = Kept()
     trainer = tiny_trainer(tmp_path, callbacks=[drift], limit_val_batches=16)
