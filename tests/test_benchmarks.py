@@ -25,6 +25,20 @@ def run(folder: Path, script: str, settings: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(result.read_text())
 
 
+def test_reference_runs_are_made_once(tmp_path: Path) -> None:
+    script = BENCHMARKS.parent / "examples" / "reference_runs.py"
+    sizes = "--batch-sizes 128 --seeds 1 --target 4.9 --max-tokens 65536 --processes 1"
+    words = [sys.executable, str(script), str(tmp_path / "runs"), *sizes.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=True).stdout
+        for _ in range(2)
+    )
+    assert first.split()[:3] == ["1", "of", "1:"]
+    assert first == second
+    assert len(list((tmp_path / "runs").glob("*/spectra*"))) == 1
+
+
 def test_overhead_runs_and_writes_what_it_found(tmp_path: Path) -> None:
     sizes = "--num-layers 2 --width 64 --batch-size 2 --steps 5 --every-n-steps 2 --num-tokens 1024 --repeats 1"
     printed, found = run(tmp_path, "overhead.py", sizes)

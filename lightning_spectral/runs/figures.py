@@ -212,7 +212,7 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
             course.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
     course.axhline(1, color="black", lw=0.8, ls="--")
     course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
-    title = "each run forecast from the others; 80% bands of the fastest, the middle and the slowest"
+    title = "each run from the others; 80% bands of the fastest, middle and slowest"
     course.set_title(title, fontsize="small")
     for axes in (law, course):
         axes.grid(alpha=0.25, which="both", lw=0.5)
