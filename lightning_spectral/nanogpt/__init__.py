@@ -1,7 +1,9 @@
-"""A family of small GPTs to watch, with text that every machine has to train them on."""
+"""A family of GPTs to watch, with text that every machine has, and shards of tokens, to train them on."""
 
 from lightning_spectral.nanogpt.data import TextData
 from lightning_spectral.nanogpt.model import GPT, RECIPES, TIERS, GPTConfig, next_token_loss
 from lightning_spectral.nanogpt.module import NanoGPT
+from lightning_spectral.nanogpt.shard_files import write_shard
+from lightning_spectral.nanogpt.shards import ShardData
 
-__all__ = ["GPT", "RECIPES", "TIERS", "GPTConfig", "NanoGPT", "TextData", "next_token_loss"]
+__all__ = ["GPT", "RECIPES", "TIERS", "GPTConfig", "NanoGPT", "ShardData", "TextData", "next_token_loss", "write_shard"]

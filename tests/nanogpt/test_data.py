@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_spectral.nanogpt import NanoGPT, TextData
-from lightning_spectral.nanogpt.data import Blocks, BlockSampler, ResumableLoader
+from lightning_spectral.nanogpt.blocks import Blocks, BlockSampler, ResumableLoader
 
 
 @pytest.fixture
