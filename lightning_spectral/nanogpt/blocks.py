@@ -240,9 +240,10 @@ class BlockData(pl.LightningDataModule):
             ValueError: If there are fewer blocks than one batch on each rank.
         """
         sampler = self._sampler(self.train_blocks, shuffle=True)
-        if sampler.num_samples < self.batch_size:
+        most = len(self.train_blocks) // sampler.num_replicas
+        if most < self.batch_size:
             raise ValueError(
-                f"batch_size must be at most {sampler.num_samples}, the number of training blocks on each of "
+                f"batch_size must be at most {most}, the number of training blocks on each of "
                 f"{sampler.num_replicas} ranks, got {self.batch_size}: take more data or a smaller block_size"
             )
         loader: ResumableLoader = self._build_loader(self._resumable, self.train_blocks, sampler, drop_last=True)
