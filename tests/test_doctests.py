@@ -6,11 +6,11 @@ import pkgutil
 
 import pytest
 
-from lightning_spectral import functional, metrics
+from lightning_spectral import functional, metrics, nanogpt
 
 MODULES = sorted(
     module.name
-    for package in (functional, metrics)
+    for package in (functional, metrics, nanogpt)
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 )
 

@@ -123,7 +123,7 @@ def _transfer(url: str, part: Path, timeout: float, show: Callable[[int, int | N
     done = _size(part)
     request = Request(url, headers={"User-Agent": "lightning-spectral"} | ({"Range": f"bytes={done}-"} if done else {}))
     with _connect(request, part, timeout) as response:
-        total = _total(response, done)
+        total = _total(response, part)
         if response.status != 206:
             done = 0
         with part.open("ab" if done else "wb") as stream:
@@ -156,13 +156,13 @@ def _connect(request: Request, part: Path, timeout: float) -> Any:
         raise _InterruptedError(str(error) or type(error).__name__) from None
 
 
-def _total(response: Any, done: int) -> int | None:
+def _total(response: Any, part: Path) -> int | None:
     """Size of the whole file, if the server says so; a continuation must begin where the part ends."""
     if response.status == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if found is None or int(found[1]) != done:
-            got = response.headers.get("Content-Range")
-            raise ValueError(f"base_url must serve the bytes from {done} on when asked for them, got {got!r}")
+        if found is None or int(found[1]) != _size(part):
+            part.unlink()
+            raise _InterruptedError(f"the server gave another range: {response.headers.get('Content-Range')}")
         return int(found[2])
     length = response.headers.get("Content-Length")
     return None if length is None else int(length)

@@ -2,7 +2,6 @@
 
 import glob
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,16 +89,14 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(array)
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with unfinished.open("wb") as stream:
             header.tofile(stream)
             array.astype("<u2" if largest < 2**16 else "<u4").tofile(stream)
-        os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def find_shards(argument: str, path: str, word: str, other: str, unnamed: bool) -> list[Shard]:
@@ -119,8 +116,11 @@ def find_shards(argument: str, path: str, word: str, other: str, unnamed: bool) 
         ValueError: If there are none, or one is damaged.
     """
     root = Path(path).expanduser()
-    found = root.glob("*.bin") if root.is_dir() else map(Path, glob.glob(str(root)))
-    files = sorted((file for file in found if file.is_file()), key=lambda file: (file.name, file))
+    if root.is_dir():
+        found = [file for file in root.glob("*.bin") if not file.name.startswith(".")]
+    else:
+        found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root))]
+    files = sorted(filter(Path.is_file, found), key=lambda file: (file.name, file))
     if not files:
         raise ValueError(
             f"{argument} must be a folder, a glob pattern or the name of shards (*.bin), got {path!r}, where none are: "

@@ -169,15 +169,16 @@ class ShardData(BlockData):
     Example:
         >>> import tempfile
         >>> from lightning_spectral.nanogpt import ShardData, write_shard
-        >>> folder = tempfile.mkdtemp()
-        >>> write_shard(f"{folder}/my_train_0.bin", range(100, 125))
-        >>> write_shard(f"{folder}/my_val_0.bin", range(9))
-        >>> data = ShardData(folder, block_size=4, batch_size=2, val_tokens=8)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> write_shard(f"{folder.name}/my_train_0.bin", range(100, 125))
+        >>> write_shard(f"{folder.name}/my_val_0.bin", range(9))
+        >>> data = ShardData(folder.name, block_size=4, batch_size=2, val_tokens=8)
         >>> next(iter(data.train_dataloader()))["labels"]
         tensor([[101, 102, 103, 104],
                 [105, 106, 107, 108]])
         >>> data.num_train_tokens, data.num_val_tokens
         (24, 8)
+        >>> folder.cleanup()
     """
 
     _resumable = StreamLoader

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_spectral.nanogpt import NanoGPT, ShardData, write_shard
 from lightning_spectral.nanogpt.blocks import Blocks
-from lightning_spectral.nanogpt.shard_files import HEADER_BYTES, Shard, ShardTokens, find_shards, read_shard
+from lightning_spectral.nanogpt.shard_files import HEADER_BYTES, Shard, ShardTokens
 from lightning_spectral.nanogpt.shards import DocumentBlocks, StreamLoader, StreamSampler
 
 TRAIN, VAL = np.arange(1000, 1450), np.arange(5000, 5100)
@@ -42,65 +42,6 @@ def on_rank(data, rank, world_size):
 
 def inputs(batches):
     return [batch["input_ids"].flatten().tolist() for batch in batches]
-
-
-def test_writes_the_format_of_the_speed_runs(tmp_path):
-    path = tmp_path / "a.bin"
-    write_shard(path, [3, 50256, 65535])
-    words = np.frombuffer(path.read_bytes()[:1024], "<i4")
-    assert words[:3].tolist() == [20240520, 1, 3]
-    assert not words[3:].any()
-    assert np.frombuffer(path.read_bytes()[1024:], "<u2").tolist() == [3, 50256, 65535]
-    write_shard(path, np.array([3, 65536]))
-    assert np.frombuffer(path.read_bytes()[1024:], "<u4").tolist() == [3, 65536]
-    assert read_shard(path) == Shard(path, 2, "<u4")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("no space")
-
-    write_shard(tmp_path / "a.bin", [1, 2])
-    before = (tmp_path / "a.bin").read_bytes()
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_shard(tmp_path / "a.bin", [3])
-    assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
-    assert (tmp_path / "a.bin").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([], "tokens must be a row of 1 to .* integers, got shape \\(0,\\)"),
-        ([[1, 2]], "got shape \\(1, 2\\) of int64"),
-        ([0.5], "got shape \\(1,\\) of float64"),
-        ([4, -1], "tokens must be from 0 to 2\\^32 - 1, got -1"),
-        ([4, 2**32], "tokens must be from 0 to 2\\^32 - 1, got 4294967296"),
-    ],
-)
-def test_refuses_to_write(tmp_path, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        write_shard(tmp_path / "a.bin", tokens)
-
-
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data())
-def test_shards_are_one_array(lengths, data):
-    everything = np.arange(sum(lengths))
-    parts = np.split(everything, np.cumsum(lengths)[:-1])
-    tokens = ShardTokens([Shard(Path(), length, "<u2") for length in lengths])
-    tokens._maps = dict(enumerate(parts))
-    start, stop = (data.draw(st.integers(0, len(everything) + 2)) for _ in range(2))
-    assert len(tokens) == len(everything)
-    assert tokens[start:stop].tolist() == everything[start:stop].tolist()
-
-
-def test_shards_of_both_widths_mix(tmp_path):
-    write_shard(tmp_path / "train_0.bin", [1, 65535])
-    write_shard(tmp_path / "train_1.bin", [65536, 2])
-    tokens = ShardTokens(find_shards("path", str(tmp_path), "train", "val", unnamed=False))
-    assert Blocks(tokens, 3)[0]["labels"].tolist() == [65535, 65536, 2]
 
 
 @given(
@@ -189,15 +130,6 @@ def test_pattern_and_val_path_and_order(folder):
     assert np.concatenate(inputs(data.train_dataloader())).tolist() == list(range(96))
     assert inputs(data.val_dataloader())[0] == VAL[:32].tolist()
     assert inputs(small(folder, val_path=str(other)).val_dataloader())[0] == list(range(32))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("interval_train", "train"), ("constrained_val", "val"), ("fineweb_val_000000", "val")]
-)
-def test_the_last_word_of_a_name_counts(tmp_path, name, kind):
-    words = {"train", "val"}
-    write_shard(tmp_path / f"{name}.bin", [1])
-    assert len(find_shards("path", str(tmp_path), kind, *(words - {kind}), unnamed=False)) == 1
 
 
 DOCUMENTS = [0, 1, 2, 0, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0, 16, 17, 18, 19, 20, 21, 0, 23, 24]
