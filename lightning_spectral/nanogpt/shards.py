@@ -159,8 +159,8 @@ class ShardData(BlockData):
             there are.
         eos_token: The token with which a document begins. The default is GPT-2's.
         align_to_documents: Whether a training sequence begins at the first document that begins in it, if one does.
-            Then some tokens are left out and others come twice, on average each once a pass; the fewer, the longer the
-            sequences are, compared to documents. Validation is never aligned.
+            Then some tokens are left out and as many come twice: with documents of 700 tokens one in six each for
+            sequences of 1024, one in a hundred for 65,536. Validation is never aligned.
         num_workers: Processes that prepare batches; 0, the default, does it in the training process, which is cheap.
 
     Raises:
