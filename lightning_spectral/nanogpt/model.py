@@ -1,127 +1,17 @@
 """GPT, one stack of equal blocks whose variants are independent switches of the configuration."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-# num_layers, num_heads, width. All but tiny are the sizes of GPT-2; d12 has heads of 128 features, the others of 64.
-TIERS: dict[str, dict[str, int]] = {
-    "tiny": {"num_layers": 4, "num_heads": 2, "width": 128},
-    "d12": {"num_layers": 12, "num_heads": 6, "width": 768},
-    "d24": {"num_layers": 24, "num_heads": 16, "width": 1024},
-    "d36": {"num_layers": 36, "num_heads": 20, "width": 1280},
-    "d48": {"num_layers": 48, "num_heads": 25, "width": 1600},
-}
+from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids
+from lightning_spectral.nanogpt.config import RECIPES, TIERS, GPTConfig, recipe_switches
+from lightning_spectral.nanogpt.float8 import Float8Linear, float8_linear
 
-# What each recipe adds to the one before it, in historical order.
-RECIPES: dict[str, dict[str, Any]] = {
-    "baseline": {"positions": "learned", "fused_qkv": True, "qk_norm": False},
-    "rope": {"positions": "rotary", "fused_qkv": False, "qk_norm": True},
-}
-
-
-def _choose(argument: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if name not in table:
-        raise ValueError(f"{argument} must be one of {', '.join(table)}, got {name!r}")
-    return table[name]
-
-
-def recipe_switches(recipe: str) -> dict[str, Any]:
-    """Collect the switches of a recipe: its own and those of all recipes before it.
-
-    Args:
-        recipe: A key of `RECIPES`.
-
-    Returns:
-        Fields of `GPTConfig` and their values.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    _choose("recipe", recipe, RECIPES)
-    switches: dict[str, Any] = {}
-    for name, added in RECIPES.items():
-        switches |= added
-        if name == recipe:
-            break
-    return switches
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes and switches of a `GPT`; any combination that passes the checks is a model.
-
-    Raises:
-        ValueError: If a size is not positive, heads do not divide the width, or a switch has an unknown value.
-    """
-
-    vocab_size: int = 50304
-    """Number of token values; the default is GPT-2's 50257 rounded up to a multiple of 128."""
-    block_size: int = 1024
-    """Longest sequence, in tokens."""
-    num_layers: int = 12
-    """Number of blocks."""
-    num_heads: int = 6
-    """Attention heads of a block; each sees width / num_heads features."""
-    width: int = 768
-    """Features of the residual stream."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """A learned vector for each position, added to the embedding, or rotation of queries and keys."""
-    rotary_base: float = 1e4
-    """The slowest pair of features turns by about 1 / rotary_base radians a token (positions="rotary")."""
-    fused_qkv: bool = True
-    """One matrix for queries, keys and values, instead of one each."""
-    qk_norm: bool = False
-    """RMS-normalise each head's queries and keys, without parameters."""
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "num_layers", "num_heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads={self.num_heads}, got {self.width}: "
-                f"take {self.width - self.width % self.num_heads or self.num_heads}"
-            )
-        if self.positions not in ("learned", "rotary"):
-            raise ValueError(f"positions must be one of learned, rotary, got {self.positions!r}")
-        if self.positions == "rotary" and self.head_size % 2:
-            raise ValueError(
-                f"width / num_heads must be even for positions='rotary', which turns pairs of features, "
-                f"got {self.width} / {self.num_heads} = {self.head_size}"
-            )
-        if self.rotary_base <= 1:
-            raise ValueError(f"rotary_base must be above 1, got {self.rotary_base}: 10000 is usual")
-
-    @property
-    def head_size(self) -> int:
-        """Features of one attention head."""
-        return self.width // self.num_heads
-
-    @classmethod
-    def from_tier(cls, tier: str, recipe: str = "baseline", **overrides: Any) -> "GPTConfig":
-        """Configure a model by the names of its size and its recipe.
-
-        Args:
-            tier: A key of `TIERS`.
-            recipe: A key of `RECIPES`.
-            **overrides: Fields that take precedence over what the two names stand for.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            ValueError: If a name or a field is unknown, or the fields do not fit each other.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in overrides:
-            if name not in known:
-                raise ValueError(f"overrides must be fields of GPTConfig ({', '.join(known)}), got {name!r}")
-        return cls(**(_choose("tier", tier, TIERS) | recipe_switches(recipe) | overrides))
+__all__ = ["GPT", "RECIPES", "TIERS", "GPTConfig", "next_token_loss", "norm", "recipe_switches"]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -152,7 +42,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _rotary_table(config: GPTConfig) -> Tensor:
     # ints divided by an int: the angles come out in the default dtype, in float32 or better
-    frequencies = config.rotary_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (head / 2,)
+    if config.rotary_frequencies == "full":
+        frequencies = config.rotary_base ** -(torch.arange(0, config.head_size, 2) / config.head_size)  # (head / 2,)
+    else:
+        turning = (1 / 1024) ** torch.linspace(0, 1, config.head_size // 4)  # (head / 4,)
+        frequencies = torch.cat((turning, torch.zeros(config.head_size // 2 - len(turning))))  # (head / 2,)
     angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, head / 2)
     return torch.stack((angles.cos(), angles.sin()))  # (2, block_size, head / 2)
 
@@ -163,12 +57,28 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (B, heads, T, head)
 
 
+@dataclass
+class Context:
+    """What blocks read besides the residual stream; what a switch that is off would need is None."""
+
+    x0: Tensor
+    """The embedding, (B, T, width)."""
+    rotary: Tensor | None
+    """Cosines and sines, (2, T, head / 2)."""
+    mask: Tensor | BlockMask | None
+    """Of layers with a long window."""
+    short_mask: Tensor | BlockMask | None
+    """Of layers with a short window."""
+    first_values: Tensor | None = None
+    """The first layer's values, which it puts here, (B, heads, T, head)."""
+
+
 class Attention(nn.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         width = config.width
         if config.fused_qkv:
             self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -177,8 +87,12 @@ class Attention(nn.Module):
             self.k = nn.Linear(width, width, bias=False)
             self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.short = config.has_short_window(layer)
+        self.mixes_values = config.mixes_values(layer)
+        if self.mixes_values:
+            self.value_weights = nn.Parameter(torch.full((1 if config.value_weights == "one" else 2,), 0.5))
 
-    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, embedded_values: Tensor | None) -> Tensor:
         """Mix tokens with those before them, (B, T, width) -> (B, T, width)."""
         batch, tokens, width = x.shape
         parts = self.qkv(x).chunk(3, dim=-1) if self.config.fused_qkv else (self.q(x), self.k(x), self.v(x))
@@ -186,12 +100,24 @@ class Attention(nn.Module):
         q, k, v = (part.view(shape).transpose(1, 2) for part in parts)  # each (B, heads, T, head)
         if self.config.qk_norm:
             q, k = norm(q), norm(k)
-        if rotary is not None:
-            q, k = _rotate(q, rotary), _rotate(k, rotary)
+        if context.rotary is not None:
+            q, k = _rotate(q, context.rotary), _rotate(k, context.rotary)
         # norm and table are float32 under autocast
         q, k = q.to(v.dtype), k.to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, head), T^2 head operations a head
+        if self.config.value_mix == "first" and self.layer == 0:
+            context.first_values = v  # (B, heads, T, head)
+        elif self.mixes_values:
+            other = context.first_values if embedded_values is None else embedded_values.view(shape).transpose(1, 2)
+            assert other is not None, "the first layer has not run"
+            v = self._mix(v, other)  # (B, heads, T, head)
+        mask = context.short_mask if self.short else context.mask
+        y = attend(q, k, v, mask, self.config.attention_scale)  # (B, heads, T, head), T^2 head operations a head
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))  # (B, T, width)
+
+    def _mix(self, v: Tensor, other: Tensor) -> Tensor:
+        weights = self.value_weights
+        own = 1 - weights[0] if self.config.value_weights == "one" else weights[0]
+        return (own * v + weights[-1] * other).to(v.dtype)  # the tables are float32 under autocast
 
 
 class MLP(nn.Module):
@@ -210,14 +136,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream it reads."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = None if layer == config.layer_without_attention else Attention(config, layer)
         self.mlp = MLP(config)
+        self.x0_weights = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_mix else None
 
-    def forward(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, embedded_values: Tensor | None = None) -> Tensor:
         """Update the residual stream, (B, T, width) -> (B, T, width)."""
-        x = x + self.attention(norm(x), rotary)  # (B, T, width)
+        if self.x0_weights is not None:
+            x = self.x0_weights[0] * x + self.x0_weights[1] * context.x0  # (B, T, width)
+        if self.attention is not None:
+            x = x + self.attention(norm(x), context, embedded_values)  # (B, T, width)
         return x + self.mlp(norm(x))  # (B, T, width)
 
 
@@ -225,8 +155,9 @@ class GPT(nn.Module):
     """A decoder-only transformer; the output of `blocks[i]` is the residual stream after block i.
 
     Matrices start normal with standard deviation 1 / sqrt(inputs), so that one rule serves widths from 128 to 1600;
-    embeddings with GPT-2's 0.02, so that the first loss is that of a nearly uniform guess; the matrices that write
-    into the residual stream are zero, so that every block starts as the identity.
+    embeddings that are also the head with GPT-2's 0.02, so that the first loss is that of a nearly uniform guess,
+    other embeddings with 1, the size of what they are added to or mixed with; the matrices that write into the
+    residual stream and an untied head are zero, so that every block starts as the identity.
 
     Args:
         config: Sizes and switches.
@@ -235,25 +166,54 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)  # also the head: (vocab, width)
+        vocab_size, width = config.vocab_size, config.width
+        self.embedding = nn.Embedding(vocab_size, width)  # also the head, if tied: (vocab, width)
         self.rotary: Tensor | None
+        self.window: Tensor | None
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.block_size, config.width)
+            self.positions = nn.Embedding(config.block_size, width)
         rotary = _rotary_table(config) if config.positions == "rotary" else None  # (2, block_size, head / 2)
         self.register_buffer("rotary", rotary, persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        # a tensor, so that a growing window changes no compiled code
+        window = None if config.window is None else torch.tensor(config.window_at(0))
+        self.register_buffer("window", window, persistent=False)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self._table_of = config.value_tables  # layer -> number of its table, or None
+        num_tables = len({table for table in self._table_of if table is not None})
+        # vocab width parameters each, of which a token reads width
+        self.value_tables = nn.ModuleList(nn.Embedding(vocab_size, width) for _ in range(num_tables))
+        if config.unet:
+            self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2))  # first entry: the innermost pair
+        if not config.tied_head:
+            self.head = (
+                nn.Linear(width, vocab_size, bias=False)
+                if config.fp8 == "off"
+                else Float8Linear(width, vocab_size, config.fp8, config.fp8_scales)
+            )
         self.apply(self._init_weights)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            small = self.config.tied_head and module not in self.value_tables
+            nn.init.normal_(module.weight, std=0.02 if small else 1.0)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, Attention):  # `apply` visits children first
             nn.init.zeros_(module.out.weight)
         elif isinstance(module, MLP):
             nn.init.zeros_(module.down.weight)
+        elif module is self and not self.config.tied_head:
+            nn.init.zeros_(self.head.weight)
+
+    def set_tokens(self, tokens: int) -> None:
+        """Let the window grow to its size after so many training tokens; without a growing window nothing happens.
+
+        Args:
+            tokens: Trained on so far, on all ranks.
+        """
+        if self.window is not None and self.config.window_start is not None:
+            self.window.fill_(self.config.window_at(tokens))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Score every possible next token after each token.
@@ -267,16 +227,59 @@ class GPT(nn.Module):
         Raises:
             ValueError: If the sequences are longer than block_size.
         """
-        tokens = input_ids.size(1)
-        if tokens > self.config.block_size:
+        config, tokens = self.config, input_ids.size(1)
+        if tokens > config.block_size:
             raise ValueError(
-                f"input_ids must have at most block_size={self.config.block_size} tokens a row, got {tokens}: "
+                f"input_ids must have at most block_size={config.block_size} tokens a row, got {tokens}: "
                 f"shorten the sequences or build the model with a larger block_size"
             )
         x = self.embedding(input_ids)  # (B, T, width)
-        if self.config.positions == "learned":
+        if config.positions == "learned":
             x = x + self.positions.weight[:tokens]  # (B, T, width) + (T, width)
+        if config.embedding_norm:
+            x = norm(x)  # (B, T, width)
         rotary = None if self.rotary is None else self.rotary[:, :tokens]  # (2, T, head / 2)
-        for block in self.blocks:
-            x = block(x, rotary)  # (B, T, width)
-        return F.linear(norm(x), self.embedding.weight)  # (B, T, vocab)
+        context = Context(x, rotary, *self._masks(input_ids))
+        tables = [table(input_ids) for table in self.value_tables]  # each (B, T, width)
+        outputs: list[Tensor] = []  # of the first half of the blocks, (B, T, width)
+        num_skips = config.num_layers // 2 if config.unet else 0
+        for layer, block in enumerate(self.blocks):
+            if layer >= config.num_layers - num_skips:
+                weight = self.skip_weights[layer - config.num_layers + num_skips]
+                x = x + weight * outputs.pop()  # (B, T, width)
+            table = self._table_of[layer]
+            x = block(x, context, None if table is None else tables[table])  # (B, T, width)
+            if layer < num_skips:
+                outputs.append(x)
+        return self._bound(self._score(norm(x)))  # (B, T, vocab)
+
+    def _masks(self, input_ids: Tensor) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
+        """Masks of layers with a long and with a short window."""
+        config, device = self.config, input_ids.device
+        plain = not config.document_mask and self.window is None
+        on_gpu = device.type == "cuda" and config.head_size >= 16 and not plain
+        build = block_mask if config.attention == "flex" or (config.attention == "auto" and on_gpu) else dense_mask
+        if plain and build is dense_mask:
+            return None, None  # SDPA knows causal attention by itself, and does half of the work then
+        documents = document_ids(input_ids, config.eos_token) if config.document_mask else None  # (B, T)
+        arguments = (config.mask_block, device)
+        mask = build(input_ids.size(1), documents, self.window, *arguments)
+        if config.window_pattern == "equal" or self.window is None:
+            return mask, None
+        return mask, build(input_ids.size(1), documents, (self.window // 2).clamp(min=1), *arguments)
+
+    def _score(self, x: Tensor) -> Tensor:
+        if not self.config.tied_head:
+            return self.head(x)  # (B, T, width) -> (B, T, vocab)
+        if self.config.fp8 == "off":
+            return F.linear(x, self.embedding.weight)
+        return float8_linear(x, self.embedding.weight, self.config.fp8, self.config.fp8_scales)
+
+    def _bound(self, logits: Tensor) -> Tensor:
+        c = self.config.softcap
+        if c is None:
+            return logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 near 15 has steps of 1 / 16
+        if self.config.softcap_kind == "tanh":
+            return c * torch.tanh(logits / c)
+        return 2 * c * torch.sigmoid(logits / (0.5 * c * self.config.width**0.5))

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from lightning_spectral.nanogpt.model import GPT, GPTConfig, next_token_loss
+from lightning_spectral.nanogpt.model import GPT, RECIPES, GPTConfig, next_token_loss
 
 
 class RecipeOptimizer(NamedTuple):
@@ -24,6 +24,11 @@ class RecipeOptimizer(NamedTuple):
 OPTIMIZERS: dict[str, RecipeOptimizer] = {
     "baseline": RecipeOptimizer(learning_rate=3e-4, weight_decay=0.1),
     "rope": RecipeOptimizer(learning_rate=6e-4, weight_decay=0.0),
+    **{
+        recipe: RecipeOptimizer(learning_rate=1e-3, weight_decay=0.0)
+        for recipe in RECIPES
+        if recipe not in ("baseline", "rope")
+    },
 }
 
 # The recipes' learning rates were chosen at width 768 and half a million tokens a step.
@@ -69,7 +74,25 @@ class NanoGPT(pl.LightningModule):
     def __init__(
         self,
         tier: Literal["tiny", "d12", "d24", "d36", "d48"] = "tiny",
-        recipe: Literal["baseline", "rope"] = "rope",
+        recipe: Literal[
+            "baseline",
+            "rope",
+            "muon",
+            "untied",
+            "value_mix",
+            "unet",
+            "fixed_window",
+            "flex_window",
+            "vte",
+            "better_window",
+            "sparse_embed",
+            "truncated_rope",
+            "softcap",
+            "fp8_head",
+            "long_short",
+            "attn_scale",
+            "sub_lr",
+        ] = "rope",
         learning_rate: float | None = None,
         weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
