@@ -295,7 +295,7 @@ def test_refuses_unknown_tokens_of_a_bare_loader(stage):
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"cooldown": 0.0}, r"cooldown must be a fraction in \(0, 1\], got 0.0"),
         ({"tier": "huge"}, "tier must be one of tiny, d12, d24, d36, d48, got 'huge'"),
-        ({"recipe": "rop"}, "recipe must be one of baseline, rope, got 'rop'"),
+        ({"recipe": "rop"}, "recipe must be one of baseline, rope, .*, sub_lr, got 'rop'"),
         ({"switches": {"depth": 2}}, "overrides must be fields of GPTConfig .*, got 'depth'"),
     ],
 )
