@@ -58,7 +58,6 @@ class _Float8Product(torch.autograd.Function):
         x8, w8 = ctx.saved_tensors
         x_scale, w_scale, g_scale = ctx.scales
         x_dtype, w_dtype = ctx.dtypes
-        g_scale *= min(1.0, x8.size(0) / TOKENS)
         g8 = round_to_float8(grad, g_scale, GRADIENTS)  # (rows, out)
         dtype = x_dtype if ctx.emulate else torch.bfloat16
         grad_x = _multiply(g8, w8.t().contiguous().t(), g_scale * w_scale, dtype, ctx.emulate)  # (rows, in)
@@ -92,6 +91,7 @@ def float8_linear(x: Tensor, weight: Tensor, mode: str, scales: tuple[float, flo
     if mode == "on":
         refuse_without_float8(x.device)
     rows = x.reshape(-1, x.size(-1))  # (rows, in)
+    scales = (*scales[:2], scales[2] * min(1.0, rows.size(0) / TOKENS))
     padding = -rows.size(0) % 16 if mode == "on" else 0  # the hardware sums over rows in sixteens
     if padding:
         rows = torch.cat((rows, rows.new_zeros(padding, rows.size(1))))

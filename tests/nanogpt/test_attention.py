@@ -87,7 +87,8 @@ def test_block_window_of_one_layer():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "long"), [(12, [0, 4, 7, 11]), (4, [0, 3]), (9, [0, 4, 8]), (36, [0, 4, 8, 12, 16, 19, 23, 27, 31, 35])]
+    ("num_layers", "long"),
+    [(12, [0, 4, 7, 11]), (4, [0, 3]), (9, [0, 4, 8]), (36, [0, 4, 8, 12, 16, 19, 23, 27, 31, 35])],
 )
 def test_long_windows_are_mirrored(num_layers, long):
     config = GPTConfig.from_tier("d12", "long_short", num_layers=num_layers)
