@@ -2,41 +2,24 @@
 
 import math
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_spectral.nanogpt.model import GPT, RECIPES, GPTConfig, next_token_loss
-
-
-class RecipeOptimizer(NamedTuple):
-    """How a recipe was trained in the speed runs it comes from."""
-
-    learning_rate: float
-    """Peak learning rate of AdamW."""
-    weight_decay: float
-    """Decoupled weight decay of the matrices."""
-
-
-OPTIMIZERS: dict[str, RecipeOptimizer] = {
-    "baseline": RecipeOptimizer(learning_rate=3e-4, weight_decay=0.1),
-    "rope": RecipeOptimizer(learning_rate=6e-4, weight_decay=0.0),
-    **{
-        recipe: RecipeOptimizer(learning_rate=1e-3, weight_decay=0.0)
-        for recipe in RECIPES
-        if recipe not in ("baseline", "rope")
-    },
-}
-
-# The recipes' learning rates were chosen at width 768 and half a million tokens a step.
-TINY_LEARNING_RATE_FACTOR = 5.0
+from lightning_spectral.nanogpt.model import GPT, GPTConfig, next_token_loss
+from lightning_spectral.nanogpt.optimizers import Recipe, build_optimizer, group_table, settings_for, with_learning_rate
+from lightning_spectral.nanogpt.protocol import set_token_budgets
 
 
 class NanoGPT(pl.LightningModule):
-    """A GPT for next-token prediction, with AdamW and a warm-up followed by a cosine to zero.
+    """A GPT for next-token prediction, trained as its recipe was: by AdamW, or by Muon and AdamW together.
 
     Batches are dicts of `input_ids` and `labels`, int64 of shape `(batch, tokens)`, where the label -100 is ignored.
     Logged: `train_loss` and `val_loss` (`test_loss`) in nats a token, the last two weighted by counted labels over
@@ -48,17 +31,31 @@ class NanoGPT(pl.LightningModule):
     Args:
         tier: Size by name: tiny (4 layers, 2 heads, width 128: minutes on a CPU), d12, d24, d36 or d48 (the sizes of
             GPT-2).
-        recipe: Architecture and optimizer by name: baseline (learned positions, fused query-key-value matrix) or rope
-            (rotary positions, normalised queries and keys, separate matrices).
-        learning_rate: Peak of the schedule. None takes the recipe's, 3e-4 for baseline and 6e-4 for rope as in the
-            speed runs, times 5 for tier tiny, whose width and batches are smaller.
+        recipe: Architecture and optimizer by name: baseline (learned positions, fused query-key-value matrix), rope
+            (rotary positions, normalised queries and keys, separate matrices), muon (the same, its matrices moved by
+            Muon), or one of those after it, each of which adds to the one before.
+        optimizer: Recipe whose optimizer is taken, such as baseline for AdamW on any architecture. None takes that of
+            `recipe`.
+        matrix_optimizer: What moves the blocks' matrices in a recipe with Muon: muon, or adamw at a learning rate of
+            0.004. None takes the recipe's.
+        learning_rate: Peak of the schedule where AdamW moves everything. None takes the recipe's, 3e-4 for baseline
+            and 6e-4 for rope as in the speed runs, times 5 for tier tiny, whose width and batches are smaller. Recipes
+            with Muon have one for each group of parameters, shown when training starts.
+        lr_multiplier: Multiplies all learning rates, above 0: the one number to sweep. The default changes none.
         weight_decay: Decoupled decay of matrices and embeddings. None takes the recipe's, 0.1 for baseline and 0 for
-            rope.
-        betas: Decay rates of AdamW's two moments, as in the speed runs.
+            all others.
+        betas: Decay rates of AdamW's two moments. None takes the recipe's, (0.9, 0.95) and from sparse_embed on
+            (0.8, 0.95) for embeddings, vectors and single numbers.
         warmup_steps: Optimizer steps over which the learning rate rises linearly. The default is about a tenth of a
             short run on a CPU.
-        cooldown: Fraction, in (0, 1], of the steps after the warm-up over which the learning rate falls to zero along
-            half a cosine. The default, 1, is the recipes'. With no limit on steps or epochs nothing falls.
+        cooldown: Fraction, in (0, 1], of the steps after the warm-up over which the learning rate falls to zero. None
+            takes the recipe's: 1, along half a cosine, where AdamW moves everything; 0.1, linearly, with Muon. With
+            no limit on steps or epochs nothing falls.
+        stop_at_loss: Validation loss, in nats a token, at or below which training stops, so that runs can be compared
+            at equal loss; the Trainer's `min_steps` is honoured. None trains for as long as the Trainer says.
+        batch_tokens: Tokens of an optimizer step on all ranks, a multiple of what a batch of each rank has; sets the
+            Trainer's `accumulate_grad_batches`. None leaves that alone. `val_check_interval` counts batches, not steps.
+        val_tokens: Tokens of a validation run on all ranks, likewise; sets the Trainer's `limit_val_batches`.
         vocab_size: Number of token values. The default is that of bytes, as TextData gives.
         block_size: Longest sequence, in tokens. The default is TextData's.
         num_layers: Number of blocks. None takes the tier's.
@@ -68,36 +65,25 @@ class NanoGPT(pl.LightningModule):
             none.
 
     Raises:
-        ValueError: If a name is unknown, a number is out of its range, or the sizes do not fit each other.
+        ValueError: If a name is unknown, a number is out of its range or does not apply to the recipe, or the sizes do
+            not fit each other.
     """
 
     def __init__(
         self,
         tier: Literal["tiny", "d12", "d24", "d36", "d48"] = "tiny",
-        recipe: Literal[
-            "baseline",
-            "rope",
-            "muon",
-            "untied",
-            "value_mix",
-            "unet",
-            "fixed_window",
-            "flex_window",
-            "vte",
-            "better_window",
-            "sparse_embed",
-            "truncated_rope",
-            "softcap",
-            "fp8_head",
-            "long_short",
-            "attn_scale",
-            "sub_lr",
-        ] = "rope",
+        recipe: Recipe = "rope",
+        optimizer: Recipe | None = None,
+        matrix_optimizer: Literal["muon", "adamw"] | None = None,
         learning_rate: float | None = None,
+        lr_multiplier: float = 1.0,
         weight_decay: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         warmup_steps: int = 50,
-        cooldown: float = 1.0,
+        cooldown: float | None = None,
+        stop_at_loss: float | None = None,
+        batch_tokens: int | None = None,
+        val_tokens: int | None = None,
         vocab_size: int = 256,
         block_size: int = 256,
         num_layers: int | None = None,
@@ -108,23 +94,39 @@ class NanoGPT(pl.LightningModule):
         super().__init__()
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
-        if not 0 < cooldown <= 1:
-            raise ValueError(f"cooldown must be a fraction in (0, 1], got {cooldown}: 1 is the recipes'")
+        if stop_at_loss is not None and not stop_at_loss > 0:
+            raise ValueError(f"stop_at_loss must be above 0, got {stop_at_loss}: None trains without a target")
         self.save_hyperparameters()
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "width": width}
         overrides = {name: size for name, size in sizes.items() if size is not None} | (switches or {})
         config = GPTConfig.from_tier(tier, recipe, vocab_size=vocab_size, block_size=block_size, **overrides)
         self.gpt = GPT(config)
-        default = OPTIMIZERS[recipe]
-        factor = TINY_LEARNING_RATE_FACTOR if tier == "tiny" else 1.0
-        self.learning_rate = factor * default.learning_rate if learning_rate is None else learning_rate
-        self.weight_decay = default.weight_decay if weight_decay is None else weight_decay
-        self.betas = (betas[0], betas[1])
+        self.settings = settings_for(
+            tier,
+            optimizer or recipe,
+            matrix_optimizer=matrix_optimizer,
+            learning_rate=learning_rate,
+            lr_multiplier=lr_multiplier,
+            weight_decay=weight_decay,
+            betas=betas,
+            cooldown=cooldown,
+        )
         self.warmup_steps = warmup_steps
-        self.cooldown = cooldown
+        self.stop_at_loss = stop_at_loss
+        self.batch_tokens = batch_tokens
+        self.val_tokens = val_tokens
         self.tokens = 0
         self._checked_tokens = False
         self._clock = _Clock()
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the blocks' matrices; one that is set, as Lightning's finder does, is everything's."""
+        return self.settings.matrices
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.settings = with_learning_rate(self.settings, value)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Score every possible next token after each token.
@@ -189,13 +191,14 @@ class NanoGPT(pl.LightningModule):
         self.log(key, loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=weight)
 
     def setup(self, stage: str) -> None:
-        """Refuse data that does not fit the model.
+        """Refuse data that does not fit the model; set what is given in tokens.
 
         Args:
-            stage: Not used.
+            stage: What the Trainer is about to do.
 
         Raises:
-            ValueError: If the Trainer's data module has more token values or longer sequences than the model.
+            ValueError: If the Trainer's data module has more token values or longer sequences than the model, or its
+                batches do not make up the tokens.
         """
         data = getattr(self.trainer, "datamodule", None)
         for name, what in (("vocab_size", "number of token values"), ("block_size", "length of the sequences")):
@@ -205,6 +208,7 @@ class NanoGPT(pl.LightningModule):
                     f"{name} must be at least {least}, the {what} in {type(data).__name__}, got {size}: "
                     f"build the model with {name}={least}"
                 )
+        set_token_budgets(self.trainer, stage, self.batch_tokens, self.val_tokens)
 
     def _check_tokens(self, batch: dict[str, Tensor]) -> None:
         # in the first batch only, as it waits for the device; for loaders that come without a data module
@@ -217,6 +221,11 @@ class NanoGPT(pl.LightningModule):
                 f"got {self.gpt.config.vocab_size}: build the model with a larger vocab_size"
             )
         self._checked_tokens = True
+
+    def on_fit_start(self) -> None:
+        """Show beside Lightning's summary of the model, and like it on rank zero, what moves its parameters."""
+        if self.trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            Console().print(group_table(self.trainer.optimizers[0]))
 
     def on_train_start(self) -> None:
         """Start the clock."""
@@ -265,8 +274,18 @@ class NanoGPT(pl.LightningModule):
         self._clock.pause()
 
     def on_validation_end(self) -> None:
-        """Let the clock go on."""
+        """Let the clock go on, unless the loss is as low as training was to bring it."""
         self._clock.go_on()
+        if self.stop_at_loss is None or not self.trainer.training or self.trainer.sanity_checking:
+            return
+        # the mean over all ranks, so that all of them stop
+        loss = self.trainer.callback_metrics.get("val_loss")
+        if loss is not None and loss <= self.stop_at_loss:
+            self.trainer.should_stop = True
+            rank_zero_info(
+                f"val_loss is {loss:.4f}, at or below stop_at_loss={self.stop_at_loss}: training stops at step "
+                f"{self.global_step}, after {self.tokens:,} tokens"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the number of tokens.
@@ -300,24 +319,30 @@ class NanoGPT(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total <= 0 or math.isinf(total):
             return 1.0
-        length = self.cooldown * (total - self.warmup_steps)
+        length = self.settings.cooldown * (total - self.warmup_steps)
         progress = (step - (total - length)) / length if length > 0 else 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+        progress = min(max(progress, 0.0), 1.0)
+        return 1 - progress if self.settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build AdamW, decaying matrices only, and its schedule.
+        """Build the recipe's optimizer and its schedule.
 
         Returns:
             Optimizer and scheduler, stepped after each optimizer step.
         """
-        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
-        others = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas
-        )
+        optimizer = build_optimizer(self, self.settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.learning_rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let Muon's momentum rise, as a function of the step alone, so that a resumed run goes on with it.
+
+        Args:
+            optimizer: What is about to step.
+        """
+        for group in optimizer.param_groups:
+            if "momentum" in group:
+                group["momentum"] = self.settings.momentum_at(self.global_step)
 
 
 class _Clock:

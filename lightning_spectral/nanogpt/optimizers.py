@@ -1,0 +1,318 @@
+"""How each recipe is optimised: learning rates by role of the parameters, as data, and the optimizer they make."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from lightning_spectral.nanogpt.combined import CombinedOptimizer
+
+Recipe = Literal[
+    "baseline",
+    "rope",
+    "muon",
+    "untied",
+    "value_mix",
+    "unet",
+    "fixed_window",
+    "flex_window",
+    "vte",
+    "better_window",
+    "sparse_embed",
+    "truncated_rope",
+    "softcap",
+    "fp8_head",
+    "long_short",
+    "attn_scale",
+    "sub_lr",
+]
+Role = Literal["embeddings", "head", "scalars", "matrices"]
+ROLES: tuple[Role, ...] = ("embeddings", "head", "scalars", "matrices")
+"""Tables looked up by token or position; the untied head; vectors and single numbers; the blocks' 2-D matrices."""
+
+
+class RecipeOptimizer(NamedTuple):
+    """How a recipe was trained in the speed runs it comes from."""
+
+    embeddings: float
+    """Peak learning rate of the tables, and of the head where it is tied to one."""
+    head: float
+    """Peak learning rate of an untied head."""
+    scalars: float
+    """Peak learning rate of vectors and single numbers, which never decay."""
+    matrices: float
+    """Peak learning rate of the blocks' matrices."""
+    matrix_optimizer: Literal["adamw", "muon"] = "muon"
+    """What moves the blocks' matrices; all else is AdamW's."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all but vectors and single numbers."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments, for the head and the matrices."""
+    lookup_betas: tuple[float, float] = (0.9, 0.95)
+    """The same for tables, vectors and single numbers."""
+    momentum: tuple[float, float] = (0.95, 0.95)
+    """Muon's momentum at the start and from MOMENTUM_STEPS on, linear between."""
+    decay: Literal["cosine", "linear"] = "linear"
+    """How the learning rate comes down to zero."""
+    cooldown: float = 0.1
+    """Fraction of the steps after the warm-up over which it does."""
+
+    def momentum_at(self, step: int) -> float:
+        """Give Muon's momentum.
+
+        Args:
+            step: Optimizer steps taken before this one.
+
+        Returns:
+            A number in [0, 1).
+        """
+        start, end = self.momentum
+        return start + (end - start) * min(step / MOMENTUM_STEPS, 1.0)
+
+
+MOMENTUM_STEPS = 500
+"""Optimizer steps over which Muon's momentum rises."""
+
+SUB_LR_BASE = 0.008
+SUB_LR_MULTIPLIERS: dict[Role, float] = {"embeddings": 75.0, "head": 27.5, "scalars": 5.0}
+"""Of SUB_LR_BASE, AdamW's learning rate in recipe sub_lr: they make 0.6, 0.22 and 0.04."""
+
+ADAMW_MATRICES = 0.004
+"""Peak learning rate of the blocks' matrices where a recipe with Muon is trained with AdamW instead."""
+
+# The optimizer does not change where the architecture alone does.
+OPTIMIZERS: dict[str, RecipeOptimizer] = {
+    "baseline": RecipeOptimizer(3e-4, 3e-4, 3e-4, 3e-4, "adamw", weight_decay=0.1, decay="cosine", cooldown=1.0),
+    "rope": RecipeOptimizer(6e-4, 6e-4, 6e-4, 6e-4, "adamw", decay="cosine", cooldown=1.0),
+}
+OPTIMIZERS["muon"] = RecipeOptimizer(embeddings=0.0036, head=0.0036, scalars=0.0036, matrices=0.00036)
+OPTIMIZERS["untied"] = OPTIMIZERS["muon"]._replace(embeddings=0.3, head=0.002, scalars=0.02, matrices=0.02)
+OPTIMIZERS["value_mix"] = OPTIMIZERS["untied"]._replace(momentum=(0.85, 0.95))
+OPTIMIZERS["unet"] = OPTIMIZERS["value_mix"]._replace(embeddings=0.6, head=0.008, scalars=0.04, matrices=0.04)
+OPTIMIZERS |= dict.fromkeys(("fixed_window", "flex_window", "vte", "better_window"), OPTIMIZERS["unet"])
+OPTIMIZERS["sparse_embed"] = OPTIMIZERS["unet"]._replace(lookup_betas=(0.8, 0.95))
+OPTIMIZERS |= dict.fromkeys(
+    ("truncated_rope", "softcap", "fp8_head", "long_short", "attn_scale"), OPTIMIZERS["sparse_embed"]
+)
+OPTIMIZERS["sub_lr"] = OPTIMIZERS["sparse_embed"]._replace(
+    embeddings=SUB_LR_BASE * SUB_LR_MULTIPLIERS["embeddings"],
+    head=SUB_LR_BASE * SUB_LR_MULTIPLIERS["head"],
+    scalars=SUB_LR_BASE * SUB_LR_MULTIPLIERS["scalars"],
+)
+
+
+def role_of(name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
+    """Tell what a parameter is for, from its name, its shape and the kind of module that holds it.
+
+    Args:
+        name: Path in the model, such as blocks.0.mlp.up.weight.
+        parameter: The parameter.
+        owner: The module of which it is an attribute.
+
+    Returns:
+        matrices for the weights of linear layers inside blocks; embeddings for those of embedding layers, wherever they
+        are, and for bare parameters named after one; head for linear layers outside blocks; scalars for all else.
+    """
+    path = name.split(".")
+    if isinstance(owner, nn.Embedding):
+        return "embeddings"
+    if parameter.ndim < 2:
+        return "scalars"
+    if isinstance(owner, nn.Linear) or "head" in path:
+        return "matrices" if "blocks" in path and parameter.ndim == 2 else "head"
+    return "embeddings" if any("embed" in part for part in path) else "scalars"
+
+
+def parameters_by_role(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
+    """Sort a model's trainable parameters by what they are for; one that is shared counts where it comes first.
+
+    Args:
+        model: The model.
+
+    Returns:
+        For each role its parameters, in the model's order; none is left out or in two.
+    """
+    found: dict[Role, list[nn.Parameter]] = {role: [] for role in ROLES}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[role_of(name, parameter, model.get_submodule(name.rpartition(".")[0]))].append(parameter)
+    return found
+
+
+def build_optimizer(model: nn.Module, settings: RecipeOptimizer) -> Optimizer:
+    """Make the optimizer of a recipe.
+
+    Args:
+        model: Whose trainable parameters are to be moved.
+        settings: How.
+
+    Returns:
+        AdamW where it moves everything; else Muon and AdamW as one. Groups have a name, under which
+        LearningRateMonitor logs them.
+    """
+    if has_one_learning_rate(settings):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        groups = [
+            {"name": "matrices", "params": matrices, "weight_decay": settings.weight_decay},
+            {"name": "scalars", "params": others, "weight_decay": 0.0},
+        ]
+        return AdamW([group for group in groups if group["params"]], lr=settings.matrices, betas=settings.betas)
+    groups_by_role = {role: _group(role, found, settings) for role, found in parameters_by_role(model).items() if found}
+    if settings.matrix_optimizer == "adamw" or "matrices" not in groups_by_role:
+        return AdamW(list(groups_by_role.values()))
+    matrices_group = groups_by_role.pop("matrices")
+    del matrices_group["betas"]
+    # "original" multiplies the update by sqrt(max(1, rows / columns))
+    muon = Muon([matrices_group], momentum=settings.momentum_at(0), adjust_lr_fn="original")
+    return CombinedOptimizer([muon, AdamW(list(groups_by_role.values()))]) if groups_by_role else muon
+
+
+def _group(role: Role, parameters: list[nn.Parameter], settings: RecipeOptimizer) -> dict[str, Any]:
+    return {
+        "name": role,
+        "params": parameters,
+        "lr": getattr(settings, role),
+        "weight_decay": 0.0 if role == "scalars" else settings.weight_decay,
+        "betas": settings.lookup_betas if role in ("embeddings", "scalars") else settings.betas,
+    }
+
+
+def group_table(optimizer: Optimizer) -> Table:
+    """Show what is moved by what, and how fast.
+
+    Args:
+        optimizer: From `build_optimizer`.
+
+    Returns:
+        A row for each parameter group; learning rates are peaks of the schedule.
+    """
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tensors": lambda group: f"{len(group['params']):,}",
+        "parameters": lambda group: f"{sum(p.numel() for p in group['params']):,}",
+        "learning rate": lambda group: f"{group.get('initial_lr', group['lr']):.3g}",
+        "weight decay": lambda group: f"{group['weight_decay']:.3g}",
+    }
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("group", "optimizer"):
+        table.add_column(heading, overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for part in optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
+        for number, group in enumerate(part.param_groups):
+            name, cells = group.get("name", str(number)), [cell(group) for cell in columns.values()]
+            table.add_row(name, type(part).__name__, *cells)
+    return table
+
+
+# The rates were chosen at width 768 and half a million tokens a step; tier tiny has width 128 and 2,048 tokens.
+TINY_LEARNING_RATE_FACTOR = 5.0
+
+
+def settings_for(
+    tier: str,
+    recipe: str,
+    *,
+    matrix_optimizer: str | None = None,
+    learning_rate: float | None = None,
+    lr_multiplier: float = 1.0,
+    weight_decay: float | None = None,
+    betas: tuple[float, float] | None = None,
+    cooldown: float | None = None,
+) -> RecipeOptimizer:
+    """Look up how a recipe is optimised at a size, and change what is not None.
+
+    Args:
+        tier: Name of the size.
+        recipe: A key of `OPTIMIZERS`.
+        matrix_optimizer: What moves the blocks' matrices, muon or adamw.
+        learning_rate: The one of a recipe that has one.
+        lr_multiplier: Of all learning rates.
+        weight_decay: Of all but vectors and single numbers.
+        betas: Of AdamW, for all that it moves.
+        cooldown: Fraction of the steps after the warm-up.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: If there is no such recipe, a number is out of its range, or does not apply to the recipe.
+    """
+    if recipe not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {recipe!r}")
+    if lr_multiplier <= 0:
+        raise ValueError(f"lr_multiplier must be above 0, got {lr_multiplier}: 1 leaves the recipe's learning rates")
+    if cooldown is not None and not 0 < cooldown <= 1:
+        raise ValueError(f"cooldown must be a fraction in (0, 1], got {cooldown}: None takes the recipe's")
+    settings = OPTIMIZERS[recipe]
+    if matrix_optimizer not in (None, settings.matrix_optimizer):
+        if settings.matrix_optimizer == "adamw":
+            raise ValueError(
+                f"matrix_optimizer must be adamw for {recipe}, which has no learning rate for another, got "
+                f"{matrix_optimizer!r}: take optimizer=muon or a later one"
+            )
+        if matrix_optimizer != "adamw":
+            raise ValueError(f"matrix_optimizer must be one of muon, adamw, got {matrix_optimizer!r}")
+        settings = settings._replace(matrix_optimizer="adamw", matrices=ADAMW_MATRICES)
+    if tier == "tiny":
+        settings = scaled(settings, TINY_LEARNING_RATE_FACTOR)
+    if learning_rate is not None:
+        settings = with_learning_rate(settings, learning_rate)
+    settings = scaled(settings, lr_multiplier)
+    if weight_decay is not None:
+        settings = settings._replace(weight_decay=weight_decay)
+    if betas is not None:
+        settings = settings._replace(betas=(betas[0], betas[1]), lookup_betas=(betas[0], betas[1]))
+    return settings if cooldown is None else settings._replace(cooldown=cooldown)
+
+
+def with_learning_rate(settings: RecipeOptimizer, learning_rate: float) -> RecipeOptimizer:
+    """Change the learning rate of a recipe that has one for everything.
+
+    Args:
+        settings: The recipe's.
+        learning_rate: The new one.
+
+    Returns:
+        The changed settings.
+
+    Raises:
+        ValueError: If the recipe has several.
+    """
+    if not has_one_learning_rate(settings):
+        several = ", ".join(f"{role} {getattr(settings, role):.3g}" for role in ROLES)
+        raise ValueError(
+            f"learning_rate must be None where there are several ({several}), got {learning_rate}: "
+            f"multiply them all by lr_multiplier"
+        )
+    rates: dict[str, Any] = dict.fromkeys(ROLES, learning_rate)
+    return settings._replace(**rates)
+
+
+def has_one_learning_rate(settings: RecipeOptimizer) -> bool:
+    """Tell whether AdamW moves everything alike.
+
+    Args:
+        settings: A recipe's.
+
+    Returns:
+        Whether it does.
+    """
+    return settings.matrix_optimizer == "adamw" and len({getattr(settings, role) for role in ROLES}) == 1
+
+
+def scaled(settings: RecipeOptimizer, factor: float) -> RecipeOptimizer:
+    """Multiply all learning rates.
+
+    Args:
+        settings: A recipe's.
+        factor: By what.
+
+    Returns:
+        The settings with the products.
+    """
+    rates: dict[str, Any] = {role: factor * getattr(settings, role) for role in ROLES}
+    return settings._replace(**rates)
