@@ -11,7 +11,8 @@ from torch import nn
 from lightning_spectral.capture.names import clean_name
 
 _OF_THE_RUN = re.compile(
-    r"(^|_)(lrs?|learning_rates?|seed|batch_?size|warm_?up|(max|total)_(steps|epochs))(_|$)", re.IGNORECASE
+    r"(^|_)(lrs?|learning_rates?|seed|batch_?(size|tokens)|warm_?up|(max|total)_(steps|epochs)|stop_at_loss)(_|$)",
+    re.IGNORECASE,
 )
 """Settings that differ between runs of one family: what a sweep sweeps, not what the model is. Among them are lengths
 of the schedule, which are given in steps and follow the batch size."""
