@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 FLEX_BLOCK = 128
-"""Tokens of a block that FlexAttention computes or skips, unless masks have blocks of their own."""
+"""Tokens of a block that FlexAttention computes or skips; its kernels take no smaller ones."""
 
 
 def document_ids(input_ids: Tensor, eos_token: int) -> Tensor:
@@ -34,6 +34,23 @@ def _reach(window: Tensor, mask_block: int | None) -> Tensor:
 
 def _place(tokens: Any, mask_block: int | None) -> Any:
     return tokens if mask_block is None else tokens // mask_block
+
+
+def takes_flex(attention: str, device: torch.device, masked: bool, head_size: int) -> bool:
+    """Choose between FlexAttention and SDPA.
+
+    Args:
+        attention: "flex", "sdpa", or "auto" for flex where it is worth it.
+        device: On which attention runs.
+        masked: Whether more than the future is masked; if not, SDPA has kernels for it.
+        head_size: Features of a head, of which flex takes no less than 16.
+
+    Returns:
+        Whether it is FlexAttention.
+    """
+    if attention == "auto":
+        return device.type == "cuda" and masked and head_size >= 16
+    return attention == "flex"
 
 
 def dense_mask(
@@ -77,7 +94,7 @@ def block_mask(
     Returns:
         For each block of tokens, the blocks that it sees in whole and in part, and the rule inside the latter.
     """
-    size = FLEX_BLOCK if mask_block is None else mask_block
+    size = FLEX_BLOCK
     num_blocks = -(-num_tokens // size)
     first = torch.arange(num_blocks, device=device) * size  # (n,): each block's first token
     last = first + size - 1

@@ -115,7 +115,7 @@ class GPTConfig:
     """Round the window up to blocks of this many tokens, aligned to multiples of it, so that fewer of them are cut
     through; the speed runs' is 128. None lets every token see equally far."""
     tied_head: bool = True
-    """Score tokens with the embedding, instead of with a matrix of their own that starts at zero."""
+    """Score next tokens with the embedding; if not, with a separate matrix, the head, that starts at zero."""
     embedding_norm: bool = False
     """RMS-normalise the embedding, without parameters."""
     value_mix: Literal["none", "first", "layer", "mirrored", "sparse"] = "none"
@@ -242,10 +242,10 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("attention_scale", "softcap"):
+        for name, usual in (("attention_scale", 0.12), ("softcap", 15)):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}: take None for none of your own")
+                raise ValueError(f"{name} must be positive, or None, got {value}: take {usual} or None")
         if self.eos_token < 0:
             raise ValueError(f"eos_token must be a token, at least 0, got {self.eos_token}")
         if len(self.fp8_scales) != 3 or min(self.fp8_scales) <= 0:

@@ -31,7 +31,7 @@ def _multiply(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, emulate: b
     # (m, k) times (k, n) of 8-bit floats; a is laid out by rows and b by columns, the only way the hardware takes them
     if emulate:
         return (a.to(dtype) @ b.to(dtype)) / scale
-    one = torch.ones((), device=a.device)
+    one = torch.ones((), dtype=torch.float32, device=a.device)
     # fast: sums of products in fewer bits than float32, good enough for logits
     return torch._scaled_mm(a, b, scale_a=one / scale, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids
+from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids, takes_flex
 from lightning_spectral.nanogpt.config import RECIPES, TIERS, GPTConfig, recipe_switches
 from lightning_spectral.nanogpt.float8 import Float8Linear, float8_linear
 
@@ -256,10 +256,9 @@ class GPT(nn.Module):
     def _masks(self, input_ids: Tensor) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
         """Masks of layers with a long and with a short window."""
         config, device = self.config, input_ids.device
-        plain = not config.document_mask and self.window is None
-        on_gpu = device.type == "cuda" and config.head_size >= 16 and not plain
-        build = block_mask if config.attention == "flex" or (config.attention == "auto" and on_gpu) else dense_mask
-        if plain and build is dense_mask:
+        masked = config.document_mask or self.window is not None
+        build = block_mask if takes_flex(config.attention, device, masked, config.head_size) else dense_mask
+        if not masked and build is dense_mask:
             return None, None  # SDPA knows causal attention by itself, and does half of the work then
         documents = document_ids(input_ids, config.eos_token) if config.document_mask else None  # (B, T)
         arguments = (config.mask_block, device)

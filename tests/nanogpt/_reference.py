@@ -101,10 +101,7 @@ def e5m2(x):
 def head(x, weights, config):
     """Logits of one token."""
     matrix = weights["embedding.weight"] if config.tied_head else weights["head.weight"]
-    if config.fp8 == "off":
-        logits = matrix @ x
-    else:
-        logits = e4m3(32 * matrix) @ e4m3(2 * x) / 64
+    logits = matrix @ x if config.fp8 == "off" else e4m3(32 * matrix) @ e4m3(2 * x) / 64
     c = config.softcap
     if c is None:
         return logits

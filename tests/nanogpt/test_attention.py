@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from lightning_spectral.nanogpt import GPT, RECIPES, GPTConfig
-from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids
+from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids, takes_flex
 from lightning_spectral.nanogpt.config import recipe_switches
 
 SMALL = {"vocab_size": 32, "block_size": 24, "num_layers": 4, "num_heads": 2, "width": 32, "eos_token": 5}
@@ -150,7 +150,7 @@ def test_blocks_and_booleans_are_the_same_mask(monkeypatch, num_tokens, with_doc
     monkeypatch.setattr("lightning_spectral.nanogpt.attention.FLEX_BLOCK", 8)
     documents = documents_of(num_tokens) if with_documents else None
     reach = None if window is None else torch.tensor(window)
-    for mask_block in (None, 8) if window else (None,):
+    for mask_block in (None, 4, 8, 16) if window else (None,):
         dense = dense_mask(num_tokens, documents, reach, mask_block, CPU).expand(3, 1, num_tokens, num_tokens)
         blocks = block_mask(num_tokens, documents, reach, mask_block, CPU)
         padded = torch.zeros(3, math.ceil(num_tokens / 8) * 8, math.ceil(num_tokens / 8) * 8, dtype=torch.bool)
@@ -194,6 +194,40 @@ def test_automatic_choice_on_a_cpu_is_sdpa():
     model, input_ids = build("long_short"), packed()
     model(input_ids).sum().backward()
     assert torch.equal(model(input_ids), build("long_short", attention="sdpa")(input_ids))
+
+
+def test_fresh_masks_need_no_fresh_kernel():
+    q = torch.randn(2, 2, 300, 16, generator=torch.Generator().manual_seed(0))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, backend=count, dynamic=False)
+    for seed, window in enumerate((64, 128, 90, 300)):
+        documents = documents_of(300)[:2].roll(seed, dims=1).cummax(dim=1).values
+        masks = [make(300, documents, torch.tensor(window), 128, CPU) for make in (dense_mask, block_mask)]
+        expected, actual = attend(q, q, q, masks[0], None), compiled(q, q, q, block_mask=masks[1])
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "masked", "head_size", "flex"),
+    [
+        ("auto", "cuda", True, 64, True),
+        ("auto", "cuda", True, 8, False),
+        ("auto", "cuda", False, 64, False),
+        ("auto", "cpu", True, 64, False),
+        ("auto", "mps", True, 64, False),
+        ("flex", "cpu", False, 64, True),
+        ("sdpa", "cuda", True, 64, False),
+    ],
+)
+def test_choice_of_backend(attention, device, masked, head_size, flex):
+    assert takes_flex(attention, torch.device(device), masked, head_size) == flex
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")

@@ -99,7 +99,7 @@ def test_refused_without_hardware(problem):
 
 def test_refused_on_older_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match="got cuda:0 of compute capability 8.0: take fp8='emulate'"):
+    with pytest.raises(ValueError, match=r"got cuda:0 of compute capability 8.0: take fp8='emulate'"):
         float8.refuse_without_float8(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     float8.refuse_without_float8(torch.device("cuda:0"))
