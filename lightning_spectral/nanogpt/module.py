@@ -54,7 +54,8 @@ class NanoGPT(pl.LightningModule):
         stop_at_loss: Validation loss, in nats a token, at or below which training stops, so that runs can be compared
             at equal loss; the Trainer's `min_steps` is honoured. None trains for as long as the Trainer says.
         batch_tokens: Tokens of an optimizer step on all ranks, a multiple of what a batch of each rank has; sets the
-            Trainer's `accumulate_grad_batches`. None leaves that alone. `val_check_interval` counts batches, not steps.
+            Trainer's `accumulate_grad_batches`, with which the last step of an epoch may have fewer. None leaves that
+            alone. `val_check_interval` counts batches, not steps.
         val_tokens: Tokens of a validation run on all ranks, likewise; sets the Trainer's `limit_val_batches`.
         vocab_size: Number of token values. The default is that of bytes, as TextData gives.
         block_size: Longest sequence, in tokens. The default is TextData's.
@@ -276,7 +277,8 @@ class NanoGPT(pl.LightningModule):
     def on_validation_end(self) -> None:
         """Let the clock go on, unless the loss is as low as training was to bring it."""
         self._clock.go_on()
-        if self.stop_at_loss is None or not self.trainer.training or self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if self.stop_at_loss is None or not fitting:
             return
         # the mean over all ranks, so that all of them stop
         loss = self.trainer.callback_metrics.get("val_loss")
