@@ -186,12 +186,22 @@ def test_one_multiplier_moves_all_rates():
         assert double[4:] == base[4:]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "factor"), [("baseline", 5), ("rope", 5), ("muon", 5), ("untied", 1), ("sub_lr", 1)]
+)
+def test_tiny_models_bear_more_of_adamw(recipe, factor):
+    tiny, usual = settings_for("tiny", recipe), settings_for("d12", recipe)
+    assert tiny[:4] == pytest.approx([factor * rate for rate in usual[:4]])
+    assert tiny[4:] == usual[4:]
+
+
 def test_matrices_may_be_adamws(every_role):
     settings = settings_for("d12", "long_short", matrix_optimizer="adamw")
     built = build_optimizer(every_role, settings)
     assert type(built) is torch.optim.AdamW
     assert [group["lr"] for group in built.param_groups] == [0.6, 0.008, 0.04, 0.004]
     assert built.param_groups[3]["betas"] == (0.9, 0.95)
+    assert settings_for("tiny", "muon", matrix_optimizer="adamw").matrices == 0.004
 
 
 def test_arguments_override_the_recipe(every_role):
@@ -232,7 +242,7 @@ def test_momentum_stays_after_its_rise():
 
 
 def test_table_shows_every_group(data, capsys):
-    model = NanoGPT("tiny", optimizer="unet", recipe="rope", **SMALL)
+    model = NanoGPT(optimizer="unet", **SMALL)
     trainer(max_steps=1, enable_model_summary=True).fit(model, data)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     matrices, embeddings = (next(row for row in rows if row[:1] == [name]) for name in ("matrices", "embeddings"))
