@@ -212,10 +212,10 @@ TINY_LEARNING_RATE_FACTORS = {"baseline": 5.0, "rope": 5.0, "muon": 5.0}
 """For tier tiny; 1 for the other recipes.
 
 The rates were chosen at width 768 and half a million tokens a step; tier tiny has width 128 and 2,048 tokens, and runs
-of a few hundred steps. An AdamW step changes a matrix, in spectral norm, by an amount that grows with its width, so a narrow one bears more.
-From untied on the rates do not depend on width: an update by Muon has singular values near 1, and a table whose rows
-are normalised when they are looked up is moved relative to its own size. In 100 steps of 1,024 tokens a half of them
-was worse in every recipe tried, and none became unstable.
+of a few hundred steps. An AdamW step changes a matrix, in spectral norm, by an amount that grows with its width, so
+that a narrow one bears more. From untied on the rates do not depend on width: an update by Muon has singular values
+near 1, and a table whose rows are normalised when they are looked up is moved relative to its own size. In 100 steps of
+1,024 tokens a half of them was worse in every recipe tried, and none became unstable.
 """
 
 

@@ -1,12 +1,15 @@
 """Training to a loss, and steps and validation runs of given numbers of tokens."""
 
 import logging
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_spectral import cli
 from lightning_spectral.nanogpt import NanoGPT, TextData
 from lightning_spectral.nanogpt.protocol import num_batches
 from tests.distributed import run_distributed
@@ -78,8 +81,6 @@ def test_validating_alone_stops_nothing(tmp_path):
 
 
 def on_one_of_two_ranks(rank, folder):
-    from pathlib import Path
-
     class Apart(pl.Callback):
         """Brings one rank's loss below the target long before the mean of both."""
 
@@ -146,3 +147,28 @@ def test_refuses_loaders_of_unknown_size():
     message = "val_tokens needs a data module that has block_size and batch_size, got NoneType: set the Trainer's limit"
     with pytest.raises(ValueError, match=message):
         pl.Trainer(accelerator="cpu", logger=False).validate(nanogpt(val_tokens=8), loader)
+
+
+def test_example_stops_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["lightning-spectral"])
+    repository = Path(__file__).parents[2]
+    overrides = {
+        "model.num_layers": 1,
+        "model.width": 8,
+        "model.block_size": 32,
+        "model.stop_at_loss": 100.0,
+        "model.batch_tokens": 128,
+        "model.val_tokens": 128,
+        "data.block_size": 32,
+        "data.batch_size": 2,
+        "data.path": str(repository / "lightning_spectral"),
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+    }
+    words = [f"--{key}={value}" for key, value in overrides.items()]
+    cli.main(["fit", "--config", str(repository / "examples" / "constant_loss.yaml"), *words])
+    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    assert checkpoint.name == "step=50.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["tokens"] == 50 * 128
