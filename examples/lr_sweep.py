@@ -1,7 +1,7 @@
 """Sweeps a recipe's learning rates: the better half of the multipliers goes on to runs of twice the tokens, and so on.
 
-Seven multipliers by default, in three rounds of 7, 4 and 2 runs: some ten minutes on two cores. Each run starts anew,
-as its schedule ends with its tokens, and all have the same seed. A run whose result is in the folder is not made again,
+Seven multipliers by default, in three rounds of 7, 4 and 2 runs: 1.5 million tokens in all. Each run starts anew, as
+its schedule ends with its tokens, and all have the same seed. A run whose result is in the folder is not made again,
 so that the script can be interrupted.
 """
 
