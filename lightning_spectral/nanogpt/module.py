@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_spectral.nanogpt.model import GPT, GPTConfig, next_token_loss
 from lightning_spectral.nanogpt.optimizers import Recipe, build_optimizer, group_table, settings_for, with_learning_rate
-from lightning_spectral.nanogpt.protocol import set_token_budgets
+from lightning_spectral.nanogpt.protocol import check_val_tokens, set_token_budgets
 
 
 class NanoGPT(pl.LightningModule):
@@ -271,8 +271,9 @@ class NanoGPT(pl.LightningModule):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_start(self) -> None:
-        """Stop the clock."""
+        """Stop the clock; refuse to validate on fewer tokens than were asked for."""
         self._clock.pause()
+        check_val_tokens(self.trainer, self.val_tokens)
 
     def on_validation_end(self) -> None:
         """Let the clock go on, unless the loss is as low as training was to bring it."""

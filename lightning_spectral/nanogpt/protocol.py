@@ -71,3 +71,22 @@ def set_token_budgets(
                 f"{argument} sets the Trainer's {attributes[argument]}, got {given} there too: leave it out"
             )
         setattr(settings, attributes[argument], number)
+
+
+def check_val_tokens(trainer: "pl.Trainer", val_tokens: int | None) -> None:
+    """Refuse a validation run that is shorter than was asked for.
+
+    Args:
+        trainer: About to validate.
+        val_tokens: Tokens asked for on all ranks.
+
+    Raises:
+        ValueError: If the held-out data are fewer.
+    """
+    settings: Any = trainer
+    if val_tokens is None or settings.fast_dev_run or trainer.sanity_checking:
+        return
+    found, asked = sum(trainer.num_val_batches), settings.limit_val_batches
+    if found < asked:
+        most = val_tokens // asked * int(found)
+        raise ValueError(f"val_tokens must be at most {most}, the whole batches of held-out tokens, got {val_tokens}")

@@ -142,6 +142,18 @@ def test_refuses_a_setting_of_the_trainer_besides(tmp_path):
         fit(nanogpt(batch_tokens=96), text(tmp_path), max_steps=1, accumulate_grad_batches=2)
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_refuses_more_validation_than_there_is(command, tmp_path):
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=5,
+        enable_checkpointing=False, val_check_interval=5, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="val_tokens must be at most 96, the whole batches of held-out tokens, got 240"
+    ):
+        getattr(trainer, command)(nanogpt(val_tokens=240), text(tmp_path))
+
+
 def test_refuses_loaders_of_unknown_size():
     loader = DataLoader([{"input_ids": torch.zeros(1, 8, dtype=torch.long)}], batch_size=None)
     message = "val_tokens needs a data module that has block_size and batch_size, got NoneType: set the Trainer's limit"
