@@ -231,6 +231,7 @@ class NanoGPT(pl.LightningModule):
     def on_train_start(self) -> None:
         """Start the clock."""
         self._clock.start(self.tokens, self.global_step)
+        self.gpt.set_tokens(self.tokens)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count the tokens, here so that checkpoints written at the end of the batch have them.
@@ -240,6 +241,7 @@ class NanoGPT(pl.LightningModule):
             batch_idx: Not used.
         """
         self._check_tokens(batch)
+        self.gpt.set_tokens(self.tokens)
         self.tokens += batch["input_ids"].numel() * self.trainer.world_size
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -305,6 +307,7 @@ class NanoGPT(pl.LightningModule):
             checkpoint: What was written.
         """
         self.tokens = checkpoint["tokens"]
+        self.gpt.set_tokens(self.tokens)
 
     def learning_rate_factor(self, step: int) -> float:
         """Give the schedule: the factor on the peak learning rate at an optimizer step.

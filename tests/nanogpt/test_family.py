@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, TailForecaster
 from lightning_spectral.nanogpt import NanoGPT, TextData, write_shard
@@ -106,3 +106,23 @@ def test_example_of_d12_runs_on_two_processes(tmp_path: Path) -> None:
     assert run.history.tokens[-1] == 4 * 256
     assert np.isfinite(run.history.val_loss).any()
     assert run.names("activation") == ["gpt.blocks.0", "gpt.blocks.1"]
+
+
+def test_window_grows_with_the_tokens_trained_on(tmp_path: Path, text: str) -> None:
+    seed_everything(0, verbose=False)
+    switches = {"window_start": 2, "window": 16, "window_step": 2, "window_warmup_tokens": 1024}
+    model = NanoGPT("tiny", "flex_window", block_size=16, num_layers=2, width=32, warmup_steps=1, switches=switches)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            seen[pl_module.tokens] = int(pl_module.gpt.window)
+
+    trainer = tiny_trainer(tmp_path, callbacks=[Look()], max_steps=10, limit_val_batches=0)
+    trainer.fit(model, TextData(text, block_size=16, batch_size=8))
+    # A batch is trained with the window of the tokens before it.
+    assert seen == {tokens: model.gpt.config.window_at(tokens - 128) for tokens in range(128, 1281, 128)}
+    assert (seen[128], seen[1280]) == (2, 16)
+    again = NanoGPT("tiny", "flex_window", block_size=16, num_layers=2, width=32, switches=switches)
+    again.on_load_checkpoint({"tokens": 640})
+    assert int(again.gpt.window) == model.gpt.config.window_at(640)
