@@ -157,7 +157,7 @@ def build_optimizer(model: nn.Module, settings: RecipeOptimizer) -> Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
         groups = [
-            {"name": "matrices", "params": matrices, "weight_decay": settings.weight_decay},
+            {"name": "matrices_and_embeddings", "params": matrices, "weight_decay": settings.weight_decay},
             {"name": "scalars", "params": others, "weight_decay": 0.0},
         ]
         return AdamW([group for group in groups if group["params"]], lr=settings.matrices, betas=settings.betas)
@@ -214,8 +214,9 @@ TINY_LEARNING_RATE_FACTORS = {"baseline": 5.0, "rope": 5.0, "muon": 5.0}
 The rates were chosen at width 768 and half a million tokens a step; tier tiny has width 128 and 2,048 tokens, and runs
 of a few hundred steps. An AdamW step changes a matrix, in spectral norm, by an amount that grows with its width, so
 that a narrow one bears more. From untied on the rates do not depend on width: an update by Muon has singular values
-near 1, and a table whose rows are normalised when they are looked up is moved relative to its own size. In 100 steps of
-1,024 tokens a half of them was worse in every recipe tried, and none became unstable.
+near 1, and a table whose rows are normalised when they are looked up is moved relative to its own size. Measured with
+unet on steps of 1,024 tokens: validation loss 2.10, 2.02, 2.00 nats a byte after 100 steps with 0.5, 1 and 2 times the
+rates; 1.62 and 1.68 after 300 with 1 and 2 times them (rope with its 5: 1.92).
 """
 
 

@@ -106,7 +106,7 @@ def test_groups_move_by_the_rates_of_their_role(optimizer, every_role):
     members = [id(p) for group in built.param_groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in every_role.parameters() if p.requires_grad)
     if settings.matrix_optimizer == "adamw":
-        assert [group["name"] for group in built.param_groups] == ["matrices", "scalars"]
+        assert [group["name"] for group in built.param_groups] == ["matrices_and_embeddings", "scalars"]
         return
     assert [type(part).__name__ for part in built.optimizers] == ["Muon", "AdamW"]
     assert [group["name"] for group in built.param_groups] == ["matrices", "embeddings", "head", "scalars"]
@@ -255,7 +255,7 @@ def test_table_shows_every_group(data, capsys):
 
 def test_table_of_one_optimizer(every_role):
     table = group_table(build_optimizer(every_role, OPTIMIZERS["baseline"]))
-    assert list(table.columns[0].cells) == ["matrices", "scalars"]
+    assert list(table.columns[0].cells) == ["matrices_and_embeddings", "scalars"]
     assert list(table.columns[5].cells) == ["0.1", "0"]
 
 
