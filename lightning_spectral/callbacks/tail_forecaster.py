@@ -226,7 +226,11 @@ class TailForecaster(MeasuringCallback):
         (layer,) = self._layer_names
         reached = (self._recorder.family, self.target_loss, self.monitor)
         wanted = Wanted(*reached, self.stage, self.request.normalize, self.request.num_tokens, layer)
-        self._found = find_references(self.references, wanted, self._recorder.run_id)
+        found = References([], {})
+        if trainer.is_global_zero:
+            found = find_references(self.references, wanted, self._recorder.run_id)
+        # Ranks that look by themselves, while other runs come to their end, might find different ones.
+        self._found = trainer.strategy.broadcast(found)
         if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
             reasons = self._found.reasons()
             self.warn(
@@ -327,7 +331,7 @@ class TailForecaster(MeasuringCallback):
         if self.stop_if_relative_above is None or not relative > self.stop_if_relative_above:
             return
         if math.isnan(self.actual):
-            trainer.should_stop = True
+            trainer.should_stop = True  # on all ranks: they read the same files, and come to the same numbers
             rank_zero_info(
                 f"TailForecaster ends training: it forecasts {relative:.2f} times the tokens of the family's best run, "
                 f"more than stop_if_relative_above={self.stop_if_relative_above:g}"

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral import ActivationSpectrum, HeadDrift
+from lightning_spectral import ActivationSpectrum, HeadDrift, TailForecaster
 
 WIDTH, NUM_BLOCKS, LENGTH = 12, 3, 5
 TRAIN_BATCHES = {0: [3, 4, 2, 4, 1, 4], 1: [4, 1, 4, 2, 3, 2]}
@@ -49,7 +49,7 @@ class Model(LightningModule):
         return output.square().mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.blocks(batch)
+        self.log("val_loss", self.blocks(batch).square().mean(), sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 1e-3)
@@ -108,6 +108,16 @@ def main(folder: Path) -> None:
         ),
     }
     drift = HeadDrift("blocks.*", 2, "previous", every_n_steps=3, stage="train", num_tokens=30, num_groups=2)
+    forecaster = TailForecaster(
+        1.0,
+        references=[f"{folder}/references/*"],
+        layer="blocks.1",
+        every_n_steps=1,
+        num_tokens=10_000,
+        normalize=False,
+        tail=(2, 10),
+        family="F",
+    )
     reports: dict[str, list[dict]] = {name: [] for name in spectra}
     for name, callback in spectra.items():
 
@@ -124,7 +134,7 @@ def main(folder: Path) -> None:
         accelerator="cpu",
         max_epochs=1,
         use_distributed_sampler=False,
-        callbacks=[recorder, counter, *spectra.values(), drift],
+        callbacks=[recorder, counter, *spectra.values(), drift, forecaster],
         logger=CSVLogger(folder, version=0),
         default_root_dir=folder,
         enable_checkpointing=False,
