@@ -53,9 +53,10 @@ def main(folder: Path) -> None:
         for event in events.Histograms(f"gradient/{weight}/log10_singular_values"):
             assert sum(event.histogram_value.bucket) == NUM_SAMPLES, f"{weight} at {event.step}"
     record = Run(run)
-    steps = [event.step for event in events.Scalars("val_loss")]
+    steps = [event.step for event in events.Scalars("activation/failed")]
     assert record.history.step.tolist() == record.steps("activation") == record.steps("gradient") == steps
-    assert record.history.tokens.tolist() == [event.value for event in events.Scalars("tokens") if event.step in steps]
+    assert record.history.val_loss[-1] == events.Scalars("val_loss")[-1].value
+    assert record.history.tokens.tolist() == [step * 8 * 256 for step in steps]
     seconds = events.Scalars("spectral/seconds")[-1].value
     print(f"demo: val_loss {val_loss:.3f} nats per byte, {seconds:.1f} s of measuring, all keys and the record there")
 
