@@ -52,6 +52,17 @@ class RunRecorder:
         """What tells this run from all others; on rank zero, and after a resume on all."""
         return None if self._state is None else self._state["id"]
 
+    def described(self, name: str) -> dict[str, Any]:
+        """A table of what the record says of the run.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            A copy; empty where there is none.
+        """
+        return {} if self._record is None else dict(self._record.about.get(name, {}))
+
     def describe(self, **facts: Any) -> None:
         """Add to what the record says of the run.
 

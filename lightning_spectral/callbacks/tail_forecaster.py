@@ -18,7 +18,7 @@ from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_toke
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.measurement import Report
 from lightning_spectral.runs.history import History
-from lightning_spectral.runs.references import References, Wanted, alpha_at, find_references
+from lightning_spectral.runs.references import Reference, References, Wanted, alpha_at, find_references
 
 NO_SKILL = 0.1
 """Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
@@ -62,7 +62,7 @@ class TailForecaster(MeasuringCallback):
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64.
         mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
-        stop_if_relative_above: End training where ``relative`` is larger; None for never.
+        stop_if_relative_above: End training where ``relative`` is larger, whatever the skill; None for never.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
         family: Name that comparable runs share in their records; None for one made of the model's class and its
@@ -173,7 +173,10 @@ class TailForecaster(MeasuringCallback):
         Raises:
             ValueError: If the pattern matches no layer, or several.
         """
-        found = resolve_layers(pl_module, self.layers)
+        try:
+            found = resolve_layers(pl_module, self.layers)
+        except ValueError as error:
+            raise ValueError(str(error).replace("layers", "layer", 1)) from None
         if self.layers is None:
             return dict([list(found.items())[-1]])
         if len(found) > 1:
@@ -225,7 +228,8 @@ class TailForecaster(MeasuringCallback):
             return
         (layer,) = self._layer_names
         reached = (self._recorder.family, self.target_loss, self.monitor)
-        wanted = Wanted(*reached, self.stage, self.request.normalize, self.request.num_tokens, layer)
+        names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx")
+        wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names})
         found = References([], {})
         if trainer.is_global_zero:
             found = find_references(self.references, wanted, self._recorder.run_id)
@@ -277,8 +281,7 @@ class TailForecaster(MeasuringCallback):
 
     def _forecast(self, layer: str, alpha: float) -> dict[str, float]:
         """What the references make of this run's exponent, at its tokens."""
-        series = f"{self.measures}-{self.stage}"
-        here = [alpha_at(reference.run, series, layer, self.tail, self.tokens) for reference in self._found.usable]
+        here = [self._alpha_of(reference, layer) for reference in self._found.usable]
         known = [index for index, value in enumerate(here) if math.isfinite(value)]
         values: dict[str, float] = {"num_references": float(len(known))}
         if len(known) < MIN_REFERENCES:
@@ -302,36 +305,48 @@ class TailForecaster(MeasuringCallback):
             "median_error": skill.median_error,
         }
 
+    def _alpha_of(self, reference: Reference, layer: str) -> float:
+        """A reference's exponent at this run's tokens; NaN for one that cannot be read."""
+        try:
+            return alpha_at(reference.run, reference.series, layer, self.tail, self.tokens)
+        except ValueError as error:
+            self.warn(f"goes without {reference.run.path}: {error}", on_this_rank=True)
+            return math.nan
+
     def _watch_loss(self, trainer: Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(key for key in trainer.callback_metrics if "loss" in key) or "no losses"
             raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
         if trainer.sanity_checking or self._recorder is None:
             return
-        loss = float(trainer.callback_metrics[self.monitor])
+        # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
+        seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
+        loss = float(trainer.strategy.reduce(seen, reduce_op="mean"))
         self._losses.append([float(trainer.global_step), self.tokens, loss])
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
             self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
         facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self._layer_names[0]}
-        self._recorder.describe(forecast=facts | {"actual": _known(self.actual), "forecasts": self._recorded()})
-        self._stop_if_hopeless(trainer)
+        facts |= {"actual": _known(self.actual), "forecasts": self._recorded()}
+        self._recorder.describe(forecast=self._recorder.described("forecast") | {self.prefix: facts})
+        self._stop_if_hopeless(trainer, loss)
 
     def _crossing(self) -> float:
-        """Tokens at which the target was crossed, between this look at the loss and the one before."""
+        """Tokens at which the target was crossed since the look at the loss before; NaN if this is the first."""
         steps, tokens, losses = np.asarray(self._losses[-2:], dtype=np.float64).T
         point = History(steps, tokens, np.zeros_like(steps), losses, losses).first_at(self.target_loss)
-        return self.tokens if math.isnan(point.tokens) else point.tokens
+        return point.tokens
 
     def _recorded(self) -> list[dict[str, float | None]]:
         return [{key: _known(value) for key, value in forecast.items()} for forecast in self._forecasts]
 
-    def _stop_if_hopeless(self, trainer: Trainer) -> None:
-        relative = self._forecasts[-1]["relative"] if self._forecasts else math.nan
-        if self.stop_if_relative_above is None or not relative > self.stop_if_relative_above:
+    def _stop_if_hopeless(self, trainer: Trainer, loss: float) -> None:
+        if self.stop_if_relative_above is None:
             return
-        if math.isnan(self.actual):
-            trainer.should_stop = True  # on all ranks: they read the same files, and come to the same numbers
+        relative = self._forecasts[-1]["relative"] if self._forecasts else math.nan
+        is_hopeless = loss > self.target_loss and relative > self.stop_if_relative_above
+        if trainer.strategy.reduce_boolean_decision(is_hopeless, all=False):
+            trainer.should_stop = True
             rank_zero_info(
                 f"TailForecaster ends training: it forecasts {relative:.2f} times the tokens of the family's best run, "
                 f"more than stop_if_relative_above={self.stop_if_relative_above:g}"

@@ -118,6 +118,7 @@ class NanoGPT(pl.LightningModule):
         self.val_tokens = val_tokens
         self.tokens = 0
         self._checked_tokens = False
+        self._step_of_window = -1
         self._clock = _Clock()
 
     @property
@@ -241,7 +242,9 @@ class NanoGPT(pl.LightningModule):
             batch_idx: Not used.
         """
         self._check_tokens(batch)
-        self.gpt.set_tokens(self.tokens)
+        if self.global_step != self._step_of_window:  # all batches of a step meet one window
+            self._step_of_window = self.global_step
+            self.gpt.set_tokens(self.tokens)
         self.tokens += batch["input_ids"].numel() * self.trainer.world_size
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -87,6 +87,8 @@ def check_val_tokens(trainer: "pl.Trainer", val_tokens: int | None) -> None:
     if val_tokens is None or settings.fast_dev_run or trainer.sanity_checking:
         return
     found, asked = sum(trainer.num_val_batches), settings.limit_val_batches
-    if found < asked:
-        most = val_tokens // asked * int(found)
+    # The last of a loader's batches may be smaller.
+    held_out = getattr(settings.datamodule, "num_val_tokens", val_tokens)
+    if found < asked or held_out < val_tokens:
+        most = min(val_tokens // asked * int(found), held_out)
         raise ValueError(f"val_tokens must be at most {most}, the whole batches of held-out tokens, got {val_tokens}")

@@ -18,7 +18,7 @@ from lightning_spectral.functional.forecast import (
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
 from lightning_spectral.runs.measured import bands_of, check_comparable
-from lightning_spectral.runs.references import KIND, alpha_at, loss_at
+from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
 from lightning_spectral.runs.run import Run, open_runs
 
 FRACTIONS = (0.1, 0.25, 0.5)
@@ -29,8 +29,26 @@ TAIL_BANDS: tuple[Band, ...] = ((1 / 8, 1 / 4), (1 / 6, 1 / 3), (1 / 4, 1 / 2), 
 """Those of *Spectral Lens* at widths 768 to 1600, as fractions, and the callbacks' default."""
 
 
-Measure = Callable[[Run, float], float]
-"""A number of a run at some tokens; NaN for what is not known there."""
+class Measure(NamedTuple):
+    """An early number of a run."""
+
+    name: str
+    value: Callable[[Run, float], float]
+    """At some tokens, between the points at which it is known; NaN where it is not."""
+    known_at: Callable[[Run], Sequence[float]]
+    """Tokens at which it is known."""
+
+    def latest(self, run: Run, tokens: float) -> float:
+        """Where it was known last.
+
+        Args:
+            run: The run.
+            tokens: How far it has come.
+
+        Returns:
+            Tokens; NaN where it was not known yet.
+        """
+        return max((there for there in self.known_at(run) if there <= tokens), default=nan)
 
 
 class Predictor(NamedTuple):
@@ -38,7 +56,7 @@ class Predictor(NamedTuple):
 
     name: str
     rho: float
-    """Spearman's correlation of the number with tokens to the target."""
+    """Spearman's correlation of the number with tokens to the target, where all runs know it last."""
     low: float
     """95% bootstrap interval of it."""
     high: float
@@ -48,6 +66,8 @@ class Predictor(NamedTuple):
     """Rank correlation of leave-one-out forecasts with the truth, both relative to the other runs' mean."""
     median_error: float
     """Median relative error of leave-one-out forecasts."""
+    num_forecasts: int
+    """Of how many runs there is one."""
     forecasts: list[Forecast]
     """Of each run from the others."""
 
@@ -126,7 +146,7 @@ def forecast(
         ValueError: If no family has, naming what is missing.
     """
     families: dict[str, list[Run]] = {}
-    for run in open_runs(paths, "runs"):
+    for run in longest_by_id(open_runs(paths, "runs")):
         families.setdefault(run.family, []).append(run)
     found, missing = [], []
     for family, runs in families.items():
@@ -201,21 +221,19 @@ def _point(
     def head(run: Run, there: float) -> float:
         return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"])[0]
 
-    measures: dict[str, Measure] = {
-        "alpha_tail": _tail_of(layer, band),
-        "alpha_head": head,
-        "RankMe": lambda run, there: run.spectrum_at(KIND, layer, there).rankme()[0],
-        "early loss": loss_at,
-        "log batch size": lambda run, there: log(run.about.get("batch_tokens") or nan),
-    }
+    measures = [
+        _tail_of(layer, band),
+        Measure("alpha_head", head, _reported),
+        Measure("RankMe", lambda run, there: run.spectrum_at(KIND, layer, there).rankme()[0], _reported),
+        Measure("early loss", loss_at, _validated),
+        Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda _: [at]),
+    ]
     truth, log_batch = _vector(tokens), _vector(batches).log()
-    predictors = [_predictor(name, measure, runs, truth, log_batch, at) for name, measure in measures.items()]
+    predictors = [_predictor(measure, runs, truth, log_batch, at) for measure in measures]
     predictors.append(_extrapolation(runs, truth, log_batch, at, target))
     by_layer = {
         name: {
-            f"{low:.3g}-{high:.3g}": spearman(
-                _vector([alpha_at(run, KIND, name, (low, high), at) for run in runs]), truth
-            )
+            f"{low:.3g}-{high:.3g}": spearman(_matched(_tail_of(name, (low, high)), runs, at), truth)
             for low, high in TAIL_BANDS
         }
         for name in runs[0].names(KIND)
@@ -223,22 +241,31 @@ def _point(
     return Point(at, at / min(tokens), predictors, by_layer)
 
 
-def _predictor(name: str, measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, at: float) -> Predictor:
+def _predictor(measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, at: float) -> Predictor:
     forecasts = _forecasts(measure, runs, truth, at)
-    here = _vector([measure(run, at) for run in runs])
+    here = _matched(measure, runs, at)
     interval = spearman_interval(here, truth)
-    partial = nan if name == "log batch size" else partial_spearman(here, truth, log_batch)
-    return Predictor(name, spearman(here, truth), *interval, partial, *_skill(forecasts, truth), forecasts)
+    partial = nan if measure.name == "log batch size" else partial_spearman(here, truth, log_batch)
+    skill, error, num_known = _skill(forecasts, truth, is_relative=True)
+    return Predictor(measure.name, spearman(here, truth), *interval, partial, skill, error, num_known, forecasts)
+
+
+def _matched(measure: Measure, runs: list[Run], at: float) -> Tensor:
+    """Of all runs at one number of tokens: the latest at which each of them is known from nothing after `at`."""
+    latest = [measure.latest(run, at) for run in runs]
+    there = nan if any(map(isnan, latest)) else min(latest)
+    return _vector([measure.value(run, there) if isfinite(there) else nan for run in runs])
 
 
 def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, at: float) -> list[Forecast]:
-    """Of each run from the others, at its last report, of which nothing later is known."""
+    """Of each run from the others, where it was measured last, of which nothing later is known."""
     forecasts = []
     for index, run in enumerate(runs):
         others = _others(len(runs), index)
-        there = _last_report(run, at)
-        values = _vector([measure(runs[other], there) if isfinite(there) else nan for other in others])
-        forecasts.append(forecast_tokens(values, truth[others], measure(run, there) if isfinite(there) else nan))
+        there = measure.latest(run, at)
+        values = _vector([measure.value(runs[other], there) if isfinite(there) else nan for other in others])
+        own = measure.value(run, there) if isfinite(there) else nan
+        forecasts.append(forecast_tokens(values, truth[others], own))
     return forecasts
 
 
@@ -246,8 +273,16 @@ def _others(num: int, index: int) -> list[int]:
     return [other for other in range(num) if other != index]
 
 
+def _reported(run: Run) -> list[float]:
+    return [run.tokens_at(KIND, step) for step in run.steps(KIND)]
+
+
+def _validated(run: Run) -> list[float]:
+    return run.history.tokens[run.history.with_loss()[0]].tolist()
+
+
 def _tail_of(layer: str, band: Band) -> Measure:
-    return lambda run, tokens: alpha_at(run, KIND, layer, band, tokens)
+    return Measure("alpha_tail", lambda run, tokens: alpha_at(run, KIND, layer, band, tokens), _reported)
 
 
 def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float, target: float) -> Predictor:
@@ -260,31 +295,34 @@ def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float,
         values.append(extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), target))
     found = _vector(values)
     forecasts = [Forecast(value, nan, nan) for value in values]
+    skill, error, num_known = _skill(forecasts, truth, is_relative=False)
     return Predictor(
         "L(t) = a t^-b + c",
         spearman(found, truth),
         *spearman_interval(found, truth),
         partial_spearman(found, truth, log_batch),
-        *_skill(forecasts, truth),
+        skill,
+        error,
+        num_known,
         forecasts,
     )
 
 
-def _skill(forecasts: Sequence[Forecast], truth: Tensor) -> tuple[float, float]:
-    """Rank correlation and median relative error of forecasts, each made without the run itself."""
+def _skill(forecasts: Sequence[Forecast], truth: Tensor, is_relative: bool) -> tuple[float, float, int]:
+    """Rank correlation and median relative error of forecasts, each made without the run itself, and their number.
+
+    A forecast of "never" is one, and as wrong as can be. Those that rest on the other runs are taken relative to their
+    mean, as in `leave_one_out`, without which they would go against the truth.
+    """
     values = _vector([forecast.value for forecast in forecasts])
-    errors = (values / truth - 1).abs()
-    known = errors.isfinite()
-    # Relative to the mean of the others, as in `leave_one_out`.
-    centres = _vector([float(truth[_others(len(truth), index)].log().mean()) for index in range(len(truth))])
-    rho = spearman((values.log() - centres)[known], (truth.log() - centres)[known])
-    return rho, float(errors[known].median()) if bool(known.any()) else nan
-
-
-def _last_report(run: Run, tokens: float) -> float:
-    """Tokens at a run's last report at or before a number of them; NaN where there is none."""
-    before = [there for there in (run.tokens_at(KIND, step) for step in run.steps(KIND)) if there <= tokens]
-    return max(before, default=nan)
+    known = ~values.isnan()
+    logs, logs_of_truth = values.log(), truth.log()
+    if is_relative:
+        means = [float(logs_of_truth[_others(len(truth), index)].mean()) for index in range(len(truth))]
+        logs, logs_of_truth = logs - _vector(means), logs_of_truth - _vector(means)
+    errors = (values / truth - 1).abs()[known]
+    median = float(np.median(errors)) if len(errors) else nan
+    return spearman(logs[known], logs_of_truth[known]), median, int(known.sum())
 
 
 def _vector(values: Sequence[float]) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import isnan, log, nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class Reference(NamedTuple):
 
     run: Run
     tokens_to_target: float
+    series: str
+    """The measurement that fits."""
 
 
 class References(NamedTuple):
@@ -52,30 +54,33 @@ class Wanted(NamedTuple):
     monitor: str
     """Key of the loss that the target is of."""
 
-    stage: str
-    normalize: bool
-    num_tokens: int
     layer: str
+    settings: dict[str, Any]
+    """Of the measurement: stage, normalisation, rows and whatever else must be the same."""
 
-    def why_not(self, run: Run) -> str | None:
-        """Why a run does not serve.
+    def series_of(self, run: Run) -> tuple[str, str | None]:
+        """The measurement of a run that serves.
 
         Args:
             run: The run.
 
         Returns:
-            A clause; None if it does.
+            Its series, and None; or why there is none.
         """
-        series = f"{KIND}-{self.stage}"
-        if not run.steps(series):
-            return f"that did not measure activations with stage={self.stage!r}"
-        settings = run.settings(series)
-        for name in ("normalize", "num_tokens"):
-            if settings.get(name) != getattr(self, name):
-                return f"measured with {name}={settings.get(name)} and not {getattr(self, name)}"
-        if self.layer not in run.names(series):
-            return f"that did not measure {self.layer}"
-        return None
+        reason = f"that did not measure activations with stage={self.settings['stage']!r}"
+        for series in run.all_series(KIND):
+            there = run.settings(series)
+            if there.get("stage") != self.settings["stage"]:
+                continue
+            unlike = [name for name, value in self.settings.items() if there.get(name) != value]
+            if unlike:
+                name = unlike[0]
+                reason = f"measured with {name}={there.get(name)} and not {self.settings[name]}"
+            elif self.layer not in run.names(series):
+                reason = f"that did not measure {self.layer}"
+            else:
+                return series, None
+        return "", reason
 
 
 def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | None = None) -> References:
@@ -90,43 +95,78 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
     Returns:
         Those, and why others are not.
     """
-    usable: dict[Path, Reference] = {}
+    usable: dict[str, Reference] = {}
     skipped: dict[str, str] = {}
     for pattern in map(str, paths):
-        folders = folders_of_runs(pattern)
-        if not folders:
-            skipped[pattern] = f"pattern that matches no run ({pattern})"
+        try:
+            folders = folders_of_runs(pattern)
+        except OSError as error:
+            folders, skipped[pattern] = [], f"that cannot be read ({error})"
+        else:
+            if not folders:
+                skipped[pattern] = f"pattern that matches no run ({pattern})"
         for folder in folders:
             try:
-                run = Run(folder)
-                if run.about.get("id") == own_id:
-                    continue
-                reason, tokens = _judge(run, wanted)
-            except ValueError as error:
-                skipped[str(folder)] = f"that cannot be read ({error})"
-                continue
-            if reason is None:
-                usable[run.folder.resolve()] = Reference(run, tokens)
-            else:
-                skipped[str(run.path)] = reason
+                found = _judge(Run(folder), wanted, own_id)
+            except Exception as error:  # whatever is wrong with somebody else's record
+                found = f"that cannot be read ({str(error).partition(chr(10))[0]})"
+            if isinstance(found, str):
+                skipped[str(folder)] = found
+            elif found is not None:
+                before = usable.setdefault(found.run.id, found)
+                usable[found.run.id] = max(before, found, key=lambda one: _last_step(one.run))
+    data = [reference.run.about.get("validation_data") for reference in usable.values()]
+    for run_id, reference in list(usable.items()):
+        if reference.run.about.get("validation_data") != max(data, key=data.count):
+            skipped[str(usable.pop(run_id).run.path)] = "of other validation data than most"
     return References(list(usable.values()), skipped)
 
 
-def _judge(run: Run, wanted: Wanted) -> tuple[str | None, float]:
+def _judge(run: Run, wanted: Wanted, own_id: str | None) -> Reference | str | None:
+    """A reference, or why a run is none; None for the run that is forecast itself."""
+    if run.id == own_id:
+        return None
     if run.family != wanted.family:
-        return f"of another family ({run.family}, not {wanted.family})", nan
-    tokens = _tokens_to_target(run, wanted)
+        return f"of another family ({run.family}, not {wanted.family})"
+    noted = _noted(run, wanted)
+    recorded = run.about.get("val_loss") or run.history.loss_name
+    if noted is None and recorded != wanted.monitor:
+        return f"that recorded {recorded} and not {wanted.monitor}"
+    # A forecaster that watched the very same loss knows; but of a run that began below it, neither does.
+    tokens = run.tokens_to(wanted.target) if noted is None else noted
+    if recorded == wanted.monitor and isnan(tokens):
+        tokens = run.tokens_to(wanted.target)
     if isnan(tokens):
-        return f"that never came down to {wanted.target:g}", nan
-    return wanted.why_not(run), tokens
+        return f"that never came down to {wanted.target:g}"
+    series, reason = wanted.series_of(run)
+    return reason or Reference(run, tokens, series)
 
 
-def _tokens_to_target(run: Run, wanted: Wanted) -> float:
-    noted = run.about.get("forecast", {})
-    # A forecaster that watched the very same loss knows better than the history, which holds the usual one.
-    is_same = noted.get("monitor") == wanted.monitor and noted.get("target_loss") == wanted.target
-    actual = noted.get("actual") if is_same else None
-    return run.tokens_to(wanted.target) if actual is None else float(actual)
+def _noted(run: Run, wanted: Wanted) -> float | None:
+    """Tokens to the target as a forecaster of that run saw them, NaN if it did not; None if there was none."""
+    for facts in run.about.get("forecast", {}).values():
+        if facts.get("monitor") == wanted.monitor and facts.get("target_loss") == wanted.target:
+            return nan if facts.get("actual") is None else float(facts["actual"])
+    return None
+
+
+def longest_by_id(runs: Sequence[Run]) -> list[Run]:
+    """Each run once: one that was resumed into another directory is there and here, and counts as it ended.
+
+    Args:
+        runs: Any runs.
+
+    Returns:
+        Of those with one id the one that came farthest.
+    """
+    found: dict[str, Run] = {}
+    for run in runs:
+        found[run.id] = max(found.get(run.id, run), run, key=_last_step)
+    return list(found.values())
+
+
+def _last_step(run: Run) -> float:
+    return float(run.history.step[-1]) if len(run.history.step) else 0.0
 
 
 def alpha_at(run: Run, series: str, layer: str, band: Band, tokens: float) -> float:

@@ -183,6 +183,8 @@ def _predictors(point: Point) -> Table:
     for predictor in point.predictors:
         interval = "-" if isnan(predictor.low) else f"{predictor.low:+.2f} .. {predictor.high:+.2f}"
         error = "-" if isnan(predictor.median_error) else f"{predictor.median_error:.0%}"
+        if 0 < predictor.num_forecasts < len(predictor.forecasts):
+            error += f" ({predictor.num_forecasts} of {len(predictor.forecasts)})"
         signed = ("-" if isnan(x) else f"{x:+.2f}" for x in (predictor.rho, predictor.partial_rho, predictor.skill))
         rho, partial, skill = signed
         table.add_row(predictor.name, rho, interval, partial, skill, error)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,15 @@ def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, **kwargs: Any
 
 def references(folder: Path, alphas: list[float] = ALPHAS, **kwargs: Any) -> str:
     for number, alpha in enumerate(alphas):
-        made_up(folder / f"{number}", law(alpha), 1.0, alpha, layer=LAYER, **{"num_tokens": 512, **kwargs})
+        made_up(
+            folder / f"{number}",
+            law(alpha),
+            1.0,
+            alpha,
+            layer=LAYER,
+            loss="falling_loss",
+            **{"num_tokens": 512, **kwargs},
+        )
     return f"{folder}/*"
 
 
@@ -98,7 +107,7 @@ def test_forecast_follows_the_references_law(tmp_path: Path) -> None:
 def test_references_are_taken_at_the_tokens_of_the_report(tmp_path: Path) -> None:
     """Exponents that grow with log tokens alike in all references: taken anywhere else, forecasts would be off."""
     for number, alpha in enumerate(ALPHAS):
-        made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, layer=LAYER, num_tokens=512)
+        made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, layer=LAYER, loss="falling_loss", num_tokens=512)
         record = Run(tmp_path / "refs" / f"{number}")
         for step in record.steps("activation"):
             path = record.folder / f"activation-validate-{step:09d}.npz"
@@ -116,10 +125,10 @@ def test_references_are_taken_at_the_tokens_of_the_report(tmp_path: Path) -> Non
 def test_too_few_references_are_told_once_with_the_reasons(tmp_path: Path) -> None:
     folder = tmp_path / "refs"
     references(folder / "good", ALPHAS[:3])
-    made_up(folder / "family" / "0", 300, 1.0, layer=LAYER, num_tokens=512, family="G")
-    made_up(folder / "layer" / "0", 300, 1.0, layer="network.blocks.0", num_tokens=512)
-    made_up(folder / "rows" / "0", 300, 1.0, layer=LAYER, num_tokens=64)
-    made_up(folder / "broken" / "0", 300, 1.0, layer=LAYER, num_tokens=512)
+    made_up(folder / "family" / "0", 300, 1.0, layer=LAYER, loss="falling_loss", num_tokens=512, family="G")
+    made_up(folder / "layer" / "0", 300, 1.0, layer="network.blocks.0", loss="falling_loss", num_tokens=512)
+    made_up(folder / "rows" / "0", 300, 1.0, layer=LAYER, loss="falling_loss", num_tokens=64)
+    made_up(folder / "broken" / "0", 300, 1.0, layer=LAYER, loss="falling_loss", num_tokens=512)
     (folder / "broken" / "0" / "spectra" / "history.csv").write_text("a,b\n1,2\n")
     forecaster = Kept([f"{folder}/*/*", f"{folder}/none*"])
     with pytest.warns(UserWarning, match="makes no forecast") as caught:
@@ -149,7 +158,7 @@ def test_a_target_that_no_reference_reached_is_told(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast")
 def test_a_family_without_relation_has_no_skill_and_says_so(tmp_path: Path) -> None:
     for number, (alpha, tokens) in enumerate(zip(ALPHAS, (300, 420, 280, 310, 430, 290), strict=True)):
-        made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, layer=LAYER, num_tokens=512)
+        made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, layer=LAYER, loss="falling_loss", num_tokens=512)
     forecaster = Kept(f"{tmp_path}/refs/*")
     with pytest.warns(UserWarning, match=r"has no skill at \d+ tokens: its references forecast each other"):
         fit(tmp_path / "run", forecaster)
@@ -165,12 +174,12 @@ def test_truth_is_logged_and_recorded_once_the_target_is_reached(tmp_path: Path)
     expected = 8 * tokens * (12 / 8) ** 0.25
     assert forecaster.actual == pytest.approx(expected)
     assert float(trainer.callback_metrics["forecast/actual"]) == pytest.approx(expected)
-    facts = Run(tmp_path).about["forecast"]
+    facts = Run(tmp_path).about["forecast"][""]
     assert (facts["target_loss"], facts["monitor"], facts["layer"]) == (2.1, "falling_loss", LAYER)
     assert facts["actual"] == pytest.approx(expected)
     assert [forecast["step"] for forecast in facts["forecasts"]] == [4, 8, 12]
     assert facts["forecasts"][0]["tokens_to_target"] is None
-    assert json.loads((tmp_path / "spectra" / "run.json").read_text())["forecast"] == facts
+    assert json.loads((tmp_path / "spectra" / "run.json").read_text())["forecast"] == {"": facts}
 
 
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast")
@@ -217,7 +226,7 @@ def test_resumed_run_forecasts_the_same(tmp_path: Path) -> None:
     fit(tmp_path / "cut", second, max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
     assert second.logged == {12: pytest.approx(whole.logged[12], nan_ok=True)}
     assert second.actual == whole.actual
-    assert len(Run(tmp_path / "cut").about["forecast"]["forecasts"]) == 3
+    assert len(Run(tmp_path / "cut").about["forecast"][""]["forecasts"]) == 3
 
 
 def test_forecasts_can_be_monitored(tmp_path: Path) -> None:
@@ -235,7 +244,7 @@ def test_forecasts_can_be_monitored(tmp_path: Path) -> None:
         ({"stop_if_relative_above": 0.5}, {}, "stop_if_relative_above must be at least 1, the best of the family, got"),
         ({"tail": (5, 2)}, {}, "tail must be two ascending ranks from 1"),
         ({"layer": "*.blocks.*"}, {}, r"layer must name one layer, got '\*.blocks.\*': it matches network.blocks.0, "),
-        ({"layer": "nothing"}, {}, "layers='nothing' matches no layer"),
+        ({"layer": "nothing"}, {}, "layer='nothing' matches no layer"),
         ({"tail": (3, 99)}, {}, "tail must end at or before rank 32, the last there is"),
         ({"monitor": "loss"}, {}, "monitor must be a metric that is logged, got 'loss': there are .*val_loss"),
         ({}, {"limit_val_batches": 0}, "monitor must be logged during fit, got 'falling_loss', but no validation will"),
@@ -246,3 +255,59 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: dict, changes: dict, m
         forecaster = Kept(**arguments)
         fit(tmp_path, forecaster, **changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_another_series_of_a_reference_serves(tmp_path: Path) -> None:
+    spectrum = {"stage": "validate", "every_n_steps": 4, "num_tokens": 256, "num_groups": 2}
+    for number in range(4):
+        fit(tmp_path / "runs" / str(number), ActivationSpectrum(**spectrum), Kept(target_loss=2.1, family=None))
+    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1, family=None)
+    fit(tmp_path / "later", later)
+    assert later.values("num_references") == [4.0] * 3
+    assert {reference.series for reference in later._found.usable} == {"activation-validate-2"}
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_what_is_no_reference_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "refs"
+    references(folder, ALPHAS[:2])
+    shutil.copytree(folder / "1", folder / "copy")  # as a run that was resumed elsewhere leaves behind
+    references(folder / "loss", ALPHAS[:1])
+    common = {"layer": LAYER, "num_tokens": 512}
+    made_up(folder / "other loss", 300, 1.0, **common)
+    made_up(folder / "other data", 300, 1.0, loss="falling_loss", data="ff", **common)
+    made_up(folder / "mask", 300, 1.0, loss="falling_loss", **common, mask="real")
+    with pytest.warns(UserWarning, match="it needs 4 reference runs and has 2") as caught:
+        fit(tmp_path / "run", Kept(f"{folder}/*"))
+    (message,) = [str(one.message) for one in caught if "makes no forecast" in str(one.message)]
+    for reason in (
+        "1 of other validation data than most",
+        "1 that recorded val_loss and not falling_loss",
+        "mask=real",
+    ):
+        assert reason in message
+
+
+def test_a_damaged_report_costs_one_reference(tmp_path: Path) -> None:
+    refs = references(tmp_path / "refs")
+    (tmp_path / "refs" / "2" / "spectra" / "activation-validate-000000300.npz").write_bytes(b"junk")
+    forecaster = Kept(refs)
+    with pytest.warns(UserWarning, match="goes without .*2: run has a broken record"):
+        fit(tmp_path / "run", forecaster)
+    assert forecaster.values("num_references")[-1] == 5
+    assert math.isfinite(forecaster.values("tokens_to_target")[-1])
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_a_run_that_began_below_the_target_has_no_truth(tmp_path: Path) -> None:
+    forecaster = Kept(target_loss=2.9)
+    fit(tmp_path, forecaster)
+    assert math.isnan(forecaster.actual)
+    assert Run(tmp_path).about["forecast"][""]["actual"] is None
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_two_forecasters_leave_two_tables(tmp_path: Path) -> None:
+    fit(tmp_path, Kept(target_loss=2.1), Kept(target_loss=1.9, prefix="b/"))
+    assert {key: facts["target_loss"] for key, facts in Run(tmp_path).about["forecast"].items()} == {"": 2.1, "b/": 1.9}

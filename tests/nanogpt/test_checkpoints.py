@@ -133,6 +133,9 @@ def test_a_bias_is_refused_and_other_sizes_are() -> None:
     state = speedrun_state("rope")
     with pytest.raises(ValueError, match=r"got transformer.h.0.attn.c_proj.bias beyond them"):
         from_speedrun(state | {"transformer.h.0.attn.c_proj.bias": torch.zeros(WIDTH)}, config_of("rope"))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    with pytest.raises(ValueError, match=r"blocks.0.mlp.up.weight of shape \(64, 16\), got \(16, 64\)"):
+        from_speedrun(state | {name: state[name].T}, config_of("rope"))
     state["transformer.wte.weight"] = torch.zeros(VOCAB + 1, WIDTH)
     with pytest.raises(ValueError, match=r"embedding.weight of shape \(50, 16\), got \(51, 16\)"):
         from_speedrun(state, config_of("rope"))

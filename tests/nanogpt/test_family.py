@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, seed_everything
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, TailForecaster
-from lightning_spectral.nanogpt import NanoGPT, TextData, write_shard
+from lightning_spectral.nanogpt import GPT, GPTConfig, NanoGPT, TextData, write_shard
 from lightning_spectral.nanogpt.config import RECIPES, recipe_switches
 from tests.models import tiny_trainer
 from tests.runs.planted import write_text
@@ -126,3 +127,30 @@ def test_window_grows_with_the_tokens_trained_on(tmp_path: Path, text: str) -> N
     again = NanoGPT("tiny", "flex_window", block_size=16, num_layers=2, width=32, switches=switches)
     again.on_load_checkpoint({"tokens": 640})
     assert int(again.gpt.window) == model.gpt.config.window_at(640)
+
+
+def test_all_batches_of_a_step_meet_one_window(tmp_path: Path, text: str) -> None:
+    switches = {"window_start": 2, "window": 16, "window_step": 2, "window_warmup_tokens": 1024}
+    model = NanoGPT("tiny", "flex_window", block_size=16, num_layers=2, width=32, warmup_steps=1, switches=switches)
+    seen: dict[int, set[int]] = {}
+
+    class Look(Callback):
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            seen.setdefault(trainer.global_step, set()).add(int(pl_module.gpt.window))
+
+    trainer = tiny_trainer(tmp_path, callbacks=[Look()], max_steps=3, limit_val_batches=0, accumulate_grad_batches=4)
+    trainer.fit(model, TextData(text, block_size=16, batch_size=8))
+    windows = [model.gpt.config.window_at(tokens) for tokens in (0, 512, 1024)]
+    assert seen == {step: {window} for step, window in enumerate(windows)}
+    assert len(set(windows)) == 3
+
+
+def test_rotary_angles_do_not_suffer_from_a_model_made_in_bfloat16() -> None:
+    config = GPTConfig.from_tier("tiny", "rope", block_size=1024)
+    expected = GPT(config).rotary
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = GPT(config).rotary
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.float(), expected, atol=4e-3, rtol=0)

@@ -16,6 +16,8 @@ SETTINGS = {
     "layers": [LAYER],
     "num_tokens": 64,
     "normalize": True,
+    "mask": None,
+    "dataloader_idx": 0,
     "fingerprint": "a1",
 }
 
@@ -29,6 +31,7 @@ def made_up(
     layer: str = LAYER,
     batch_tokens: float = 64.0,
     data: str = "a1",
+    loss: str = "val_loss",
     **settings: Any,
 ) -> Path:
     """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law.
@@ -42,12 +45,13 @@ def made_up(
         layer: The one that was measured.
         batch_tokens: Tokens of a step.
         data: Fingerprint of the validation data.
+        loss: Key that its validation loss was logged under.
         settings: Of its measurement, where they differ.
     """
     settings = SETTINGS | {"layers": [layer]} | settings
     series = {"activation-validate": settings}
     about = {"id": str(folder), "family": family, "series": series, "batch_tokens": batch_tokens}
-    about["validation_data"] = {"0": data}
+    about |= {"validation_data": {"0": data}, "val_loss": loss}
     record = Record.begin(folder / "spectra", about)
     ranks = np.arange(1, 33.0)
     generator = np.random.default_rng(crc32(folder.name.encode()))

@@ -3,13 +3,17 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from lightning_spectral import Run, cli, forecast
+from lightning_spectral.functional import Forecast
+from lightning_spectral.runs.forecasting import _skill
 from tests.runs.made_up import LAYER, made_up
 
 ALPHAS = [0.8, 0.9, 1.0, 1.15, 1.3, 1.4, 1.5, 1.7]
@@ -132,3 +136,39 @@ def test_bad_input_is_one_line(
         cli.main(["forecast", *words])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"lightning-spectral: error: {message}")
+
+
+def test_validation_after_a_report_is_the_future(tmp_path: Path) -> None:
+    """Reports on training rows fall between validation runs: the next loss is not known yet."""
+    pattern = family(tmp_path, [law(alpha) for alpha in ALPHAS])
+    for run in tmp_path.iterdir():
+        history = run / "spectra" / "history.csv"
+        lines = history.read_text().splitlines()
+        history.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")  # no validation at the second report
+    at = [0.6 * law(ALPHAS[0])]
+    before = forecast(pattern, 1.0, at=at)[0].points[0]
+    path = tmp_path / "4" / "spectra" / "history.csv"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].replace(",1.2", ",1.9")
+    path.write_text("\n".join(lines) + "\n")
+    after = forecast(pattern, 1.0, at=at)[0].points[0]
+    for first, second in zip(before.predictors, after.predictors, strict=True):
+        assert first.forecasts[4] == pytest.approx(second.forecasts[4], nan_ok=True), first.name
+        assert first.rho == pytest.approx(second.rho, nan_ok=True), first.name
+
+
+def test_a_run_in_two_directories_is_one(tmp_path: Path) -> None:
+    pattern = family(tmp_path, [law(alpha) for alpha in ALPHAS])
+    shutil.copytree(tmp_path / "4", tmp_path / "copy")
+    assert len(forecast(pattern, 1.0)[0].runs) == len(ALPHAS)
+
+
+def test_forecasts_that_rest_on_no_other_run_are_judged_as_they_are() -> None:
+    truth = torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0], dtype=torch.float64)
+    same = [Forecast(300.0, math.nan, math.nan)] * 6
+    assert math.isnan(_skill(same, truth, is_relative=False)[0])
+    never = [Forecast(float(value), math.nan, math.nan) for value in truth[:4]] + [Forecast(math.inf, 0, 0)] * 2
+    rho, error, num_known = _skill(never, truth, is_relative=False)
+    assert (num_known, error) == (6, 0.0)
+    assert rho == pytest.approx(stats.spearmanr([1, 2, 3, 4, 9, 9], truth).statistic)
+    assert _skill([*never[:3], *[Forecast(math.inf, 0, 0)] * 3], truth, is_relative=False)[1] == math.inf
