@@ -97,6 +97,9 @@ class NanoGPT(pl.LightningModule):
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         if stop_at_loss is not None and not stop_at_loss > 0:
             raise ValueError(f"stop_at_loss must be above 0, got {stop_at_loss}: None trains without a target")
+        for name in ("tier", "recipe", "vocab_size", "block_size"):
+            if name in (switches or {}):
+                raise ValueError(f"switches must be other fields of GPTConfig, got {name!r}: it is an argument itself")
         self.save_hyperparameters()
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "width": width}
         overrides = {name: size for name, size in sizes.items() if size is not None} | (switches or {})

@@ -298,6 +298,7 @@ def test_refuses_unknown_tokens_of_a_bare_loader(stage):
         ({"tier": "huge"}, "tier must be one of tiny, d12, d24, d36, d48, got 'huge'"),
         ({"recipe": "rop"}, r"recipe must be one of baseline, rope.*, got 'rop'"),
         ({"switches": {"depth": 2}}, "overrides must be fields of GPTConfig .*, got 'depth'"),
+        ({"switches": {"vocab_size": 2}}, "switches must be other fields of GPTConfig, got 'vocab_size'"),
     ],
 )
 def test_refuses_arguments(arguments, message):
