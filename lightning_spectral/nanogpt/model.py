@@ -41,15 +41,15 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _rotary_table(config: GPTConfig) -> Tensor:
-    # Angles of many radians, so in float32 even where parameters are made in less.
+    # angles of many radians, so in float32 or better even where parameters are made in less
+    exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
     if config.rotary_frequencies == "full":
-        steps = torch.arange(0, config.head_size, 2, dtype=torch.float32)
+        steps = torch.arange(0, config.head_size, 2, dtype=exact)
         frequencies = config.rotary_base ** -(steps / config.head_size)  # (head / 2,)
     else:
-        turning = (1 / 1024) ** torch.linspace(0, 1, config.head_size // 4, dtype=torch.float32)  # (head / 4,)
+        turning = (1 / 1024) ** torch.linspace(0, 1, config.head_size // 4, dtype=exact)  # (head / 4,)
         frequencies = F.pad(turning, (0, config.head_size // 2 - len(turning)))  # (head / 2,)
-    positions = torch.arange(config.block_size, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)  # (block_size, head / 2)
+    angles = torch.outer(torch.arange(config.block_size, dtype=exact), frequencies)  # (block_size, head / 2)
     return torch.stack((angles.cos(), angles.sin())).to(torch.get_default_dtype())  # (2, block_size, head / 2)
 
 

@@ -90,5 +90,6 @@ def check_val_tokens(trainer: "pl.Trainer", val_tokens: int | None) -> None:
     # The last of a loader's batches may be smaller.
     held_out = getattr(settings.datamodule, "num_val_tokens", val_tokens)
     if found < asked or held_out < val_tokens:
-        most = min(val_tokens // asked * int(found), held_out)
+        of_batch = val_tokens // asked
+        most = min(int(found), held_out // of_batch) * of_batch
         raise ValueError(f"val_tokens must be at most {most}, the whole batches of held-out tokens, got {val_tokens}")

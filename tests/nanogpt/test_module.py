@@ -151,7 +151,7 @@ def test_tokens_are_logged_exactly(data):
 
 def test_tokens_of_all_ranks(data):
     model, batch = nanogpt(), {"input_ids": torch.zeros(3, 5, dtype=torch.long)}
-    model.trainer = type("FourRanks", (), {"world_size": 4})()
+    model.trainer = type("FourRanks", (), {"world_size": 4, "global_step": 0})()
     model.on_train_batch_start(batch, 0)
     assert model.tokens == 60
 

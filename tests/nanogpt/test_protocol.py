@@ -149,7 +149,7 @@ def test_refuses_more_validation_than_there_is(command, tmp_path):
         enable_checkpointing=False, val_check_interval=5, check_val_every_n_epoch=None,
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match="val_tokens must be at most 96, the whole batches of held-out tokens, got 240"
+        ValueError, match="val_tokens must be at most 72, the whole batches of held-out tokens, got 240"
     ):
         getattr(trainer, command)(nanogpt(val_tokens=240), text(tmp_path))
 
@@ -181,6 +181,7 @@ def test_example_stops_with_a_checkpoint(tmp_path, monkeypatch):
     }
     words = [f"--{key}={value}" for key, value in overrides.items()]
     cli.main(["fit", "--config", str(repository / "examples" / "constant_loss.yaml"), *words])
-    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
-    assert checkpoint.name == "step=50.ckpt"
+    folder = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step=25.ckpt", "step=50.ckpt"]
+    checkpoint = folder / "step=50.ckpt"
     assert torch.load(checkpoint, weights_only=True)["tokens"] == 50 * 128
