@@ -44,7 +44,8 @@ def test_resuming_appends(attempts: list[dict]) -> None:
         assert kept <= set(attempt["steps"])
     last = attempts[-1]
     assert last["steps"] == list(range(1, len(last["steps"]) + 1))
-    assert last["history"] == last["steps"]
+    # A report is written before its line of the history: the last kill may fall between the two.
+    assert last["history"] in (last["steps"], last["steps"][:-1])
 
 
 def test_nothing_is_thrown_away(attempts: list[dict], folder: Path) -> None:
