@@ -1,0 +1,1 @@
+"""What the instrument costs, against the floor and against its peers; ``python -m benchmarks`` runs all of it."""
