@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PANEL = 128
+"""Columns of a panel in :func:`add_products`: of 64 to 512 the fastest for widths 384 to 1600 on two cores."""
+
 
 class Moments(NamedTuple):
     r"""Sufficient statistics of a set of rows for their mean and covariance, batched over leading axes.
@@ -65,6 +68,36 @@ def from_shifted_sums(count: Tensor, total: Tensor, outer: Tensor, pivot: Tensor
     mean = torch.where(count.unsqueeze(-1) > 0, pivot + offset, torch.zeros_like(offset))
     outer.addcmul_(total.unsqueeze(-1), offset.unsqueeze(-2), value=-1)
     return Moments(count, mean, outer)
+
+
+def add_products(total: Tensor, rows: Tensor) -> None:
+    r"""Add :math:`X^\top X` to a sum, but for its lower half, which :func:`mirror_` restores.
+
+    A product of a matrix with its own transpose is symmetric: a panel of columns is multiplied only with those from
+    its own first on, which on a CPU saves up to half of the work. On a GPU more, smaller kernels would cost more than
+    they save.
+
+    Args:
+        total: ``(d, d)``, added to in place; its type and device are those of the sum, not of the products.
+        rows: ``(n, d)``.
+    """
+    width = rows.shape[1]
+    step = PANEL if rows.device.type == "cpu" else max(width, 1)
+    for start in range(0, width, step):
+        panel = rows[:, start : start + step].mT @ rows[:, start:]
+        total[start : start + step, start:].add_(panel.to(total.device))
+
+
+def mirror_(matrices: Tensor) -> None:
+    """Make symmetric, in place, what is known above the diagonal alone.
+
+    Args:
+        matrices: ``(..., d, d)``.
+    """
+    for matrix in matrices.view(-1, *matrices.shape[-2:]):
+        # One at a time: a copy of all would double the memory of a report.
+        upper = matrix.triu(1)
+        matrix.triu_().add_(upper.mT)
 
 
 def pool(parts: Moments, subsets: Tensor | None = None) -> Moments:

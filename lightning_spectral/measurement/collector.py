@@ -7,15 +7,28 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_spectral.capture.precision import ieee_products
-from lightning_spectral.functional.moments import Moments, from_shifted_sums
+from lightning_spectral.functional.moments import Moments, add_products, from_shifted_sums, mirror_
 from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
 
 RMS_EPS = 1e-6
 """Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
+
+
+def inverse_rms(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    r"""What a parameter-free RMSNorm multiplies rows by, :math:`(\frac1d \sum_j x_j^2 + \epsilon)^{-1/2}`.
+
+    Args:
+        samples: ``(..., d)``, any floating dtype.
+        dtype: Type of the result.
+
+    Returns:
+        ``(..., 1)``.
+    """
+    squares = torch.linalg.vector_norm(samples, dim=-1, keepdim=True, dtype=dtype).square_()
+    return squares.div_(samples.shape[-1]).add_(RMS_EPS).rsqrt_()
 
 
 @dataclass
@@ -24,7 +37,7 @@ class _Sums:
 
     count: Tensor  # (..., G)
     total: Tensor  # (..., G, d)
-    outer: Tensor  # (..., G, d, d)
+    outer: Tensor  # (..., G, d, d); below the diagonal blocks nothing until it is pooled
     pivot: Tensor  # (..., d)
 
     @classmethod
@@ -66,7 +79,7 @@ class Collector:
     round the groups. Only whole samples are taken, until the next would exceed this rank's share of the rows.
 
     Blocks are centred about a pivot, the mean of the first block, and multiplied in ``dtype``; sums are kept in
-    float64. One product per group costs no more than one for all.
+    float64, of the symmetric products half until the report. One product per group costs no more than one for all.
 
     Args:
         names: The layers; may grow until the first output arrives.
@@ -180,20 +193,24 @@ class Collector:
     def _accumulate(
         self, sums: _Sums, group: int, samples: Tensor, mask: Tensor | None, num_rows: int, is_first: bool
     ) -> None:
-        rows = samples.to(self.dtype)
-        if self.normalize:
-            rows = F.rms_norm(rows, rows.shape[-1:], eps=RMS_EPS)
-        rows = rows.reshape(-1, rows.shape[-1])
-        keep = None if mask is None else mask.reshape(-1, 1)
+        scale = inverse_rms(samples, self.dtype) if self.normalize else None
+        keep = None if mask is None else mask.unsqueeze(-1)
         if is_first:
-            total = rows.sum(0) if keep is None else torch.where(keep, rows, 0.0).sum(0)
+            origin = samples.new_zeros(samples.shape[-1], dtype=self.dtype)
+            total = self._centred(samples, scale, origin, keep).sum(0)
             sums.pivot.copy_(total / max(num_rows, 1))
-        centred = rows - sums.pivot.to(rows)
+        centred = self._centred(samples, scale, sums.pivot.to(samples.device, self.dtype), keep)
+        sums.count[group] += num_rows
+        sums.total[group] += centred.sum(0).to(sums.total)
+        add_products(sums.outer[group], centred)
+
+    @staticmethod
+    def _centred(samples: Tensor, scale: Tensor | None, pivot: Tensor, keep: Tensor | None) -> Tensor:
+        """Rows ``(n, d)``, normalised, about a pivot, zero where they do not count: in one pass, two with a mask."""
+        centred = samples - pivot if scale is None else torch.addcmul(-pivot, samples, scale)
         if keep is not None:
             centred = torch.where(keep, centred, 0.0)
-        sums.count[group] += num_rows
-        sums.total[group] += centred.sum(0, dtype=torch.float64).to(self.device)
-        sums.outer[group] += (centred.mT @ centred).to(self.device)
+        return centred.reshape(-1, samples.shape[-1])
 
     @property
     def offered(self) -> int:
@@ -263,6 +280,7 @@ class Collector:
                 if name in self.failures:
                     # All ranks must come to the same result, and only NaN survives a sum.
                     sums.count[index] = torch.nan
+            mirror_(sums.outer)
             parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
             pooled, total = reduce_moments(parts, offered)
             yield names, pooled, float(total)

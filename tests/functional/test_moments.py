@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_spectral.functional import Moments, covariance, moments, pool
-from lightning_spectral.functional.moments import from_shifted_sums
+from lightning_spectral.functional.moments import PANEL, add_products, from_shifted_sums, mirror_
 from tests import _reference
 
 
@@ -137,3 +137,25 @@ def test_fewer_than_two_rows_have_no_covariance(num_rows):
 def test_gradients_flow_through_moments():
     rows = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: covariance(moments(x)), rows)
+
+
+@pytest.mark.parametrize("width", [1, 7, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 44])
+def test_products_by_panels_are_the_whole_product(rng, width):
+    blocks = [far_rows(rng, num_rows, width, mean=3) for num_rows in (1, 50, 9)]
+    total = torch.zeros(2, width, width, dtype=torch.float64)
+    for index, block in enumerate(blocks):
+        add_products(total[index % 2], block)
+    mirror_(total)
+    expected = [np.concatenate(blocks[index::2]) for index in range(2)]
+    np.testing.assert_allclose(total, [rows.T @ rows for rows in expected], rtol=1e-13)
+
+
+def test_a_bad_row_shows_after_mirroring(rng):
+    rows = far_rows(rng, 5, PANEL + 3)
+    rows[2, PANEL + 1] = torch.nan
+    total = torch.zeros(PANEL + 3, PANEL + 3, dtype=torch.float64)
+    add_products(total, rows)
+    mirror_(total)
+    assert total[PANEL + 1].isnan().all()
+    assert total[:, PANEL + 1].isnan().all()
+    assert int(total.isnan().sum()) == 2 * (PANEL + 3) - 1

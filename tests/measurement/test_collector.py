@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.moments import Moments, covariance, pool
-from lightning_spectral.measurement.collector import Collector
+from lightning_spectral.measurement.collector import RMS_EPS, Collector, inverse_rms
 from lightning_spectral.measurement.report import LayerSpectrum, decompose
 
 WIDTH = 12
@@ -122,6 +122,17 @@ def test_masked_rows_do_not_count_whatever_they_hold(batch_first: bool) -> None:
         samples += kept if batch_first else [np.concatenate(kept)]
     assert_moments(pooled(found), groups_of(samples))
     assert found.offered == sum(map(len, samples))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_inverse_rms_is_what_rms_norm_multiplies_by(kind: torch.dtype, size: float) -> None:
+    rows = (size * torch.randn(2, 5, 37, generator=torch.Generator().manual_seed(0))).to(kind)
+    expected = torch.nn.functional.rms_norm(rows.double(), (37,), eps=RMS_EPS)
+    for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        found = inverse_rms(rows, dtype)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double() * rows.double(), expected, rtol=rtol, atol=0)
 
 
 def test_normalized_rows_are_rms_normed() -> None:
