@@ -22,7 +22,7 @@ def inverse_rms(samples: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         samples: ``(..., d)``, any floating dtype.
-        dtype: Type of the result.
+        dtype: Type of the result, no narrower than that of the samples.
 
     Returns:
         ``(..., 1)``.
@@ -193,6 +193,8 @@ class Collector:
     def _accumulate(
         self, sums: _Sums, group: int, samples: Tensor, mask: Tensor | None, num_rows: int, is_first: bool
     ) -> None:
+        if samples.dtype.itemsize > self.dtype.itemsize:
+            samples = samples.to(self.dtype)
         scale = inverse_rms(samples, self.dtype) if self.normalize else None
         keep = None if mask is None else mask.unsqueeze(-1)
         if is_first:

@@ -130,9 +130,21 @@ def test_inverse_rms_is_what_rms_norm_multiplies_by(kind: torch.dtype, size: flo
     rows = (size * torch.randn(2, 5, 37, generator=torch.Generator().manual_seed(0))).to(kind)
     expected = torch.nn.functional.rms_norm(rows.double(), (37,), eps=RMS_EPS)
     for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-        found = inverse_rms(rows, dtype)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double() * rows.double(), expected, rtol=rtol, atol=0)
+        if torch.promote_types(kind, dtype) == dtype:
+            found = inverse_rms(rows, dtype)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double() * rows.double(), expected, rtol=rtol, atol=0)
+
+
+def test_float64_rows_may_be_multiplied_in_float32() -> None:
+    (output,) = batches(8, dtype=torch.float64)
+    for normalize in (True, False):
+        found = collector(normalize=normalize, dtype=torch.float32)
+        found.begin_batch(8, None)
+        found.add("layer", output)
+        assert not found.failures
+        kept = torch.nn.functional.rms_norm(output, (WIDTH,), eps=RMS_EPS) if normalize else output
+        assert_moments(pooled(found), groups_of(list(kept.numpy())), rtol=1e-5)
 
 
 def test_normalized_rows_are_rms_normed() -> None:
