@@ -133,7 +133,8 @@ def _decompose(matrices: Tensor, rtol: float | None, num_vectors: int) -> tuple[
     matrices = matrices.to(torch.float64)
     finite = matrices.isfinite().all(-1).all(-1, keepdim=True)
     # A solver refuses the whole batch for one bad matrix: the others must not pay for it.
-    ascending, vectors = _solve(matrices.masked_fill(~finite.unsqueeze(-1), 0.0), num_vectors)
+    solvable = matrices if bool(finite.all()) else matrices.masked_fill(~finite.unsqueeze(-1), 0.0)
+    ascending, vectors = _solve(solvable, num_vectors)
     values = ascending.flip(-1)
     tolerance = matrices.shape[-1] * torch.finfo(torch.float64).eps if rtol is None else rtol
     rounding = values < (tolerance * values[..., :1]).clamp(min=0)

@@ -1,5 +1,6 @@
 """What one report says of one layer: the spectrum, the spectra without each group, and why something is missing."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,7 +133,7 @@ class Report:
 def decompose(
     names: list[str], parts: Moments, failures: dict[str, str], num_vectors: int = 0, rtol: float | None = None
 ) -> list[LayerSpectrum]:
-    """Solve all layers of one width, with all groups and without each, in one batch.
+    """Solve all layers of one width, with all groups and without each.
 
     Args:
         names: The L layers.
@@ -147,16 +148,17 @@ def decompose(
     """
     num_groups = parts.num_rows.shape[-1]
     without_each = 1 - torch.eye(num_groups) if num_groups > 1 else torch.ones(0, 1)
-    sample = pool(parts, torch.cat([torch.ones(1, num_groups), without_each]))
-    values, vectors = _solve(sample, num_vectors, rtol)
+    members = torch.cat([torch.ones(1, num_groups), without_each])
     counts = parts.num_rows.cpu()
     spectra = []
-    for index, name in enumerate(names):
+    for index, (name, (sample, values, vectors)) in enumerate(
+        zip(names, _solved(parts, members, num_vectors, rtol), strict=True)
+    ):
         failure = failures.get(name)
         if failure is None and bool(counts[index].isnan().any()):
             failure = "another rank could not measure it"
-        failure = failure or why_no_spectrum(Moments(*(part[index, 0] for part in sample)))
-        if failure is None and bool(values[index, 0].isnan().any()):
+        failure = failure or why_no_spectrum(Moments(*(part[0] for part in sample)))
+        if failure is None and bool(values[0].isnan().any()):
             failure = "the eigensolver did not converge"
         nonempty = int((counts[index] > 0).sum())
         kept = slice(1, None if nonempty == num_groups else 1)
@@ -165,16 +167,30 @@ def decompose(
                 name,
                 num_tokens=int(counts[index].sum().nan_to_num()),
                 num_groups=nonempty,
-                eigenvalues=values[index, 0] if failure is None else torch.full_like(values[index, 0], torch.nan),
-                leave_one_out=values[index, kept],
+                eigenvalues=values[0] if failure is None else torch.full_like(values[0], torch.nan),
+                leave_one_out=values[kept],
                 failure=failure,
                 failed_here=name in failures,
                 num_rows_without=int((counts[index].sum() - counts[index].max()).nan_to_num()),
-                vectors=None if vectors is None else vectors[index, 0],
-                leave_one_out_vectors=None if vectors is None else vectors[index, kept],
+                vectors=None if vectors is None else vectors[0],
+                leave_one_out_vectors=None if vectors is None else vectors[kept],
             )
         )
     return spectra
+
+
+def _solved(
+    parts: Moments, members: Tensor, num_vectors: int, rtol: float | None
+) -> Iterator[tuple[Moments, Tensor, Tensor | None]]:
+    """Layer by layer the moments of unions of groups, their eigenvalues and leading eigenvectors."""
+    num_layers = len(parts.num_rows)
+    # A CPU's solver takes one matrix after the other anyway: there one layer's matrices at a time are all the memory.
+    at_a_time = 1 if parts.scatter.device.type == "cpu" else num_layers
+    for start in range(0, num_layers, at_a_time):
+        sample = pool(Moments(*(part[start : start + at_a_time] for part in parts)), members)
+        values, vectors = _solve(sample, num_vectors, rtol)
+        for index in range(len(values)):
+            yield Moments(*(part[index] for part in sample)), values[index], None if vectors is None else vectors[index]
 
 
 def _solve(sample: Moments, num_vectors: int, rtol: float | None) -> tuple[Tensor, Tensor | None]:

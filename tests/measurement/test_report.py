@@ -55,14 +55,15 @@ def test_vectors_leave_the_values_as_they_are(rows: np.ndarray, num_rows: int) -
         assert plain.vectors is plain.leave_one_out_vectors is None
 
 
-def test_one_batched_solve_with_vectors_or_without(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_batched_solve_a_layer_with_vectors_or_without(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("eigvalsh", "eigh"):
         solver = getattr(torch.linalg, name)
         monkeypatch.setattr(torch.linalg, name, lambda x, n=name, s=solver: (calls.append((n, x.shape[:-2])), s(x))[1])
     spectra_of(rows)
     spectra_of(rows, num_vectors=NUM_VECTORS)
-    assert calls == [("eigvalsh", (NUM_LAYERS, 1 + NUM_GROUPS)), ("eigh", (NUM_LAYERS, 1 + NUM_GROUPS))]
+    batch = (1, 1 + NUM_GROUPS)
+    assert calls == [("eigvalsh", batch)] * NUM_LAYERS + [("eigh", batch)] * NUM_LAYERS
 
 
 def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
