@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-console = Console(width=140)
+console = Console(width=140, file=sys.stdout)
+"""Where results go, even while the standard output of what is measured is put aside."""
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "opacus", "backpack-for-pytorch")
 
