@@ -4,32 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
+from benchmarks import report
+from benchmarks.harness import Target, environment
+from benchmarks.training import costs
+from benchmarks.turns import Run, Segments, side_by_side
 from benchmarks.watching import binned
+from lightning_spectral.nanogpt import NanoGPT, TextData
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(folder: Path, script: str, settings: str) -> tuple[str, dict[str, Any]]:
-    """What a benchmark prints and what it writes."""
-    result = folder / "result.json"
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *settings.split(), "--json", str(result)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(result.read_text())
-
-
-def run_module(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
+def run(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
     """What ``python -m benchmarks.MODULE`` prints and writes."""
     result = folder / "result.json"
     done = subprocess.run(
@@ -38,7 +31,7 @@ def run_module(folder: Path, module: str, settings: str) -> tuple[str, dict[str,
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(result.read_text())
@@ -58,26 +51,119 @@ def test_reference_runs_are_made_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").glob("*/spectra*"))) == 1
 
 
-def test_overhead_runs_and_writes_what_it_found(tmp_path: Path) -> None:
-    sizes = "--num-layers 2 --width 64 --batch-size 2 --steps 5 --every-n-steps 2 --num-tokens 1024 --repeats 1"
-    printed, found = run(tmp_path, "overhead.py", sizes)
-    assert "ratio" in printed
-    assert found["own_seconds"][0] > 0
-    assert found["settings"]["num_tokens"] == 1024
+def test_training_takes_apart_what_each_set_of_callbacks_costs(tmp_path: Path) -> None:
+    sizes = "--num-layers 2 --width 64 --batch-size 4 --tokens 64 --num-tokens 1024 --num-samples 8 --cycles 1"
+    printed, found = run(tmp_path, "training", sizes)
+    assert "whole report" in printed
+    assert "activation spectra" not in printed
+    activations, gradients = (found["result"][part] for part in ("activations", "gradients"))
+    for part, window in ((activations, 4), (gradients, 2)):
+        assert part["window"] == window
+        for segments in part["runs"].values():
+            assert len(segments["steps"]) == 2 * part["cycle"]
+            assert len(segments["validations"]) == 2
+            assert min(segments["steps"] + segments["validations"]) > 0
+        assert part["runs"]["plain"]["own"] == 0
+        assert all(cost["own"] > 0 for cost in part["costs"].values())
+    # Passes of their own happen at the report, whatever the speed of the machine.
+    assert gradients["costs"]["GradientSpectrum, vmap"]["minimum"]["reporting"] > 0
+    assert [target["point"] for target in found["targets"]] == ["1", "1", "1", "1", "2"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "result.json"]
+
+
+def test_costs_are_read_off_steps_of_each_kind() -> None:
+    cycle, window = 5, 3
+    plain, watched = Segments([1.0] * 10, [2.0, 2.0]), Segments([9.0] * 5 + [1.0, 1.0, 1.1, 1.3, 4.0], [9.0, 2.5], 7.0)
+    found = costs(watched, plain, cycle, window)
+    expected = {"idle": 0, "collecting": 0.1, "reporting": 3, "validation": 0.5, "report": 3.2}
+    assert {kind: round(found["minimum"][kind], 9) for kind in expected} == expected
+    assert round(found["median"]["collecting"], 9) == 0.2
+    assert found["own"] == 3.5
+
+
+def test_runs_side_by_side_take_turns_and_end_together_when_one_fails(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Step(Callback):
+        def __init__(self, name: str, last: int = 99) -> None:
+            self.name, self.last = name, last
+
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            order.append(self.name)
+            if trainer.global_step == self.last:
+                raise ValueError("as planned")
+
+    def run_of(name: str, last: int = 99) -> Run:
+        return Run(NanoGPT(num_layers=1, width=8, num_heads=1, block_size=8), TextData(None, 8, 2), [Step(name, last)])
+
+    settings: dict[str, Any] = {"max_steps": 3, "limit_val_batches": 0, "accelerator": "cpu", "devices": 1}
+    found = side_by_side({name: lambda name=name: run_of(name) for name in "abc"}, settings, "")
+    assert order == list("abc") * 3
+    assert {len(segments.steps) for segments in found.values()} == {3}
+    with pytest.raises(ValueError, match="as planned"):
+        side_by_side({"a": lambda: run_of("a"), "b": lambda: run_of("b", last=2)}, settings, "")
+
+
+def test_rows_are_measured_against_bare_products(tmp_path: Path) -> None:
+    printed, found = run(tmp_path, "rows", "--widths 16 24 --samples 4 --tokens 8 --solved 16 --repeats 2")
+    assert "torch.mm" in printed
+    assert [(row["width"], row["dtype"]) for row in found["result"]["collecting"]] == [
+        (width, dtype) for width in (16, 24) for dtype in ("float32", "bfloat16")
+    ]
+    assert len(found["targets"]) == 5
+
+
+def test_imports_are_timed_in_fresh_interpreters(tmp_path: Path) -> None:
+    _, found = run(tmp_path, "imports", "--repeats 1")
+    assert 0 < found["result"]["added"][0] < found["result"]["lightning_and_torch"][0]
+
+
+def test_a_report_holds_every_target_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    monkeypatch.setattr(report, "README", readme)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    found = {"late": Target("6", "growth", 1.2, 1.15, True, note="a | b"), "early": Target("1", "speed", 1.0, 0.99, False)}
+    for name, target in found.items():
+        written = {"command": f"python -m {name}", "environment": environment(), "targets": [asdict(target)]}
+        (folder / f"{name}.json").write_text(json.dumps(written))
+    report.write(folder)
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    table = [line for line in lines if line.startswith("| ")][1:]
+    assert table == [
+        "| 1 | speed | at least 0.99 | 1 | yes |  |  | `python -m early` |",
+        "| 6 | growth | at most 1.15 | 1.2 | no |  | a \\| b | `python -m late` |",
+    ]
+    assert "Not measured" in (folder / "report.md").read_text()
+    assert json.loads((folder / "environment.json").read_text()) == environment()
+
+
+def test_the_table_of_benchmarks_is_that_of_the_newest_results() -> None:
+    newest = max(path for path in (BENCHMARKS / "results").iterdir() if (path / "report.md").exists())
+    assert report.block(newest, report.load(newest)) in report.README.read_text()
 
 
 def test_per_sample_runs_and_its_memory_is_of_the_order_of_the_formula(tmp_path: Path) -> None:
     sizes = "--num-layers 4 --width 128 --tokens 64 --samples 8 --chunk 4 --repeats 1 --published-repeats 1"
-    printed, found = run(tmp_path, "per_sample.py", f"{sizes} --memory-points 8:32")
-    assert "hooks inside a training step add" in printed
+    memory = "--memory-of step_hooks step_opacus --memory-points 8:32"
+    printed, written = run(tmp_path, "per_sample", f"{sizes} {memory}")
+    assert "within a training step" in printed
+    found = written["result"]
     assert all(values and min(values) > 0 for values in found["seconds"].values())
+    assert found["peak_bytes"].keys() == {"plain", "step_hooks", "step_opacus"}
+    assert {target["point"] for target in written["targets"]} == {"4", "5"}
+    for said in found["models"].values():
+        assert said["ours"].startswith("right")
+        assert not said["opacus"].startswith("right")
     (point,) = found["formula"]
     assert 0.3 < point["measured"] / point["formula"] < 1.5
 
 
 def test_activation_protocol_agrees_with_the_published_one_and_counts_its_block_passes(tmp_path: Path) -> None:
     sizes = "--sizes 4:64 6:64 --all-layers-up-to 4 --tokens 512 --batch-size 4 --block-size 64 --repeats 1"
-    printed, found = run_module(tmp_path, "activation_protocol", sizes)
+    printed, found = run(tmp_path, "activation_protocol", sizes)
     assert "without the forward pass" in printed
     shallow, deep = found["result"]["sizes"]
     assert shallow["block_passes"] == {"five": 1 + 2 + 3 + 4, "all": 10}
@@ -93,7 +179,7 @@ def test_activation_protocol_agrees_with_the_published_one_and_counts_its_block_
 
 def test_watching_counts_every_part_of_a_report_and_every_value_that_others_bin(tmp_path: Path) -> None:
     sizes = "--num-layers 4 --width 64 --batch-size 4 --block-size 64 --num-tokens 1024 --repeats 1"
-    printed, found = run_module(tmp_path, "watching", sizes)
+    printed, found = run(tmp_path, "watching", sizes)
     assert "without the figure" in printed
     result = found["result"]
     (parts,) = result["parts"]
@@ -120,3 +206,29 @@ def test_binned_counts_every_finite_value() -> None:
     assert {index: count for index, count in enumerate(counts) if count} == {0: 1.0, 16: 2.0, 63: 1.0}
     assert binned(torch.full((2, 3), 5.0)) == ([6.0], [5.0, 5.0])
     assert binned(torch.full((2,), torch.nan)) == ([], [])
+
+
+def test_growth_fits_an_exponent_to_every_part(tmp_path: Path) -> None:
+    sizes = "--layers 1 2 --width 8 16 --tokens 64 128 --samples 8 16 --numbers 64 128 --matrices 1 2 --ranks 1 2"
+    ranks = "--rank-layers 2 --rank-width 8 --rank-tokens 64 --rank-samples 8 --rank-numbers 64"
+    repeats = "--rounds 1 --rank-rounds 1 --rank-repeats 1"
+    printed, found = run(tmp_path, "growth", f"{sizes} {ranks} {repeats} --plot growth.png")
+    assert "theory" in printed
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    sweeps = {(sweep["part"], sweep["size"]): sweep for sweep in found["result"]["sweeps"]}
+    # With two ranks at the most, what begins with two has no exponent.
+    assert len(found["targets"]) == len(sweeps) == 19
+    for target, sweep in zip(found["targets"], sweeps.values(), strict=True):
+        assert target["point"] == "6"
+        assert target["is_ceiling"]
+        assert target["found"] == sweep["exponent"]
+        assert abs(target["limit"] - sweep["theory"] - 0.15) < 1e-3
+        assert len(sweep["found"]) == len(sweep["numbers"]) == 2
+        assert min(sweep["found"]) > 0
+    assert round(sweeps["collecting activations", "ranks"]["theory"], 9) == -1
+    # Counted, not timed: of two layers twice as much, of more tokens no more.
+    layers, tokens = (sweeps["state of collecting, bytes", size] for size in ("layers", "tokens"))
+    groups, width = 4, 8
+    assert layers["found"][0] == groups * 8 * (1 + width + width**2) + 8 * width
+    assert layers["found"][1] == 2 * layers["found"][0]
+    assert tokens["found"][1] == tokens["found"][0]

@@ -30,9 +30,13 @@ class BackwardReader:
         self.rows: LayerRows | None = None
         """Where the rows of the batch go; None while none is wanted."""
         self._handles: list[RemovableHandle] = []
-        self._unchecked: dict[str, nn.Parameter] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._unchecked: set[str] = set()
+        self._in_parts: set[str] = set()
+        """Those whose gradient came more than once in a batch: none is the last for sure."""
+        self._completed: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
-        self._check_handles: list[RemovableHandle] = []
+        self._batch_handles: list[RemovableHandle] = []
 
     def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
         """Watch one more parameter.
@@ -42,7 +46,8 @@ class BackwardReader:
             parameter: A parameter of the tree that :func:`check_contracts` accepts.
             root: The tree.
         """
-        self._unchecked[name] = parameter
+        self._parameters[name] = parameter
+        self._unchecked.add(name)
         for module, attribute in owners(root, parameter):
             hook = _ForwardHook(self, name, attribute)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -51,18 +56,25 @@ class BackwardReader:
         """Take for granted that the rows add up to the gradient of each parameter, as an earlier batch has shown."""
         self._unchecked.clear()
 
-    def begin(self, rows: LayerRows) -> None:
+    def begin(self, rows: LayerRows, on_complete: Callable[[str], None] | None = None) -> None:
         """Open for the passes of one batch.
 
         Args:
             rows: Where its rows go. The first batch of which all rows are wanted also shows whether they add up to the
                 gradient of each parameter.
+            on_complete: Called within the backward pass with the name of a parameter whose rows are all there, once
+                they have been shown to add up. Not for one whose gradient came in parts before.
         """
         self.rows = rows
-        for name, parameter in self._unchecked.items():
-            if len(rows.out[name]) == rows.num_samples:
-                hook = parameter.register_hook(lambda gradient, name=name: self._add_gradient(name, gradient))
-                self._check_handles.append(hook)
+        for name, parameter in self._parameters.items():
+            if name in self._unchecked:
+                if len(rows.out[name]) == rows.num_samples:
+                    hook = parameter.register_hook(lambda gradient, name=name: self._add_gradient(name, gradient))
+                    self._batch_handles.append(hook)
+            elif on_complete is not None and name not in self._in_parts and parameter.requires_grad:
+                # Autograd sums the gradients of all layers that share a parameter before it comes by here.
+                hook = parameter.register_hook(lambda _, name=name: self._complete(name, on_complete))
+                self._batch_handles.append(hook)
 
     def end(self) -> LayerRows | None:
         """Close after the batch.
@@ -71,15 +83,16 @@ class BackwardReader:
             Its rows, or None if there was no :meth:`begin`.
         """
         rows, self.rows = self.rows, None
-        for handle in self._check_handles:
+        for handle in self._batch_handles:
             handle.remove()
-        self._check_handles.clear()
+        self._batch_handles.clear()
+        self._completed.clear()
         if rows is not None:
             for name, gradient in self._gradients.items():
                 rows.check(name, gradient)
                 if name not in rows.failures:
                     # One that fails is looked at again: its rows must not pass as good the next time.
-                    del self._unchecked[name]
+                    self._unchecked.discard(name)
         self._gradients.clear()
         return rows
 
@@ -89,12 +102,26 @@ class BackwardReader:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._parameters.clear()
         self._unchecked.clear()
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
-        # Reentrant checkpointing delivers the gradient of a shared parameter in parts.
         seen = self._gradients.get(name)
+        if seen is not None:
+            # Reentrant checkpoints that share a parameter do this, and several backward passes in one training step.
+            self._in_parts.add(name)
         self._gradients[name] = gradient.detach().clone() if seen is None else seen + gradient.detach()
+
+    def _complete(self, name: str, on_complete: Callable[[str], None]) -> None:
+        rows = self.rows
+        if rows is None or name not in rows.seen or name in rows.failures or name in self._completed:
+            return
+        self._completed.add(name)
+        try:
+            with self._timer():
+                on_complete(name)
+        except Exception as error:  # never raised: a backward pass is under way
+            rows.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
     def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Ask for the gradient of one output.
@@ -112,6 +139,10 @@ class BackwardReader:
         x = inputs[0].detach()
 
         def read(grad: Tensor) -> None:
+            if name in self._completed:
+                self._in_parts.add(name)
+                rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"
+                return
             with self._timer():
                 rows.add(name, module, attribute, x, grad)
 

@@ -1,5 +1,7 @@
 """What a layer's input and the gradient of its output say about each sample's gradient of its parameters."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -97,12 +99,13 @@ class LayerRows:
 
     Args:
         num_samples: Samples B in the batch.
-        out: ``(b, P)`` by name, where the rows of the first b samples go; float32 or float64.
+        out: ``(b, P)`` by name, where the rows of the first b samples go; float32 or float64. Asked for when a name's
+            first rows come by.
         scale: Factor that makes a row the gradient of its sample's own loss: B times the number of accumulated batches
             for a mean over the batch, over the loss scale.
     """
 
-    def __init__(self, num_samples: int, out: dict[str, Tensor], scale: float) -> None:
+    def __init__(self, num_samples: int, out: Mapping[str, Tensor], scale: float) -> None:
         self.num_samples = num_samples
         self.out = out
         self.scale = scale
@@ -123,8 +126,8 @@ class LayerRows:
         """
         if name in self.failures:
             return
-        out = self.out[name]
         try:
+            out = self.out[name]
             if grad.ndim < 2 or not len(x) == len(grad) == self.num_samples:
                 raise ValueError(
                     f"the first axis of its layer's input {tuple(x.shape)} and output {tuple(grad.shape)} is not the "

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ def fill_rows(
     loss: BatchLoss,
     names: list[str],
     batch: Any,
-    out: dict[str, Tensor],
+    out: Mapping[str, Tensor],
     chunk_size: int | None = None,
 ) -> int:
     r"""Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.

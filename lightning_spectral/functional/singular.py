@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_spectral.functional.spectrum import eigenvalues
 
-BLOCK_NUMBERS = 2**22
-"""Numbers that are brought to float64 at a time, 32 MiB: rows of per-sample gradients are far too large for a copy."""
+BLOCK_NUMBERS = 2**20
+"""Numbers that are brought to float64 at a time, 8 MiB: rows of per-sample gradients are far too large for a copy."""
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class GradientMeasurement(StagedMeasurement):
         self._offered = 0
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
+        self._grams: dict[str, Tensor] = {}
         self._rows: LayerRows | None = None
         self._had_backward = False
         self._reader: BackwardReader | None = None
@@ -161,8 +162,15 @@ class GradientMeasurement(StagedMeasurement):
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
             self._rows = LayerRows(size, self._store.open(wanted), mean_of)
             self._had_backward = False
-            self._reader.begin(self._rows)
+            is_last = wanted == self._store.room and self._world == 1
+            self._reader.begin(self._rows, self._reduce if is_last else None)
             self._span = [*self._span[:1], step]
+
+    @torch.no_grad()
+    def _reduce(self, name: str) -> None:
+        """Let go of rows that no other will join: layer by layer, they never are all there at a time."""
+        rows = self._store.take_early(name)
+        self._grams[name] = gram_share(rows, [len(rows)], self._device)
 
     def before_backward(self, scale: Callable[[], float]) -> None:
         """Learn how the gradients that follow are scaled.
@@ -216,7 +224,7 @@ class GradientMeasurement(StagedMeasurement):
         self._forget()
 
     def _forget(self) -> None:
-        self._batches, self._span, self._failures = [], [], {}
+        self._batches, self._span, self._failures, self._grams = [], [], {}, {}
         self._waiting = self._offered = 0
         self._store.clear()
 
@@ -261,7 +269,7 @@ class GradientMeasurement(StagedMeasurement):
             spectra |= {name: missing(name, 0, "no sample was seen", False) for name in wanted}
         elif wanted:
             try:
-                shares = torch.stack([gram_share(self._store.take(name), counts, self._device) for name in wanted])
+                shares = torch.stack([self._share(name, counts) for name in wanted])
             except RuntimeError as error:
                 if self._world > 1:
                     raise  # the other ranks wait in a collective
@@ -271,6 +279,10 @@ class GradientMeasurement(StagedMeasurement):
                 grams = dict(zip(wanted, sum_over_ranks(shares), strict=True))
                 spectra |= self._solve(grams, counts)
         return {name: spectra[name] for name in names}
+
+    def _share(self, name: str, counts: list[int]) -> Tensor:
+        early = self._grams.pop(name, None)
+        return gram_share(self._store.take(name), counts, self._device) if early is None else early
 
     def _solve(self, grams: dict[str, Tensor], counts: list[int]) -> dict[str, ParameterSpectrum]:
         sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}

@@ -1,11 +1,15 @@
 """Where rows of per-sample gradients wait for their report: in the type and on the device that were asked for."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
 
 class RowStore:
-    """Rows of several parameters, up to a number of samples; memory is taken with the first and given back at the end.
+    """Rows of several parameters, up to a number of samples.
+
+    A parameter's memory is taken when its first rows are about to be written, and given back when they are taken.
 
     Args:
         sizes: Numbers P of each parameter.
@@ -32,14 +36,14 @@ class RowStore:
         self._compute_device = compute_device
         self._compute_dtype = torch.promote_types(dtype, torch.float32)
         self._kept: dict[str, Tensor] = {}
-        self._open: dict[str, Tensor] = {}
+        self._open: _Open | None = None
 
     @property
     def room(self) -> int:
         """Samples that still fit."""
         return self.capacity - self.count
 
-    def open(self, num_samples: int) -> dict[str, Tensor]:
+    def open(self, num_samples: int) -> Mapping[str, Tensor]:
         """Where to write the rows of some samples, in float32 or float64 on the device that makes them.
 
         Args:
@@ -48,27 +52,45 @@ class RowStore:
         Returns:
             ``(b, P)`` by name: the store itself where type and device agree.
         """
-        if not self._kept:
-            for name, size in self.sizes.items():
-                self._kept[name] = torch.empty(self.capacity, size, dtype=self.dtype, device=self._device)
-        is_direct = self._compute_dtype == self.dtype and self._compute_device == self._device
-        stop = self.count + num_samples
-        self._open = {
-            name: kept[self.count : stop]
-            if is_direct
-            else torch.empty(num_samples, kept.shape[1], dtype=self._compute_dtype, device=self._compute_device)
-            for name, kept in self._kept.items()
-        }
+        self._open = _Open(self, num_samples)
         return self._open
+
+    def _make(self, name: str, num_samples: int) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None:
+            kept = torch.empty(self.capacity, self.sizes[name], dtype=self.dtype, device=self._device)
+            self._kept[name] = kept
+        if self._compute_dtype == self.dtype and self._compute_device == self._device:
+            return kept[self.count : self.count + num_samples]
+        return torch.empty(num_samples, kept.shape[1], dtype=self._compute_dtype, device=self._compute_device)
 
     def commit(self) -> None:
         """Keep what was written since :meth:`open`."""
-        for name, rows in self._open.items():
-            target = self._kept[name][self.count : self.count + len(rows)]
-            if target.data_ptr() != rows.data_ptr():
-                target.copy_(rows)
-        self.count += len(next(iter(self._open.values()), ()))
-        self._open = {}
+        if self._open is None:
+            return
+        for name, rows in self._open.made.items():
+            self._keep(name, rows)
+        self.count += self._open.num_samples
+        self._open = None
+
+    def _keep(self, name: str, rows: Tensor) -> None:
+        target = self._kept[name][self.count : self.count + len(rows)]
+        if target.data_ptr() != rows.data_ptr():
+            target.copy_(rows)
+
+    def take_early(self, name: str) -> Tensor:
+        """The rows of one parameter before :meth:`commit`, with those that were written since :meth:`open`.
+
+        Args:
+            name: The parameter, of which nothing more may be written.
+
+        Returns:
+            See :meth:`take`.
+        """
+        assert self._open is not None
+        stop = self.count + self._open.num_samples
+        self._keep(name, self._open.made.pop(name))
+        return self._kept.pop(name)[:stop]
 
     def take(self, name: str) -> Tensor:
         """The rows of one parameter; the store lets go of them.
@@ -86,4 +108,24 @@ class RowStore:
 
     def clear(self) -> None:
         """Give all memory back."""
-        self._kept, self._open, self.count = {}, {}, 0
+        self._kept, self._open, self.count = {}, None, 0
+
+
+class _Open(Mapping[str, Tensor]):
+    """Where to write rows; a parameter's memory is taken when it is first asked for."""
+
+    def __init__(self, store: RowStore, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.made: dict[str, Tensor] = {}
+        self._store = store
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.made:
+            self.made[name] = self._store._make(name, self.num_samples)
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.sizes)
+
+    def __len__(self) -> int:
+        return len(self._store.sizes)

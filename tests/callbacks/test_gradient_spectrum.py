@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from lightning_spectral.capture import engines
+from lightning_spectral.capture.backward import BackwardReader
 from lightning_spectral.measurement import gradients as measurement_of_gradients
+from lightning_spectral.measurement.row_store import RowStore
 from tests._reference import jackknife, power_law, rankme
 from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
 
@@ -250,6 +252,31 @@ def test_span_and_method_are_recorded(tmp_path: Path) -> None:
     assert (hooks.reports[0].method, hooks.reports[0].span) == ("hooks", (2, 3))
     assert hooks.title(hooks.reports[0]) == "per-sample gradients, train, hooks, step 4 (rows of steps 2 to 3)"
     assert (auto.reports[0].method, auto.reports[0].span) == ("vmap", (4, 4))
+
+
+@pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
+def test_rows_let_go_of_layer_by_layer_give_the_same_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_dtype: Any
+) -> None:
+    early, take, begin = [], RowStore.take_early, BackwardReader.begin
+
+    def take_early(store: RowStore, name: str) -> Tensor:
+        early.append(name)
+        return take(store, name)
+
+    monkeypatch.setattr(RowStore, "take_early", take_early)
+    found, expected = (Kept(method="hooks", row_dtype=row_dtype) for _ in range(2))
+    trained = fit(tmp_path, found)
+    names = list(found.reports[0].parameters)
+    assert sorted(early) == sorted(names)
+    monkeypatch.setattr(BackwardReader, "begin", lambda reader, rows, on_complete=None: begin(reader, rows))
+    twin = fit(tmp_path, expected)
+    assert len(early) == len(names)
+    for name, spectrum in found.reports[0].parameters.items():
+        assert torch.equal(spectrum.singular_values, expected.reports[0].parameters[name].singular_values)
+        assert spectrum.singular_values.any()
+    pairs = zip(trained.lightning_module.parameters(), twin.lightning_module.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("changes", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1e-3}], ids=str)

@@ -147,3 +147,45 @@ def test_an_output_without_an_axis_of_samples_is_refused() -> None:
     reader.begin(rows_for(model, 6, 6.0, names=names))
     model.loss(batch()).backward()
     assert "is not the batch of 6 samples: use method='vmap'" in reader.end().failures[names[0]]
+
+
+def test_rows_are_complete_once_their_gradient_comes_by(model: LanguageModel) -> None:
+    data = batch()
+    expected = per_sample_gradients(model, data, NAMES, method="loop")
+    reader = reader_of(model)
+    reader.checked()
+    rows = rows_for(model, 6, scale=6.0)
+    found: dict[str, Tensor] = {}
+    reader.begin(rows, lambda name: found.update({name: rows.out[name].clone()}))
+    model.loss(data).backward()
+    assert list(found) == NAMES[::-1]
+    assert_rows(found, expected)
+    assert not reader.end().failures
+    assert not any(model.get_parameter(name)._backward_hooks for name in NAMES)
+
+
+def test_gradients_in_parts_are_never_taken_for_complete_twice(model: LanguageModel) -> None:
+    data = batch()
+    reader = reader_of(model)
+    reader.checked()
+    completed: list[str] = []
+    failures = []
+    for _ in range(2):
+        reader.begin(rows_for(model, 6, scale=6.0), completed.append)
+        for _ in range(2):
+            model.loss(data).backward()
+        failures.append(set(reader.end().failures))
+    # The first time it is too late, and said; afterwards rows wait for the end of the batch.
+    assert failures == [set(NAMES), set()]
+    assert completed == NAMES[::-1]
+
+
+def test_a_failure_to_use_complete_rows_is_noted_and_training_goes_on(model: LanguageModel) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError(f"no memory for {name}")
+
+    reader = reader_of(model)
+    reader.checked()
+    reader.begin(rows_for(model, 6, scale=6.0), fail)
+    model.loss(batch()).backward()
+    assert reader.end().failures == {name: f"no memory for {name}" for name in NAMES}

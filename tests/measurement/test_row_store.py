@@ -107,3 +107,28 @@ def test_a_store_without_room_opens_and_keeps_nothing() -> None:
     assert {rows.shape for rows in store.open(0).values()} == {(0, 6), (0, 3)}
     store.commit()
     assert store.take("bias").shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_taken_early_are_all_there_and_leave_no_memory_behind(dtype: torch.dtype) -> None:
+    store, parts = store_of(dtype), [rows_of(2, seed=0), rows_of(4, seed=1)]
+    write(store, parts[0])
+    store.commit()
+    opened = store.open(4)
+    opened["weight"].copy_(parts[1]["weight"])
+    kept = weakref.ref(store._kept["weight"].untyped_storage())
+    found = store.take_early("weight")
+    expected = torch.cat([part["weight"] for part in parts]).to(torch.float32).to(dtype)
+    assert torch.equal(found, expected)
+    del found
+    assert kept() is None
+    opened["bias"].copy_(parts[1]["bias"])
+    store.commit()
+    assert store.count == 6
+    assert store.take("bias").shape == (6, 3)
+
+
+def test_memory_is_taken_for_what_is_written_alone() -> None:
+    store = store_of()
+    store.open(2)["bias"].zero_()
+    assert list(store._kept) == ["bias"]
