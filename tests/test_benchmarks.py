@@ -124,7 +124,10 @@ def test_a_report_holds_every_target_with_its_command(tmp_path: Path, monkeypatc
     monkeypatch.setattr(report, "README", readme)
     folder = tmp_path / "results"
     folder.mkdir()
-    found = {"late": Target("6", "growth", 1.2, 1.15, True, note="a | b"), "early": Target("1", "speed", 1.0, 0.99, False)}
+    found = {
+        "late": Target("6", "growth", 1.2, 1.15, True, note="a | b"),
+        "early": Target("1", "speed", 1.0, 0.99, False),
+    }
     for name, target in found.items():
         written = {"command": f"python -m {name}", "environment": environment(), "targets": [asdict(target)]}
         (folder / f"{name}.json").write_text(json.dumps(written))

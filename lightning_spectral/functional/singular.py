@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.moments import add_products, mirror_
 from lightning_spectral.functional.spectrum import eigenvalues
 
 BLOCK_NUMBERS = 2**20
@@ -24,8 +25,8 @@ def gram(rows: Tensor) -> Tensor:
     step = max(1, BLOCK_NUMBERS // max(num_rows, 1))
     total = rows.new_zeros(num_rows, num_rows, dtype=torch.float64)
     for start in range(0, num_columns, step):
-        block = rows[:, start : start + step].to(torch.float64)
-        total.addmm_(block, block.mT)
+        add_products(total, rows[:, start : start + step].mT.to(torch.float64))
+    mirror_(total)
     return total
 
 
