@@ -92,6 +92,8 @@ def show(result: dict[str, Any]) -> None:
 def targets(result: dict[str, Any]) -> list[Target]:
     found = []
     for row in result["collecting"]:
+        if row["dtype"] != "float32":
+            continue  # shown, but no different
         product, collecting = (min(row["seconds"][name]) for name in ("product", "collecting"))
         what = f"collecting {row['dtype']} rows of width {row['width']}, times the bare product"
         note = ""

@@ -1,0 +1,1 @@
+"""Studies of what the spectra say, with their plans written down before the first run."""
