@@ -134,7 +134,7 @@ def test_a_report_holds_every_target_with_its_command(tmp_path: Path, monkeypatc
     report.write(folder)
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
-    table = [line for line in lines if line.startswith("| ")][1:]
+    table = [line for line in lines if line.startswith("| ")][2:]
     assert table == [
         "| 1 | speed | at least 0.99 | 1 | yes |  |  | `python -m early` |",
         "| 6 | growth | at most 1.15 | 1.2 | no |  | a \\| b | `python -m late` |",
