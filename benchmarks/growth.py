@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.growth_parts import PARTS, STATE, STATE_THEORY, Run, state_bytes
 from benchmarks.growth_plot import draw
-from benchmarks.growth_ranks import WORK, measure_ranks
+from benchmarks.growth_ranks import BARE, WORK, measure_ranks
 from benchmarks.harness import Target, console, main
 
 SIZES = {
@@ -113,7 +113,7 @@ def _state(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _ranks(arguments: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
     """Sweeps over the number of ranks, each round with processes of its own."""
     settings = {size: getattr(arguments, f"rank_{size}") for size in RANKS}
-    least = {part: dict.fromkeys(arguments.ranks, (math.inf, math.inf)) for part in WORK}
+    least = {part: dict.fromkeys(arguments.ranks, (math.inf, math.inf)) for part in (*WORK, *BARE.values())}
     task = progress.add_task("", total=arguments.rank_rounds * len(arguments.ranks))
     for _ in range(arguments.rank_rounds):
         for world in arguments.ranks:
@@ -129,7 +129,9 @@ def _ranks(arguments: argparse.Namespace, progress: Progress) -> Iterator[dict[s
         theory = exponent(worlds, [work(world) for world in worlds])
         times = [least[part][world] for world in worlds]
         cpu_of_each, walls = [cpu for cpu, _ in times], [wall for _, wall in times]
-        yield sweep(part, "ranks", theory, worlds, cpu_of_each, settings, walls=walls)
+        kernel = BARE.get(part, "")
+        bare = [least[kernel][world][0] for world in worlds] if kernel else None
+        yield sweep(part, "ranks", theory, worlds, cpu_of_each, settings, bare, kernel, walls)
 
 
 def cpu_seconds(run: Run, budget: float = 0.1) -> float:

@@ -37,6 +37,9 @@ WORK: dict[str, Callable[[int], float]] = {
 }
 """What each rank has to do, by number of ranks: of several parts the one that must grow most. Zero: nothing at all."""
 
+BARE = {"reducing moments": "all_reduce"}
+"""The bare kernel that a part cannot do without, where its cost is not arithmetic but the transport's doing."""
+
 
 def measure_ranks(world: int, settings: dict[str, int]) -> dict[str, tuple[float, float]]:
     """Start some ranks, let each do its part of every report, and stop them.
@@ -47,13 +50,13 @@ def measure_ranks(world: int, settings: dict[str, int]) -> dict[str, tuple[float
             ranks, and ``repeats``.
 
     Returns:
-        CPU seconds, the mean of ranks, and wall seconds of the slowest rank, both at their least.
+        CPU seconds, the mean of ranks, and wall seconds of the slowest rank, both at their least, by part and kernel.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (world, settings, folder), nprocs=world)
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
     found = {}
-    for part in WORK:
+    for part in (*WORK, *BARE.values()):
         cpu = statistics.mean(min(each[part]["cpu"]) for each in ranks)
         slowest = [max(walls) for walls in zip(*(each[part]["wall"] for each in ranks), strict=True)]
         found[part] = (cpu, min(slowest))
@@ -65,7 +68,7 @@ def _rank(rank: int, world: int, settings: dict[str, int], folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    found: dict[str, Any] = {part: {"cpu": [], "wall": []} for part in WORK}
+    found: dict[str, Any] = {part: {"cpu": [], "wall": []} for part in (*WORK, *BARE.values())}
     parts = _parts(world, settings)
     for repeat in range(settings["repeats"] + 1):
         for part, (ready, run) in parts.items():
@@ -82,14 +85,14 @@ def _rank(rank: int, world: int, settings: dict[str, int], folder: str) -> None:
 
 
 def _parts(world: int, settings: dict[str, int]) -> dict[str, tuple[Run, Run]]:
-    """What makes each part ready, off the clock, and the part."""
+    """What makes each part or kernel ready, off the clock, and the part."""
     layers, width, tokens = settings["layers"], settings["width"], settings["tokens"]
     samples, numbers = settings["samples"] // world, settings["numbers"]
     batch = Batch(layers, width, tokens // world, share=tokens)
     reduced = Batch(layers, width, BATCH_TOKENS).moments()
     solved = reduced._replace(scatter=reduced.scatter.clone())
     rows, slab = torch.randn(samples, numbers), torch.randn(samples * world, numbers // world)
-    none = torch.zeros(1, dtype=torch.float64)
+    none, alike = torch.zeros(1, dtype=torch.float64), torch.zeros_like(reduced.scatter)
 
     def nothing() -> None:
         pass
@@ -100,5 +103,6 @@ def _parts(world: int, settings: dict[str, int]) -> dict[str, tuple[Run, Run]]:
         (nothing, lambda: decompose(batch.names, solved, {})),
         (nothing, lambda: gram(slab)),
         (nothing, lambda: gram_share(rows, [samples] * world)),
+        (nothing, lambda: dist.all_reduce(alike)),
     )
-    return dict(zip(WORK, runs, strict=True))
+    return dict(zip((*WORK, *BARE.values()), runs, strict=True))
