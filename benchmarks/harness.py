@@ -97,6 +97,15 @@ def min_and_median(seconds: list[float]) -> str:
     return f"{min(seconds):.3f} / {statistics.median(seconds):.3f}"
 
 
+PROMPT_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
+"""Makes glibc give back at once what is freed: else the same run varies by more than contenders do."""
+
+
 def peak_bytes(module: str, contender: str, settings: dict[str, Any]) -> int:
     """Memory that one run takes at its peak, in a process of its own, above what it held before.
 
@@ -112,7 +121,8 @@ def peak_bytes(module: str, contender: str, settings: dict[str, Any]) -> int:
         RuntimeError: With the last line of what the process said, where the run fails.
     """
     words = [sys.executable, "-m", "benchmarks.harness", module, contender, json.dumps(settings)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = os.environ | PROMPT_MALLOC
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return int(done.stdout.splitlines()[-1])

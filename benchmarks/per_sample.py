@@ -176,8 +176,7 @@ def _mib(size: int | None) -> str:
 def targets(result: dict[str, Any]) -> list[Target]:
     best = {name: min(values) for name, values in result["seconds"].items()}
     memory = result["peak_bytes"]
-    # The peak of a plain step wavers by some MiB.
-    extra = {name: max(size - memory["plain"], 0) for name, size in memory.items()}
+    extra = {name: size - memory["plain"] for name, size in memory.items()}
     floor = f"plain {best['plain']:.2f} s, {_mib(memory['plain'])} MiB"
     note = ""
     if "step_backpack_in_place" in extra:
