@@ -6,12 +6,14 @@ Several Trainers train the same GPT side by side, a step of each in turn, so tha
 neighbours alike. Each kind of step of a watched run (collecting, reporting, validating) is set against the plain run's
 step at the same place: by the difference of the minima, and by the median of the paired differences. A report's cost
 does not depend on how often reports come, so a few of them, close together, give the share at any cadence:
-cost / (every_n_steps x plain step).
+cost / (every_n_steps x plain step). What is measured on validation rows needs few steps; a gradient report needs many,
+and is made once, with what it costs to make the first. Twenty minutes on two cores.
 """
 
 import argparse
 import statistics
 import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="a sequence")
     parser.add_argument("--num-tokens", type=int, default=65536, help="rows of an activation report")
     parser.add_argument("--num-samples", type=int, default=512, help="rows of a gradient report")
-    parser.add_argument("--cycles", type=int, default=2, help="reports that count; one more comes before them")
+    parser.add_argument("--cycles", type=int, default=2, help="activation reports, and one validation run more")
     parser.add_argument("--precision", default="32-true", help="of the Trainer")
     parser.add_argument("--accelerator", default="auto", help="of the Trainer")
 
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     window = -(-arguments.num_tokens // (arguments.batch_size * arguments.tokens))
     gradient_window = -(-arguments.num_samples // arguments.batch_size)
+    cycle, long = window + 4, gradient_window + 2
+    tokens_of_step = arguments.batch_size * arguments.tokens
     rows = {"num_tokens": arguments.num_tokens}
     samples = {"num_samples": arguments.num_samples}
 
@@ -54,6 +58,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "plain": list,
         "ActivationSpectrum": lambda: [ActivationSpectrum(every_n_steps=cycle, **rows)],
         "all layers, every step": lambda: [ActivationSpectrum("all", cycle, num_tokens=cycle * tokens_of_step)],
+    }
+    validating: dict[str, Any] = {
+        "plain": list,
         "ActivationSpectrum, validate": lambda: [ActivationSpectrum(every_n_steps=1, stage="validate", **rows)],
         "HeadDrift, TailForecaster": lambda: [HeadDrift(every_n_steps=1, **rows), forecaster(rows)],
         "ActivationSpectrum, validate; HeadDrift, TailForecaster": lambda: [
@@ -62,11 +69,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             forecaster(rows),
         ],
     }
-    tokens_of_step = arguments.batch_size * arguments.tokens
-    cycle = window + 4
-    first = train(activations, cycle, window, arguments, "activations")
+    first = train(activations, Schedule(cycle, window, arguments.cycles, has_validation=False), arguments, "training")
+    second = train(validating, Schedule(1, 0, arguments.cycles + 1), arguments, "validation")
 
-    long = gradient_window + 2
     gradients: dict[str, Any] = {
         "plain": list,
         "GradientSpectrum, hooks": lambda: [GradientSpectrum(every_n_steps=long, method="hooks", **samples)],
@@ -78,12 +83,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             forecaster(rows),
         ],
     }
-    second = train(gradients, long, gradient_window, arguments, "gradients")
+    third = train(gradients, Schedule(long, gradient_window, 1), arguments, "gradients")
     return {
         "num_layers": arguments.num_layers,
         "num_samples": arguments.num_samples,
         "activations": first,
-        "gradients": second,
+        "validation": second,
+        "gradients": third,
         "floors": floors(arguments),
         "forecast_seconds": of_forecast(),
     }
@@ -93,10 +99,25 @@ def forecaster(rows: dict[str, int]) -> TailForecaster:
     return TailForecaster(0.01, every_n_steps=1, **rows)
 
 
-def train(
-    callbacks: dict[str, Any], cycle: int, window: int, arguments: argparse.Namespace, title: str
-) -> dict[str, Any]:
-    """Segments of all runs, and how to read them: each cycle of steps ends with a report and a validation run."""
+@dataclass(frozen=True)
+class Schedule:
+    """Cycles of steps, each of which ends with a report, and with a validation run unless there is none."""
+
+    cycle: int
+    """Steps."""
+    window: int
+    """Steps at the end of a cycle whose rows are collected."""
+    cycles: int
+    has_validation: bool = True
+
+    @property
+    def counted(self) -> range:
+        """Steps that count: not the first cycle, or, of a single one, not the first step."""
+        return range(self.cycle if self.cycles > 1 else 1, self.cycle * self.cycles)
+
+
+def train(callbacks: dict[str, Any], schedule: Schedule, arguments: argparse.Namespace, title: str) -> dict[str, Any]:
+    """Segments of all runs, and what the callbacks cost by them."""
 
     def run(make: Any) -> Run:
         torch.manual_seed(0)
@@ -109,9 +130,10 @@ def train(
         return Run(module, data, watching)
 
     settings = {
-        "max_steps": cycle * (arguments.cycles + 1),
-        "val_check_interval": cycle,
-        "limit_val_batches": -(-arguments.num_tokens // (arguments.batch_size * arguments.tokens)),
+        "max_steps": schedule.cycle * schedule.cycles,
+        "val_check_interval": schedule.cycle,
+        "limit_val_batches": -(-arguments.num_tokens // (arguments.batch_size * arguments.tokens))
+        * schedule.has_validation,
         "accelerator": arguments.accelerator,
         "precision": arguments.precision,
         "devices": 1,
@@ -120,18 +142,17 @@ def train(
     found = side_by_side(makers, settings, title)
     plain = found["plain"]
     return {
-        "cycle": cycle,
-        "window": window,
+        **asdict(schedule),
         "plain_step": {"minimum": min(plain.steps[1:]), "median": statistics.median(plain.steps[1:])},
-        "plain_validation": min(plain.validations),
+        "plain_validation": min(plain.validations, default=0.0),
         "runs": {name: vars(segments) for name, segments in found.items()},
-        "costs": {name: costs(segments, plain, cycle, window) for name, segments in found.items() if name != "plain"},
+        "costs": {name: costs(segments, plain, schedule) for name, segments in found.items() if name != "plain"},
     }
 
 
-def costs(watched: Segments, plain: Segments, cycle: int, window: int) -> dict[str, Any]:
-    """Seconds of one report beyond the plain run, by what they are spent on; the first cycle warms up."""
-    places = range(cycle, len(watched.steps))
+def costs(watched: Segments, plain: Segments, schedule: Schedule) -> dict[str, Any]:
+    """Seconds of one report beyond the plain run, by what they are spent on."""
+    cycle, window, places = schedule.cycle, schedule.window, schedule.counted
     kinds = {
         "idle": [i for i in places if i % cycle < cycle - window],
         "collecting": [i for i in places if cycle - window <= i % cycle < cycle - 1],
@@ -144,13 +165,12 @@ def costs(watched: Segments, plain: Segments, cycle: int, window: int) -> dict[s
             for kind, chosen in kinds.items()
             if chosen
         }
-        by_kind["validation"] = difference(watched.validations[1:], plain.validations[1:], statistic)
+        if schedule.has_validation:
+            first = int(schedule.cycles > 1)
+            by_kind["validation"] = difference(watched.validations[first:], plain.validations[first:], statistic)
         collecting = (window - 1) * by_kind.get("collecting", 0.0)
-        found[statistic] = by_kind | {
-            "report": collecting + by_kind["reporting"],
-            "report_and_validation": collecting + by_kind["reporting"] + by_kind["validation"],
-        }
-    found["own"] = watched.own / (len(watched.steps) // cycle)
+        found[statistic] = by_kind | {"report": collecting + by_kind["reporting"]}
+    found["own"] = watched.own / schedule.cycles
     return found
 
 
@@ -187,7 +207,7 @@ def of_forecast() -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    for part in ("activations", "gradients"):
+    for part in ("activations", "validation", "gradients"):
         found = result[part]
         step = found["plain_step"]
         title = (
@@ -222,19 +242,21 @@ def vmap_shares(result: dict[str, Any]) -> list[dict[str, float]]:
 
 def shares(result: dict[str, Any], statistic: str) -> dict[str, float]:
     """Share of training, by set of callbacks at their default cadence; validation as often as activation reports."""
-    activation, gradient = result["activations"], result["gradients"]
     step = {part: result[part]["plain_step"][statistic] for part in ("activations", "gradients")}
 
-    def of_activations(name: str, kind: str) -> float:
-        return activation["costs"][name][statistic][kind] / (ACTIVATION_CADENCE * step["activations"])
+    def of_validation(name: str) -> float:
+        cost = result["validation"]["costs"][name][statistic]["validation"]
+        return cost / (ACTIVATION_CADENCE * step["activations"])
 
     def of_gradients(name: str) -> float:
-        return gradient["costs"][name][statistic]["report"] / (GRADIENT_CADENCE * step["gradients"])
+        return result["gradients"]["costs"][name][statistic]["report"] / (GRADIENT_CADENCE * step["gradients"])
 
-    alone = of_activations("ActivationSpectrum", "report")
-    drift = of_activations("HeadDrift, TailForecaster", "validation")
-    beside = of_activations("ActivationSpectrum, validate; HeadDrift, TailForecaster", "validation")
-    beside -= of_activations("ActivationSpectrum, validate", "validation")
+    report = result["activations"]["costs"]["ActivationSpectrum"][statistic]["report"]
+    alone = report / (ACTIVATION_CADENCE * step["activations"])
+    forecast = result["forecast_seconds"] / (ACTIVATION_CADENCE * step["activations"])
+    drift = of_validation("HeadDrift, TailForecaster") + forecast
+    beside = of_validation("ActivationSpectrum, validate; HeadDrift, TailForecaster") + forecast
+    beside -= of_validation("ActivationSpectrum, validate")
     return {
         "ActivationSpectrum": alone,
         "HeadDrift and TailForecaster, alone": drift,

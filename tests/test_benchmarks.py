@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from benchmarks import report
 from benchmarks.harness import Target, environment
-from benchmarks.training import costs
+from benchmarks.training import Schedule, costs
 from benchmarks.turns import Run, Segments, side_by_side
 from benchmarks.watching import binned
 from lightning_spectral.nanogpt import NanoGPT, TextData
@@ -67,16 +67,16 @@ def test_reference_runs_are_made_once(tmp_path: Path) -> None:
 
 
 def test_training_takes_apart_what_each_set_of_callbacks_costs(tmp_path: Path) -> None:
-    sizes = "--num-layers 2 --width 64 --batch-size 4 --tokens 64 --num-tokens 1024 --num-samples 8 --cycles 1"
+    sizes = "--num-layers 2 --width 64 --batch-size 4 --tokens 64 --num-tokens 1024 --num-samples 8"
     printed, found = run(tmp_path, "training", sizes)
     assert "whole report" in printed
     assert "activation spectra" not in printed
-    activations, gradients = (found["result"][part] for part in ("activations", "gradients"))
-    for part, window in ((activations, 4), (gradients, 2)):
+    activations, validation, gradients = (found["result"][part] for part in ("activations", "validation", "gradients"))
+    for part, window, num_validations in ((activations, 4, 0), (validation, 0, 3), (gradients, 2, 1)):
         assert part["window"] == window
         for segments in part["runs"].values():
-            assert len(segments["steps"]) == 2 * part["cycle"]
-            assert len(segments["validations"]) == 2
+            assert len(segments["steps"]) == part["cycles"] * part["cycle"]
+            assert len(segments["validations"]) == num_validations
             assert min(segments["steps"] + segments["validations"]) > 0
         assert part["runs"]["plain"]["own"] == 0
         assert all(cost["own"] > 0 for cost in part["costs"].values())
@@ -87,9 +87,9 @@ def test_training_takes_apart_what_each_set_of_callbacks_costs(tmp_path: Path) -
 
 
 def test_costs_are_read_off_steps_of_each_kind() -> None:
-    cycle, window = 5, 3
+    schedule = Schedule(cycle=5, window=3, cycles=2)
     plain, watched = Segments([1.0] * 10, [2.0, 2.0]), Segments([9.0] * 5 + [1.0, 1.0, 1.1, 1.3, 4.0], [9.0, 2.5], 7.0)
-    found = costs(watched, plain, cycle, window)
+    found = costs(watched, plain, schedule)
     expected = {"idle": 0, "collecting": 0.1, "reporting": 3, "validation": 0.5, "report": 3.2}
     assert {kind: round(found["minimum"][kind], 9) for kind in expected} == expected
     assert round(found["median"]["collecting"], 9) == 0.2
