@@ -94,10 +94,11 @@ def mirror_(matrices: Tensor) -> None:
     Args:
         matrices: ``(..., d, d)``.
     """
-    for matrix in matrices.view(-1, *matrices.shape[-2:]):
+    flat = matrices.view(-1, *matrices.shape[-2:])
+    for index in range(len(flat)):
         # One at a time: a copy of all would double the memory of a report.
-        upper = matrix.triu(1)
-        matrix.triu_().add_(upper.mT)
+        upper = flat[index].triu(1)
+        flat[index].triu_().add_(upper.mT)
 
 
 def pool(parts: Moments, subsets: Tensor | None = None) -> Moments:

@@ -188,3 +188,11 @@ def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"rows must be a matrix \(samples, P\)") as caught:
         singular_spectrum(torch.zeros(shape))
     assert "\n" not in str(caught.value)
+
+
+def test_a_weight_can_be_given_as_it_is_and_its_gradient_comes_back() -> None:
+    weight = torch.nn.Parameter(torch.randn(140, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    singular_spectrum(weight).sum().backward()
+    # The gradient of the nuclear norm is the polar factor.
+    left, _, right = torch.linalg.svd(weight.detach(), full_matrices=False)
+    torch.testing.assert_close(weight.grad, left @ right, rtol=1e-7, atol=1e-9)
