@@ -1,5 +1,6 @@
 """Several Trainers that train side by side, one step at a time in turn, so that each step has its twins next to it."""
 
+import ctypes
 import io
 import logging
 import tempfile
@@ -14,6 +15,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.progress import Progress, TaskID
 
 from benchmarks.harness import console, settle
+
+M_ARENA_MAX = -8
+"""Of glibc's ``malloc.h``."""
 
 
 @dataclass
@@ -112,6 +116,7 @@ def side_by_side(runs: dict[str, Callable[[], Run]], settings: dict[str, Any], t
     Returns:
         Their segments by name. The runs have left no files.
     """
+    share_freed_memory()
     turns = Turns(len(runs))
     found = {name: Segments() for name in runs}
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -133,6 +138,13 @@ def side_by_side(runs: dict[str, Callable[[], Run]], settings: dict[str, Any], t
     if turns.failure is not None:
         raise turns.failure
     return found
+
+
+def share_freed_memory() -> None:
+    """Let one run have what another has freed: glibc gives each thread an arena, which would each hold a step's."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def _train(
