@@ -202,8 +202,8 @@ def main(benchmark: ModuleType) -> None:
     if arguments.json:
         name = benchmark.__spec__.name if benchmark.__spec__ else benchmark.__name__
         written = {
-            "command": " ".join(["python", "-m", name, *_without_json(sys.argv[1:])]),
-            "settings": {key: value for key, value in vars(arguments).items() if key != "json"},
+            "command": " ".join(["python", "-m", name, *_without_files(sys.argv[1:])]),
+            "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "plot")},
             "environment": environment(),
             "targets": [asdict(target) for target in found],
             "result": result,
@@ -212,12 +212,13 @@ def main(benchmark: ModuleType) -> None:
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
-def _without_json(words: list[str]) -> list[str]:
-    """The command as somebody would repeat it, wherever this one wrote its result."""
-    if "--json" not in words:
-        return words
-    place = words.index("--json")
-    return words[:place] + words[place + 2 :]
+def _without_files(words: list[str]) -> list[str]:
+    """The command as somebody would repeat it, wherever this one wrote its results."""
+    for option in ("--json", "--plot"):
+        if option in words:
+            place = words.index(option)
+            words = words[:place] + words[place + 2 :]
+    return words
 
 
 if __name__ == "__main__":
