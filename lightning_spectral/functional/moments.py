@@ -94,6 +94,8 @@ def mirror_(matrices: Tensor) -> None:
     Args:
         matrices: ``(..., d, d)``.
     """
+    if matrices.numel() == 0:
+        return
     flat = matrices.view(-1, *matrices.shape[-2:])
     for index in range(len(flat)):
         # One at a time: a copy of all would double the memory of a report.

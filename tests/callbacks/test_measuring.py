@@ -143,7 +143,7 @@ def test_equal_requests_share_hooks_and_solves(tmp_path: Path, monkeypatch: pyte
     alone = Reports(every_n_steps=4)
     fit(tmp_path, alone, count)
     assert count.num_hooks == 5
-    assert num_solves == [(5, 5, 32, 32)] * 3  # layers x (all, without each of four groups)
+    assert num_solves == [(1, 5, 32, 32)] * 5 * 3  # a layer at a time: all, without each of four groups
     num_solves.clear()
     first, second, third = (
         Reports(every_n_steps=4, prefix="a/"),
@@ -152,7 +152,7 @@ def test_equal_requests_share_hooks_and_solves(tmp_path: Path, monkeypatch: pyte
     )
     fit(tmp_path, first, second, third, count)
     assert count.num_hooks == 6
-    assert num_solves == [(6, 5, 32, 32)] * 3
+    assert num_solves == [(1, 5, 32, 32)] * 6 * 3
     assert first.logged == alone.logged
     assert third.steps == [4, 8, 12]
     assert [values[KEY.replace("0", "4")] for _, values in third.logged] == [

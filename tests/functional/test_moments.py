@@ -159,3 +159,8 @@ def test_a_bad_row_shows_after_mirroring(rng):
     assert total[PANEL + 1].isnan().all()
     assert total[:, PANEL + 1].isnan().all()
     assert int(total.isnan().sum()) == 2 * (PANEL + 3) - 1
+
+
+def test_nothing_is_symmetric_already():
+    for shape in ((0, 0), (3, 0, 0), (0, 4, 4)):
+        mirror_(torch.zeros(shape))
