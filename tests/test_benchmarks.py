@@ -37,21 +37,6 @@ def run(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(result.read_text())
 
 
-def run_module(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
-    """What ``python -m benchmarks.MODULE`` prints and what it writes."""
-    result = folder / "result.json"
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *settings.split(), "--json", str(result)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(result.read_text())
-
-
 def test_reference_runs_are_made_once(tmp_path: Path) -> None:
     script = BENCHMARKS.parent / "examples" / "reference_runs.py"
     sizes = "--batch-sizes 128 --seeds 1 --target 4.9 --max-tokens 65536 --processes 1"
