@@ -8,7 +8,7 @@ step at the same place: by the difference of the minima, and by the median of th
 does not depend on how often reports come, so a few of them, close together, give the share at any cadence:
 cost / (every_n_steps x plain step). What is measured on validation rows needs few steps; a gradient report needs many,
 and is made once, with what it costs to make the first. All four together is the sum of their parts, with nothing that
-they share taken off. Twenty minutes on two cores.
+they share taken off. Half an hour on two cores.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="a sequence")
     parser.add_argument("--num-tokens", type=int, default=65536, help="rows of an activation report")
     parser.add_argument("--num-samples", type=int, default=512, help="rows of a gradient report")
-    parser.add_argument("--cycles", type=int, default=2, help="activation reports, and one validation run more")
+    parser.add_argument("--cycles", type=int, default=2, help="activation reports")
+    parser.add_argument("--validations", type=int, default=6, help="validation runs, of which the first is not counted")
     parser.add_argument("--precision", default="32-true", help="of the Trainer")
     parser.add_argument("--accelerator", default="auto", help="of the Trainer")
 
@@ -71,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ],
     }
     first = train(activations, Schedule(cycle, window, arguments.cycles, has_validation=False), arguments, "training")
-    second = train(validating, Schedule(1, 0, arguments.cycles + 1), arguments, "validation")
+    second = train(validating, Schedule(1, 0, arguments.validations), arguments, "validation")
 
     gradients: dict[str, Any] = {
         "plain": list,
