@@ -1,0 +1,112 @@
+"""Tests by permutation, and Holm's correction of several of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata
+
+NUM_PERMUTATIONS = 9_999
+MIN_PAIRS = 4
+
+
+class Separation(NamedTuple):
+    """How much farther apart runs of different groups are than runs of one."""
+
+    between: float
+    """Mean distance of pairs of runs of different groups."""
+    within: float
+    """Of pairs of one group."""
+    p_value: float
+    """One-sided: how often relabelled runs are as far apart, the true labels among them."""
+
+
+def separation(distances: np.ndarray, groups: Sequence[object], seed: int = 0) -> Separation:
+    """Whether distances follow groups, against permutations of the labels.
+
+    Args:
+        distances: ``(n, n)``, symmetric.
+        groups: n labels.
+        seed: Of the permutations.
+
+    Returns:
+        Means over pairs and the p-value, not below 1 / 10,000.
+
+    References:
+        Anderson, *A new method for non-parametric multivariate analysis of variance*, Austral Ecology 26 (2001).
+    """
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    first, second = np.triu_indices(len(labels), 1)
+    pairs = distances[first, second]
+
+    def means(order: np.ndarray) -> tuple[float, float]:
+        differ = labels[order][first] != labels[order][second]
+        return float(pairs[differ].mean()), float(pairs[~differ].mean())
+
+    between, within = means(np.arange(len(labels)))
+    generator = np.random.default_rng(seed)
+    permuted = [means(generator.permutation(len(labels))) for _ in range(NUM_PERMUTATIONS)]
+    return Separation(between, within, _share([b - w for b, w in permuted], between - within))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = (), seed: int = 0) -> np.ndarray:
+    """Spearman's rho, given others, with a two-sided p-value.
+
+    The residuals of the ranks of y given the others are permuted, and regressed on them anew.
+
+    Args:
+        x: ``(n,)``.
+        y: ``(n,)``.
+        given: Vectors ``(n,)``, by whose ranks those of both are explained first.
+        seed: Of the permutations.
+
+    Returns:
+        ``(2,)``: correlation and p-value, not below 1 / 10,000; NaN for fewer than four left beside the others, and
+        where nothing is left to correlate.
+
+    References:
+        Freedman, Lane, *A nonstochastic interpretation of reported significance levels*, Journal of Business &
+        Economic Statistics 1 (1983).
+    """
+    if len(x) - len(given) < MIN_PAIRS:
+        return np.full(2, np.nan)
+    basis = np.linalg.qr(np.stack([np.ones(len(x)), *map(rankdata, given)], axis=1))[0]
+
+    def residuals(rows: np.ndarray) -> np.ndarray:
+        left = rows - (rows @ basis) @ basis.T
+        return left / np.linalg.norm(left, axis=-1, keepdims=True)
+
+    explained = 1e-9 * len(x) ** 1.5  # of ranks, rounding leaves less
+    ranks = np.stack([rankdata(x), rankdata(y)])
+    if (np.linalg.norm(ranks - (ranks @ basis) @ basis.T, axis=1) < explained).any():
+        return np.full(2, np.nan)
+    first, second = residuals(ranks)
+    observed = float(first @ second)
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permuted(np.tile(second, (NUM_PERMUTATIONS, 1)), axis=1)
+    return np.array([observed, _share(np.abs(residuals(shuffled) @ first), abs(observed))])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values, so that the chance of any false one among them is kept.
+
+    Args:
+        p_values: Of all tests.
+
+    Returns:
+        As many, in their order.
+
+    References:
+        Holm, *A simple sequentially rejective multiple test procedure*, Scandinavian Journal of Statistics 6 (1979).
+    """
+    order = np.argsort(p_values)
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
+    return adjusted.tolist()
+
+
+def _share(permuted: Sequence[float] | np.ndarray, observed: float) -> float:
+    """Of those at least as large, the observed one among them; what differs by rounding is equal."""
+    as_large = int((np.asarray(permuted) >= observed - 1e-12 * abs(observed)).sum())
+    return (1 + as_large) / (1 + len(permuted))
