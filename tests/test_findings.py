@@ -247,7 +247,9 @@ def family(rng: np.random.Generator, recipe: str = "rope", says_more: bool = Tru
         logs = 13 + 0.3 * np.log2(size) + 0.2 * own
         early = {}
         for point in POINTS:
-            bands = {tail_name(layer, band): float(rng.standard_normal()) for layer in LAYERS for band in efficiency.BANDS}
+            bands = {
+                tail_name(layer, band): float(rng.standard_normal()) for layer in LAYERS for band in efficiency.BANDS
+            }
             if says_more:
                 bands[tail_name(LAYERS[-1], DEFAULT_BAND)] = float(logs + 0.01 * rng.standard_normal())
             loss = 3 + 0.1 * np.log2(size) + 0.1 * rng.standard_normal()
@@ -279,7 +281,7 @@ def test_a_tail_that_says_more_than_batch_size_and_loss_is_found(rng: np.random.
     assert muon["mean"]["median_error"] > 0.2
     assert found["band"] == []
     assert found["never"] == [rope[slowest].setting.name]
-    efficiency.write_report(rope, held_out, found, environment(), tmp_path)
+    efficiency.write_report(rope, held_out, found, None, environment(), tmp_path)
     text = (tmp_path / "efficiency.md").read_text()
     assert "as the paper says" in text
     assert "| never |" in text

@@ -35,6 +35,7 @@ from benchmarks.findings.runs import (
 )
 from benchmarks.harness import console, environment
 from lightning_spectral import Run
+from lightning_spectral import forecast as forecast_family
 from lightning_spectral.functional.forecast import extrapolate_loss, forecast_tokens
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.rank_correlation import spearman_interval
@@ -295,7 +296,9 @@ def main() -> None:
     by_recipe: dict[str, list[Observed]] = {}
     for setting in others():
         by_recipe.setdefault(setting.recipe, []).append(read(setting))
-    write_report(rope, by_recipe, study(rope, by_recipe), environment(), arguments.folder)
+    paths = [arguments.runs / run.setting.name for run in rope]
+    (told,) = forecast_family(paths, TARGET, at=POINTS)
+    write_report(rope, by_recipe, study(rope, by_recipe), told, environment(), arguments.folder)
 
 
 if __name__ == "__main__":

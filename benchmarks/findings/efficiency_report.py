@@ -21,6 +21,7 @@ def write_report(
     rope: Sequence[Any],
     by_recipe: dict[str, Sequence[Any]],
     found: dict[str, Any],
+    told: Any,
     environment: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -30,6 +31,7 @@ def write_report(
         rope: Runs of the first recipe, as observed.
         by_recipe: Those of the recipes held out.
         found: What the study found.
+        told: What ``forecast`` says of the first recipe's runs, or None.
         environment: Machine and versions.
         folder: Where to.
     """
@@ -51,6 +53,8 @@ def write_report(
     for point, relations in found["middle"].items():
         sizes = f"Batch sizes 16 and 32 alone, at {point:,} tokens, {relations[0]['num_runs']} runs"
         sections.append((sizes, [_line(one) for one in relations]))
+    if told is not None:
+        sections.append((f"What `forecast` says of the {len(told.runs)} runs of rope", _told(told)))
     sections.append(("Recipes held out, forecast from rope's line", _held_out(found)))
     sections.append(("Tokens to the target", [_tokens(run) for run in runs]))
     picture = (
@@ -85,6 +89,21 @@ def _line(one: dict[str, Any]) -> dict[str, str]:
         "error, run left out": _percent(one["errors"]["alone"]),
         "error, setting left out": _percent(one["errors"]["setting"]),
     }
+
+
+def _told(told: Any) -> list[dict[str, str]]:
+    return [
+        {
+            "tokens": f"{point.tokens:,.0f}",
+            "predictor": one.name,
+            "Spearman": _signed(one.rho),
+            "given batch size": _signed(one.partial_rho),
+            "leave-one-out rank": _signed(one.skill),
+            "median error": _percent(one.median_error),
+        }
+        for point in told.points
+        for one in point.predictors
+    ]
 
 
 def _held_out(found: dict[str, Any]) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_spectral.functional.moments import Moments, covariance, pool
 from lightning_spectral.measurement.collector import RMS_EPS, Collector, inverse_rms
@@ -302,3 +303,15 @@ def test_users_choice_of_fast_products_is_kept_and_not_used(monkeypatch: pytest.
     assert precision_settings() == chosen
     assert chosen[0] == "medium"
     assert_moments(pooled(found), groups_of(list(output.double().numpy())), rtol=1e-6)
+
+
+def test_the_hooks_never_ask_for_a_value_that_a_gpu_would_have_to_be_waited_for() -> None:
+    with FakeTensorMode():  # tensors without values: whatever asks for one fails
+        found = collector(normalize=True, dtype=torch.float32)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            found.begin_batch(6, None)
+            found.add("layer", torch.empty(6, 5, WIDTH, dtype=dtype))
+        assert not found.failures
+        assert found.offered == 90
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(2).sum().item()
