@@ -130,11 +130,26 @@ def test_the_recommendation_is_the_least_size_that_meets_everything() -> None:
         tail = {"bias_corrected": bias, "spread": 0.01, "coverage_of_mean": 0.8}
         return {"source": source, "spectrum": "trained", "ratio": ratio, "tail": tail, "js_between_draws": 1e-6}
 
+    bias, _, _, js = control_report.CRITERIA
     cells = [cell("a", 16, 0.01), cell("b", 16, 0.03), cell("a", 64, 0.01), cell("b", 64, -0.01)]
     found = control_report.recommend(cells)
-    assert (found["ratio"], found["num_tokens"]) == (64, 65536)
-    assert found["failed"] == {16: ["bias of the corrected tail exponent of b"], 64: []}
-    assert control_report.recommend(cells[:2])["num_tokens"] is None
+    assert (found["ratio"], found["num_tokens"], found["set_aside"]) == (64, 65536, [])
+    assert found["failed"][bias] == {16: ["b"], 64: []}
+    for one in cells:
+        one["js_between_draws"] = 1e-3
+    found = control_report.recommend(cells)
+    assert (found["ratio"], found["num_tokens"], found["set_aside"]) == (64, 65536, [js])
+    cells[2]["tail"]["coverage_of_mean"] = 0.5
+    found = control_report.recommend(cells)
+    assert (found["ratio"], found["num_tokens"], found["set_aside"]) == (None, None, [js])
+
+
+def test_a_correction_that_corrects_nothing_is_told() -> None:
+    def cell(ratio: int, plain: float, corrected: float) -> dict[str, Any]:
+        return {"ratio": ratio, "tail": {"bias": plain, "bias_corrected": corrected}}
+
+    better, worse, small = cell(16, 0.1, -0.01), cell(64, 0.01, -0.02), cell(4, 0.1, 0.2)
+    assert control_report.worse_corrected([better, worse, small]) == [worse]
 
 
 # runs

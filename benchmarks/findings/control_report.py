@@ -8,9 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rich.table import Table
 
-from benchmarks.harness import console
+from benchmarks.findings.tables import show_and_write
 
 CRITERIA = {
     "bias of the corrected tail exponent": lambda cell: abs(cell["tail"]["bias_corrected"]) <= 0.02,
@@ -42,20 +41,32 @@ COLUMNS = {
 def recommend(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """The least n/d at which every layer of the trained model meets every criterion.
 
+    A criterion that no size meets is set aside, and nothing is recommended on its behalf.
+
     Args:
         cells: Results of all cells.
 
     Returns:
-        ``ratio`` and ``num_tokens``, None where no size meets all, and what failed by size.
+        ``ratio`` and ``num_tokens``, None where no criterion is left; the criteria ``set_aside``; ``failed``, by
+        criterion and size, the layers that do not meet it.
     """
-    failed: dict[int, list[str]] = {}
-    for cell in cells:
-        if cell["spectrum"] == "trained":
-            reasons = failed.setdefault(cell["ratio"], [])
-            reasons += [f"{what} of {cell['source']}" for what, is_met in CRITERIA.items() if not is_met(cell)]
-    ratio = min((ratio for ratio, reasons in failed.items() if not reasons), default=None)
+    trained = [cell for cell in cells if cell["spectrum"] == "trained"]
+    ratios = sorted({cell["ratio"] for cell in trained})
+    failed = {
+        what: {n: [c["source"] for c in trained if c["ratio"] == n and not is_met(c)] for n in ratios}
+        for what, is_met in CRITERIA.items()
+    }
+    set_aside = [what for what, by_ratio in failed.items() if all(by_ratio.values())]
+    kept = [by_ratio for what, by_ratio in failed.items() if what not in set_aside]
+    ratio = min((n for n in ratios if kept and not any(by_ratio[n] for by_ratio in kept)), default=None)
     needed = None if ratio is None else max(DEFAULT_NUM_TOKENS, 2 ** (ratio * WIDE - 1).bit_length())
-    return {"ratio": ratio, "num_tokens": needed, "failed": failed}
+    return {"ratio": ratio, "num_tokens": needed, "set_aside": set_aside, "failed": failed}
+
+
+def worse_corrected(cells: list[dict[str, Any]], least: int = 16) -> list[dict[str, Any]]:
+    """Cells of some size in which the corrected exponent is no better than the plain one: they speak against it."""
+    large = [cell for cell in cells if cell["ratio"] >= least]
+    return [cell for cell in large if abs(cell["tail"]["bias_corrected"]) >= abs(cell["tail"]["bias"])]
 
 
 def write_report(cells: list[dict[str, Any]], environment: dict[str, Any], folder: Path) -> None:
@@ -68,32 +79,59 @@ def write_report(cells: list[dict[str, Any]], environment: dict[str, Any], folde
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = recommend(cells)
-    written = {"environment": environment, "recommendation": found, "cells": cells}
+    written: dict[str, Any] = {"environment": environment, "recommendation": found, "cells": cells}
+    written["worse_corrected"] = [_named(cell) for cell in worse_corrected(cells)]
     (folder / "control.json").write_text(json.dumps(written, indent=1) + "\n")
     draw(cells, folder / "control.png")
-    table = Table("", "n / d", *COLUMNS, title="tail exponent unless said otherwise; 'holds': 80% intervals")
-    lines = ["", "| | n / d | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (2 + len(COLUMNS))]
-    for cell in cells:
-        name = f"{cell['source']}, {cell['spectrum']}" + (", d = 256" if cell["width"] == 256 else "")
-        values = [name, str(cell["ratio"]), *(tell(cell) for tell in COLUMNS.values())]
-        table.add_row(*values)
-        lines.append("| " + " | ".join(values) + " |")
-    console.print(table)
-    verdict = _told(found)
-    console.print(verdict)
-    head = [f"# The estimator's control, {environment['date']}", "", f"{cells[0]['num_draws']} draws a cell. {verdict}"]
-    picture = ["", "![Bias, spread, coverage and divergence against tokens a channel](control.png)"]
-    (folder / "control.md").write_text("\n".join([*head, *picture, *lines]) + "\n")
+    verdict = f"{_told(found)} {_against(cells)}"
+    rows = [
+        {"rows of": _source(cell), "n/d": str(cell["ratio"])} | {name: tell(cell) for name, tell in COLUMNS.items()}
+        for cell in cells
+    ]
+    sections: list[tuple[str, str | list[dict[str, str]]]] = [
+        (f"The estimator's control, {environment['date']}", f"{cells[0]['num_draws']} draws a cell. {verdict}"),
+        ("Tail exponent unless said otherwise; 'holds': 80% intervals", rows),
+    ]
+    picture = "![Bias, spread, coverage and divergence against tokens a channel](control.png)"
+    show_and_write(sections, picture, folder / "control.md")
+
+
+def _source(cell: dict[str, Any]) -> str:
+    return f"{cell['source']}, {cell['spectrum']}" + (", d = 256" if cell["width"] == 256 else "")
 
 
 def _told(found: dict[str, Any]) -> str:
-    missed = "; ".join(f"n/d = {ratio}: {', '.join(why)}" for ratio, why in found["failed"].items() if why)
-    missed = f" Not met at {missed}." if missed else ""
+    aside = "".join(
+        f"{what[0].upper() + what[1:]} is not met at any size, so that nothing is recommended on its behalf. "
+        for what in found["set_aside"]
+    )
+    missed = "; ".join(
+        f"{what} not at n/d = {', '.join(str(ratio) for ratio, layers in by_ratio.items() if layers)}"
+        for what, by_ratio in found["failed"].items()
+        if what not in found["set_aside"] and any(by_ratio.values())
+    )
     if found["ratio"] is None:
-        return f"No size meets every criterion for every layer of the trained model.{missed}"
+        return f"{aside}No size meets the other criteria for every layer of the trained model: {missed}."
     return (
-        f"All criteria are met from n/d = {found['ratio']} on: "
-        f"num_tokens = {found['num_tokens']:,} serves widths up to {found['num_tokens'] // found['ratio']:,}.{missed}"
+        f"{aside}All {'other ' if aside else ''}criteria are met, for every layer of the trained model, from "
+        f"n/d = {found['ratio']} on ({missed or 'none is missed'}): num_tokens = {found['num_tokens']:,} serves widths "
+        f"up to {found['num_tokens'] // found['ratio']:,}."
+    )
+
+
+def _named(cell: dict[str, Any]) -> str:
+    return f"{_source(cell)} at n/d = {cell['ratio']}"
+
+
+def _against(cells: list[dict[str, Any]]) -> str:
+    worse = worse_corrected(cells)
+    of = sum(cell["ratio"] >= 16 for cell in cells)
+    told = "; ".join(
+        f"{_named(cell)}: {cell['tail']['bias_corrected']:+.4f} for {cell['tail']['bias']:+.4f}" for cell in worse
+    )
+    return (
+        f"The correction is no better than the plain exponent in {len(worse)} of {of} cells of n/d from 16 on"
+        f"{f' ({told})' if told else ''}."
     )
 
 

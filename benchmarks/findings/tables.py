@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.harness import console
@@ -27,7 +28,9 @@ def show_and_write(sections: Sequence[tuple[str, str | Rows]], picture: str, pat
             lines += [content, ""]
         elif content:
             columns = list(content[0])
-            table = Table(*columns, title=title, title_justify="left")
+            table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for column in columns:
+                table.add_column(column, no_wrap=column == columns[0])
             lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
             for row in content:
                 table.add_row(*row.values())
