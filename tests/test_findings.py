@@ -15,10 +15,10 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from benchmarks.findings import control, control_report, efficiency, geometry, runs
-from benchmarks.findings.efficiency import DEFAULT_BAND, POINTS, Observed, tail_name
+from benchmarks.findings.efficiency import DEFAULT_BAND, Observed, tail_name
 from benchmarks.findings.permutation import holm, rank_correlation, separation
-from benchmarks.findings.processes import PROCESSES, eigenvalues, rows
-from benchmarks.findings.runs import Setting
+from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows
+from benchmarks.findings.runs import POINTS, Family, Setting
 from benchmarks.harness import environment
 from lightning_spectral.functional import partial_spearman
 from lightning_spectral.runs.spectrum import Spectrum
@@ -167,16 +167,19 @@ def test_a_run_is_made_by_the_command_line_and_only_once(tmp_path: Path, monkeyp
     monkeypatch.setattr(runs, "MAX_TOKENS", 32_768)
     setting = Setting(64, 1, 2.0)
     small = ("--model.num_layers=2", "--model.width=16", "--trainer.callbacks.num_tokens=1024")
-    words = [sys.executable, "-m", "lightning_spectral", *setting.words(tmp_path), *small]
+    family = Family(tmp_path)
+    words = [sys.executable, "-m", "lightning_spectral", *family.words(setting), *small]
     subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=200)
-    run = runs.open_run(tmp_path, setting)
+    run = family.open(setting)
     assert run.steps("activation") == [2, 4]
     assert [run.tokens_at("activation", step) for step in (2, 4)] == [16_384, 32_768]
-    assert runs.train(tmp_path, setting).startswith("rope-batch_64-lr_x2-seed_1: nan tokens")
+    assert family.train(setting).startswith("rope-batch_64-lr_x2-seed_1: nan tokens")
     with pytest.raises(ValueError, match=r"got none of rope-batch_4-lr_x1-seed_1 .*: make it first"):
-        runs.open_run(tmp_path, Setting(4, 1, 1.0))
+        family.open(Setting(4, 1, 1.0))
     monkeypatch.setattr(runs, "MAX_TOKENS", 65_536)  # of this one it was cut
-    assert not runs.is_complete(tmp_path, setting)
+    assert not family.is_complete(setting)
+    assert (family.target, family.block_size) == (2.0, LENGTH)
+    assert Family(scale=3).points == (98_304, 196_608, 393_216)
 
 
 # batch size and geometry

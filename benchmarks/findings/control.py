@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.findings.control_report import write_report
 from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, held_out_activations, rows
+from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import console, environment
 from lightning_spectral.functional import js_divergence, power_law, rankme
 from lightning_spectral.functional.floor import Sample, js_floor
@@ -165,7 +166,7 @@ def _run(arguments: tuple[Cell, int, Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("findings_runs/control"), help="where cells are kept")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results" / "findings")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--draws", type=int, default=200, help="even: they are also compared in pairs")
     parser.add_argument("--steps", type=int, default=600, help="training steps of the model")
     parser.add_argument("--processes", type=int, default=2)

@@ -21,17 +21,16 @@ from rich.progress import track
 from benchmarks.findings.efficiency_report import write_report
 from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.runs import (
-    BLOCK_SIZE,
-    RUNS,
-    TARGET,
+    RESULTS,
+    Family,
     Setting,
+    add_arguments,
     all_settings,
+    family_of,
     first_set,
-    open_run,
     others,
     rates,
     second_set,
-    train_all,
 )
 from benchmarks.harness import console, environment
 from lightning_spectral import Run
@@ -41,9 +40,8 @@ from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.rank_correlation import spearman_interval
 from lightning_spectral.runs.references import alpha_at, loss_at
 
-POINTS = (32_768, 65_536, 131_072)
-"""Training tokens, of every run."""
-PRIMARY_POINT = 65_536
+PRIMARY_POINT = 1
+"""Of the numbers of tokens, the second."""
 DEFAULT_BAND: Band = (0.125, 0.5)
 BANDS: tuple[Band, ...] = ((1, 10), DEFAULT_BAND, (30, 100))
 LEVEL = 0.01
@@ -81,21 +79,21 @@ def tail_name(layer: str, band: Band) -> str:
     return f"alpha {band[0]:g}-{band[1]:g} {layer}"
 
 
-def observe(folder: Path, setting: Setting) -> Observed:
+def observe(family: Family, setting: Setting) -> Observed:
     """Read one run.
 
     Args:
-        folder: Where runs are.
+        family: Where runs are.
         setting: Which.
 
     Returns:
         Its tokens to the target, and its exponents by layer and band, its loss, its batch size and the extrapolation of
         its loss curve at each early point.
     """
-    run = open_run(folder, setting)
-    tokens = run.tokens_to(TARGET)
+    run = family.open(setting)
+    tokens = run.tokens_to(family.target)
     early = {}
-    for point in POINTS:
+    for point in family.points:
         exponents = {
             tail_name(layer, band): alpha_at(run, "activation", layer, band, point)
             for layer in run.names("activation")
@@ -103,18 +101,18 @@ def observe(folder: Path, setting: Setting) -> Observed:
         }
         early[point] = exponents | {
             "early loss": loss_at(run, point),
-            "log batch size": log(setting.batch_size * BLOCK_SIZE),
-            LOSS_CURVE: extrapolated(run, point),
+            "log batch size": log(setting.batch_size * family.block_size),
+            LOSS_CURVE: extrapolated(run, point, family.target),
         }
     return Observed(setting, inf if isnan(tokens) else tokens, early)
 
 
-def extrapolated(run: Run, point: float) -> float:
+def extrapolated(run: Run, point: float, target: float) -> float:
     """Tokens to the target by the run's own losses so far."""
     entries, losses = run.history.with_loss()
     tokens = run.history.tokens[entries]
     seen = (tokens <= point) & (tokens > 0)
-    return extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), TARGET)
+    return extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), target)
 
 
 def relation(runs: Sequence[Observed], point: int, name: str) -> dict[str, Any]:
@@ -238,12 +236,14 @@ def study(rope: Sequence[Observed], by_recipe: dict[str, list[Observed]]) -> dic
         Relations by point and predictor, for all runs and for the middle batch sizes; forecasts of the recipes held
         out; the primary test; what follows for the default band.
     """
-    predictors = list(rope[0].early[PRIMARY_POINT])
+    points = list(rope[0].early)
+    primary_point = points[PRIMARY_POINT]
+    predictors = list(rope[0].early[primary_point])
     layers = list(dict.fromkeys(name.split()[-1] for name in predictors if name.startswith("alpha")))
     middle = [run for run in rope if run.setting.batch_size in MIDDLE]
     found: dict[str, Any] = {"points": {}, "middle": {}, "mean": {}, "held_out": {}}
     last = [tail_name(layers[-1], band) for band in BANDS]
-    for point in track(POINTS, "points", console=console, transient=True):
+    for point in track(points, "points", console=console, transient=True):
         found["points"][point] = [relation(rope, point, name) for name in predictors]
         found["middle"][point] = [relation(middle, point, name) for name in (*last, "early loss", LOSS_CURVE)]
         present = [run for run in rope if not isnan(run.early[point]["early loss"])]
@@ -255,13 +255,14 @@ def study(rope: Sequence[Observed], by_recipe: dict[str, list[Observed]]) -> dic
             for recipe, runs in by_recipe.items()
         }
     name = tail_name(layers[-1], DEFAULT_BAND)
-    primary = next(one for one in found["points"][PRIMARY_POINT] if one["predictor"] == name)
+    primary = next(one for one in found["points"][primary_point] if one["predictor"] == name)
     rho, p_value = primary["given_both"]
     found["primary"] = {
         "predictor": name,
+        "tokens": primary_point,
         "rho": rho,
         "p_value": p_value,
-        "of_settings": of_settings(rope, PRIMARY_POINT, name),
+        "of_settings": of_settings(rope, primary_point, name),
         "outcome": "not shown" if not p_value <= LEVEL else "as the paper says" if rho > 0 else "the other sign",
     }
     found["band"] = better_bands(found, layers[-1])
@@ -275,7 +276,7 @@ def better_bands(found: dict[str, Any], layer: str) -> list[list[float]]:
     def error_of(band: Band) -> np.ndarray:
         name = tail_name(layer, band)
         values = []
-        for point in POINTS:
+        for point in found["points"]:
             values += [one["errors"]["alone"] for one in found["points"][point] if one["predictor"] == name]
             for recipe in found["held_out"][point].values():
                 values += [one["median_error"] for one in recipe if one["predictor"] == name]
@@ -286,18 +287,18 @@ def better_bands(found: dict[str, Any], layer: str) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs are, or go")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results" / "findings")
-    parser.add_argument("--processes", type=int, default=2)
+    add_arguments(parser)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
-    train_all(arguments.runs, all_settings(), arguments.processes)
-    read = partial(observe, arguments.runs)
+    family = family_of(arguments)
+    family.train_all(all_settings(), arguments.processes)
+    read = partial(observe, family)
     rope = [read(setting) for setting in dict.fromkeys([*first_set(), *second_set(), *rates()])]
     by_recipe: dict[str, list[Observed]] = {}
     for setting in others():
         by_recipe.setdefault(setting.recipe, []).append(read(setting))
-    paths = [arguments.runs / run.setting.name for run in rope]
-    (told,) = forecast_family(paths, TARGET, at=POINTS)
+    paths = [family.folder / run.setting.name for run in rope]
+    (told,) = forecast_family(paths, family.target, at=family.points)
     write_report(rope, by_recipe, study(rope, by_recipe), told, environment(), arguments.folder)
 
 

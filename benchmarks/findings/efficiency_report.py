@@ -70,10 +70,11 @@ def verdict(found: dict[str, Any]) -> str:
     bands = " and ".join(f"{low:g}-{high:g}" for low, high in found["band"])
     never = ", ".join(found["never"])
     return (
-        f"Primary ({primary['predictor']} at 65,536 tokens, given log batch size and early loss): partial Spearman "
-        f"{primary['rho']:+.2f}, permutation p = {primary['p_value']:.4f}: {primary['outcome']}. Of the means of "
-        f"settings {rho:+.2f}, p = {p_value:.4f}. Bands that forecast better than the default at every count and of "
-        f"every recipe: {bands or 'none'}. Runs that never reached the target: {never or 'none'}."
+        f"Primary ({primary['predictor']} at {primary['tokens']:,} tokens, given log batch size and early loss): "
+        f"partial Spearman {primary['rho']:+.2f}, permutation p = {primary['p_value']:.4f}: {primary['outcome']}. "
+        f"Of the means of settings {rho:+.2f}, p = {p_value:.4f}. "
+        f"Bands that forecast better than the default at every count and of every recipe: {bands or 'none'}. "
+        f"Runs that never reached the target: {never or 'none'}."
     )
 
 
@@ -172,7 +173,7 @@ def _draw_runs(axis: Axes, rope: Sequence[Any], point: int, name: str) -> None:
                 color=color,
                 label=f"B = {size}" if marker == "o" else None,
             )
-    axis.set(yscale="log", xlabel=f"{name} at {point:,} tokens", ylabel="tokens to 2.0 nats a byte")
+    axis.set(yscale="log", xlabel=f"{name} at {point:,} tokens", ylabel="tokens to the target")
     axis.set_title("one point a run; triangles: other learning rates", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
 

@@ -18,13 +18,13 @@ from benchmarks.findings.geometry_report import write_report
 from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.runs import (
     BATCH_SIZES,
-    RUNS,
-    TARGET,
+    RESULTS,
+    Family,
     Setting,
+    add_arguments,
+    family_of,
     first_set,
-    open_run,
     second_set,
-    train_all,
 )
 from benchmarks.harness import environment
 from lightning_spectral import compare
@@ -37,18 +37,18 @@ QUANTITIES = ("alpha_head", "alpha_tail", "rankme")
 PRIMARY_LEVEL, SECONDARY_LEVEL = 0.01, 0.05
 
 
-def measured(folder: Path, setting: Setting) -> dict[str, Any]:
+def measured(family: Family, setting: Setting) -> dict[str, Any]:
     """One run where it first came to the target.
 
     Args:
-        folder: Where runs are.
+        family: Where runs are.
         setting: Which run.
 
     Returns:
         Settings, tokens, and for each layer its spectrum and numbers with their standard errors by sampling.
     """
-    run = open_run(folder, setting)
-    there = run.at_loss(TARGET)
+    run = family.open(setting)
+    there = run.at_loss(family.target)
     layers = {name: there.spectrum("activation", name) for name in run.names("activation")}
     return {
         "name": setting.name,
@@ -140,15 +140,15 @@ def effect(runs: Sequence[dict[str, Any]], layer: str, quantity: str) -> dict[st
     }
 
 
-def comparisons(folder: Path) -> list[dict[str, Any]]:
+def comparisons(family: Family) -> list[dict[str, Any]]:
     """What ``compare`` says of the smallest batch size against each of the others, four seeds a side."""
 
     def paths(size: int) -> list[Path]:
-        return [folder / setting.name for setting in first_set() if setting.batch_size == size]
+        return [family.folder / setting.name for setting in first_set() if setting.batch_size == size]
 
     found = []
     for size in BATCH_SIZES[1:]:
-        comparison = compare(paths(BATCH_SIZES[0]), paths(size), at_loss=TARGET)
+        comparison = compare(paths(BATCH_SIZES[0]), paths(size), at_loss=family.target)
         mean = next(shift for shift in comparison.shifts if shift.quantity == "js" and not shift.name)
         found.append(
             {
@@ -166,19 +166,19 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs are, or go")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results" / "findings")
-    parser.add_argument("--processes", type=int, default=2)
+    add_arguments(parser)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
-    train_all(arguments.runs, list(dict.fromkeys([*first_set(), *second_set()])), arguments.processes)
+    family = family_of(arguments)
+    family.train_all(list(dict.fromkeys([*first_set(), *second_set()])), arguments.processes)
     sets = {
-        name: [measured(arguments.runs, setting) for setting in settings]
+        name: [measured(family, setting) for setting in settings]
         for name, settings in (("root rule", first_set()), ("one rate", second_set()))
     }
     found = {name: study(runs) for name, runs in sets.items()}
     for one, other in zip(found["root rule"]["effects"], found["one rate"]["effects"], strict=True):
         one["is_robust"] = one["is_detected"] and other["is_detected"] and one["rho"] * other["rho"] > 0
-    write_report(sets, found, comparisons(arguments.runs), environment(), arguments.folder)
+    write_report(sets, found, comparisons(family), environment(), arguments.folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from benchmarks.findings.tables import show_and_write
 from lightning_spectral.runs.to_json import to_json
 
-TITLES = {"alpha_head": "alpha, ranks 1-10", "alpha_tail": "alpha, ranks 16-64", "rankme": "RankMe"}
+TITLES = {"alpha_head": "alpha of ranks 1-10", "alpha_tail": "alpha of an eighth to a half", "rankme": "RankMe"}
 COLORS = {"root rule": "tab:blue", "one rate": "tab:orange"}
 
 Runs = dict[str, list[dict[str, Any]]]

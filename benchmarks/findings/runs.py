@@ -3,7 +3,8 @@
     python -m benchmarks.findings.runs
 
 A run whose record is complete is not made again, so that this can be interrupted. All 56 take about an hour on two
-cores, with one thread each.
+cores, with one thread each. Where there is more, ``--config`` takes another model, data and Trainer, ``--scale``
+multiplies all numbers of tokens, and ``--processes`` says how many train at once; the studies take the same.
 """
 
 import argparse
@@ -15,24 +16,28 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from benchmarks.harness import console
 from lightning_spectral import Run
 
 CONFIG = Path(__file__).with_name("family.yaml")
 RUNS = Path("findings_runs/family")
-BLOCK_SIZE = 128
+RESULTS = Path(__file__).parents[1] / "results" / "findings"
+
 EVERY_NUM_TOKENS = 16_384
 """Training tokens between validation runs."""
 WARMUP_TOKENS = 32_768
 MAX_TOKENS = 4_000_000
 """Where a run gives up."""
-TARGET = 2.0
-"""Validation loss, in nats a byte."""
+POINTS = (32_768, 65_536, 131_072)
+"""Training tokens at which the end is forecast."""
 LEARNING_RATES = {"rope": 1e-3}
 """At a batch of 16; other recipes have their own, by group of parameters."""
-
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 """Sequences."""
 
@@ -51,26 +56,6 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.recipe}-batch_{self.batch_size}-lr_x{self.multiplier:.3g}-seed_{self.seed}"
-
-    def words(self, folder: Path) -> list[str]:
-        """Arguments of ``fit``."""
-        batch_tokens = self.batch_size * BLOCK_SIZE
-        arguments = {
-            "config": CONFIG,
-            "seed_everything": self.seed,
-            "model.recipe": self.recipe,
-            "model.lr_multiplier": self.multiplier,
-            "model.warmup_steps": WARMUP_TOKENS // batch_tokens,
-            "data.batch_size": self.batch_size,
-            "data.seed": self.seed,
-            "trainer.max_steps": MAX_TOKENS // batch_tokens,
-            "trainer.val_check_interval": EVERY_NUM_TOKENS // batch_tokens,
-            "trainer.logger.save_dir": folder,
-            "trainer.logger.version": self.name,
-        }
-        if self.recipe in LEARNING_RATES:
-            arguments["model.learning_rate"] = LEARNING_RATES[self.recipe]
-        return ["fit", *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
 
 
 def root_rule(batch_size: int, factor: float = 1.0) -> float:
@@ -109,70 +94,121 @@ def all_settings() -> list[Setting]:
     return list(dict.fromkeys([*first_set(), *second_set(), *rates(), *others()]))
 
 
-def open_run(folder: Path, setting: Setting) -> Run:
-    """The record of a run.
+@dataclass(frozen=True)
+class Family:
+    """Where the runs are, and what they have in common."""
 
-    Args:
-        folder: Where runs go.
-        setting: Which.
+    folder: Path = RUNS
+    config: Path = CONFIG
+    """Model, data and Trainer; ``stop_at_loss`` is the target."""
+    scale: int = 1
+    """Of all numbers of tokens."""
 
-    Returns:
-        The record.
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text())["model"]["init_args"]
 
-    Raises:
-        ValueError: If it was not made yet, or not to its end.
-    """
-    if not is_complete(folder, setting):
-        raise ValueError(f"folder must hold all runs, got none of {setting.name} in {folder}: make it first")
-    return Run(folder / setting.name)
+    @property
+    def target(self) -> float:
+        """Validation loss, in nats a token."""
+        return float(self._model["stop_at_loss"])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a sequence."""
+        return int(self._model["block_size"])
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Training tokens at which the end is forecast."""
+        return tuple(self.scale * point for point in POINTS)
+
+    def words(self, setting: Setting) -> list[str]:
+        """Arguments of ``fit``."""
+        batch_tokens = setting.batch_size * self.block_size
+        arguments: dict[str, Any] = {
+            "config": self.config,
+            "seed_everything": setting.seed,
+            "model.recipe": setting.recipe,
+            "model.lr_multiplier": setting.multiplier,
+            "model.warmup_steps": self.scale * WARMUP_TOKENS // batch_tokens,
+            "data.batch_size": setting.batch_size,
+            "data.seed": setting.seed,
+            "trainer.max_steps": self.scale * MAX_TOKENS // batch_tokens,
+            "trainer.val_check_interval": self.scale * EVERY_NUM_TOKENS // batch_tokens,
+            "trainer.logger.save_dir": self.folder,
+            "trainer.logger.version": setting.name,
+        }
+        if setting.recipe in LEARNING_RATES:
+            arguments["model.learning_rate"] = LEARNING_RATES[setting.recipe]
+        return ["fit", *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
+
+    def is_complete(self, setting: Setting) -> bool:
+        """Whether a run reached the target, or gave up where it should."""
+        try:
+            history = Run(self.folder / setting.name).history
+        except ValueError:  # there is no record yet, or not a line of it
+            return False
+        losses = history.with_loss()[1]
+        at_end = len(losses) and history.tokens[-1] >= self.scale * (MAX_TOKENS - EVERY_NUM_TOKENS)
+        return bool(at_end or (len(losses) and losses.min() <= self.target))
+
+    def open(self, setting: Setting) -> Run:
+        """The record of a run.
+
+        Args:
+            setting: Which.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: If it was not made yet, or not to its end.
+        """
+        if not self.is_complete(setting):
+            raise ValueError(f"folder must hold all runs, got none of {setting.name} in {self.folder}: make it first")
+        return Run(self.folder / setting.name)
+
+    def train(self, setting: Setting) -> str:
+        """Train one run in a process of its own, unless it is there; a line that says what came out."""
+        start = time.perf_counter()
+        if not self.is_complete(setting):
+            path = self.folder / f"{setting.name}.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as log:
+                words = [sys.executable, "-m", "lightning_spectral", *self.words(setting)]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                failed = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+            if failed or not self.is_complete(setting):
+                return f"{setting.name}: FAILED, see {path}"
+        tokens = Run(self.folder / setting.name).tokens_to(self.target)
+        return f"{setting.name}: {tokens:,.0f} tokens, {time.perf_counter() - start:.0f} s"
+
+    def train_all(self, settings: Sequence[Setting], processes: int) -> None:
+        """Train what is missing, several at once, with a line for each as it ends."""
+        with multiprocessing.pool.ThreadPool(processes) as pool:
+            for number, line in enumerate(pool.imap(self.train, settings), start=1):
+                console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
 
 
-def is_complete(folder: Path, setting: Setting) -> bool:
-    """Whether a run reached the target, or gave up where it should."""
-    try:
-        history = Run(folder / setting.name).history
-    except ValueError:  # there is no record yet, or not a line of it
-        return False
-    losses = history.with_loss()[1]
-    at_end = len(losses) and history.tokens[-1] >= MAX_TOKENS - EVERY_NUM_TOKENS
-    return bool(at_end or (len(losses) and losses.min() <= TARGET))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all studies of runs have in common."""
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go; those that are there are kept")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="model, data and Trainer of all runs")
+    parser.add_argument("--scale", type=int, default=1, help="of all numbers of tokens")
+    parser.add_argument("--processes", type=int, default=2, help="how many runs train at once")
 
 
-def train(folder: Path, setting: Setting) -> str:
-    """Train one run in a process of its own, unless it is there; a line that says what came out."""
-    start = time.perf_counter()
-    if not is_complete(folder, setting):
-        path = folder / f"{setting.name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as log:
-            words = [sys.executable, "-m", "lightning_spectral", *setting.words(folder)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            failed = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-        if failed or not is_complete(folder, setting):
-            return f"{setting.name}: FAILED, see {path}"
-    run = Run(folder / setting.name)
-    return f"{setting.name}: {run.tokens_to(TARGET):,.0f} tokens, {time.perf_counter() - start:.0f} s"
-
-
-def train_all(folder: Path, settings: Sequence[Setting], processes: int) -> None:
-    """Train what is missing, several at once, with a line for each as it ends.
-
-    Args:
-        folder: Where runs go.
-        settings: Which.
-        processes: How many at once.
-    """
-    with multiprocessing.pool.ThreadPool(processes) as pool:
-        for number, line in enumerate(pool.imap(lambda setting: train(folder, setting), settings), start=1):
-            console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
+def family_of(arguments: argparse.Namespace) -> Family:
+    """The family that the arguments name."""
+    return Family(arguments.runs, arguments.config, arguments.scale)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RUNS, help="where runs go; those that are there are kept")
-    parser.add_argument("--processes", type=int, default=2)
+    add_arguments(parser)
     arguments = parser.parse_args()
-    train_all(arguments.folder, all_settings(), arguments.processes)
+    family_of(arguments).train_all(all_settings(), arguments.processes)
 
 
 if __name__ == "__main__":

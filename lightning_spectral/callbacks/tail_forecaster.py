@@ -56,7 +56,7 @@ class TailForecaster(MeasuringCallback):
         stage: ``"validate"`` reads the first rows of a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.
         every_n_steps: Optimizer steps between forecasts; between measured validation runs at the least.
-        num_tokens: Rows per report over all ranks, after the mask.
+        num_tokens: Rows per report over all ranks, after the mask; for the default see :class:`ActivationSpectrum`.
         tail: Band of the exponent: two ints, 1-based inclusive ranks, or two fractions of the width.
         num_groups: Groups of whole samples for error bars; give that of an ActivationSpectrum to share its measurement.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
