@@ -232,6 +232,18 @@ def test_seeds_alone_are_no_effect(rng: np.random.Generator) -> None:
     assert not any(one["is_detected"] for one in found["effects"])
 
 
+def test_batch_size_and_learning_rate_are_told_apart(rng: np.random.Generator) -> None:
+    known = planted(0.05, rng)
+    for run in known:
+        run["multiplier"] = float(rng.uniform(0.5, 2))
+    tail = next(one for one in geometry.explored(known) if one["quantity"] == "alpha_tail")
+    assert tail["with_batch_size"][0] > 0.8
+    assert abs(tail["with_learning_rate"][0]) < 0.7 < 1 - tail["with_batch_size"][1]
+    swapped = [run | {"batch_size": run["multiplier"], "multiplier": run["batch_size"]} for run in known]
+    other = next(one for one in geometry.explored(swapped) if one["quantity"] == "alpha_tail")
+    assert other["with_learning_rate"] == tail["with_batch_size"]
+
+
 def test_divergences_are_symmetric_and_zero_of_a_run_with_itself(rng: np.random.Generator) -> None:
     found, floors = geometry.divergences(planted(0.05, rng)[:5])
     assert found.shape == floors.shape == (2, 5, 5)
@@ -245,7 +257,10 @@ def test_the_report_on_geometry_holds_what_was_found(tmp_path: Path, rng: np.ran
     for one in found["root rule"]["effects"]:
         one["is_robust"] = one["quantity"] == "alpha_tail"
     compared = {"batch_size": 128, "gain_of_tokens": -0.5, "js": 1e-3, "sampling_floor": 1e-5, "run_floor": 1e-4}
-    geometry.write_report(sets, found, [compared | {"is_detected": True, "verdict": "both"}], environment(), tmp_path)
+    explored = geometry.explored([*sets["root rule"], *sets["one rate"]])
+    geometry.write_report(
+        sets, found, explored, [compared | {"is_detected": True, "verdict": "both"}], environment(), tmp_path
+    )
     text = (tmp_path / "geometry.md").read_text()
     assert "gpt.blocks.0 alpha_tail rises with batch size" in text
     assert "![" in text

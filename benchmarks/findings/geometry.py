@@ -3,7 +3,7 @@
     python -m benchmarks.findings.geometry
 
 Trains the runs that are missing, then measures all of them where they first came to the target. JSON, figure and report
-go to ``benchmarks/results/findings``. About forty minutes on two cores, seconds where the runs are there.
+go to ``benchmarks/results/findings``. Three quarters of an hour on two cores, seconds where the runs are there.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from benchmarks.findings.runs import (
     add_arguments,
     family_of,
     first_set,
+    rates,
     second_set,
 )
 from benchmarks.harness import environment
@@ -140,6 +141,33 @@ def effect(runs: Sequence[dict[str, Any]], layer: str, quantity: str) -> dict[st
     }
 
 
+def explored(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batch size and learning rate told apart, over runs in which both vary: no test of the plan's.
+
+    Args:
+        runs: Results of :func:`measured`, each once.
+
+    Returns:
+        By layer and quantity Spearman's rho with batch size given the learning rate, and the other way round, each with
+        a permutation p-value.
+    """
+    sizes = np.array([run["batch_size"] for run in runs])
+    rates = np.array([run["multiplier"] for run in runs])
+    found = []
+    for layer in runs[0]["layers"]:
+        for quantity in QUANTITIES:
+            values = np.array([run["numbers"][layer][quantity][0] for run in runs])
+            found.append(
+                {
+                    "layer": layer,
+                    "quantity": quantity,
+                    "with_batch_size": rank_correlation(values, sizes, [rates]).tolist(),
+                    "with_learning_rate": rank_correlation(values, rates, [sizes]).tolist(),
+                }
+            )
+    return found
+
+
 def comparisons(family: Family) -> list[dict[str, Any]]:
     """What ``compare`` says of the smallest batch size against each of the others, four seeds a side."""
 
@@ -170,15 +198,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
     family = family_of(arguments)
-    family.train_all(list(dict.fromkeys([*first_set(), *second_set()])), arguments.processes)
+    settings = list(dict.fromkeys([*first_set(), *second_set(), *rates()]))
+    family.train_all(settings, arguments.processes)
+    every = {setting: measured(family, setting) for setting in settings}
     sets = {
-        name: [measured(family, setting) for setting in settings]
-        for name, settings in (("root rule", first_set()), ("one rate", second_set()))
+        name: [every[setting] for setting in of_set]
+        for name, of_set in (("root rule", first_set()), ("one rate", second_set()))
     }
     found = {name: study(runs) for name, runs in sets.items()}
     for one, other in zip(found["root rule"]["effects"], found["one rate"]["effects"], strict=True):
         one["is_robust"] = one["is_detected"] and other["is_detected"] and one["rho"] * other["rho"] > 0
-    write_report(sets, found, comparisons(family), environment(), arguments.folder)
+    reached = [run for run in every.values() if run["tokens"] == run["tokens"]]  # NaN where the target never was
+    write_report(sets, found, explored(reached), comparisons(family), environment(), arguments.folder)
 
 
 if __name__ == "__main__":

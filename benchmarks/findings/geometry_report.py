@@ -23,20 +23,26 @@ Found = dict[str, dict[str, Any]]
 
 
 def write_report(
-    sets: Runs, found: Found, compared: list[dict[str, Any]], environment: dict[str, Any], folder: Path
+    sets: Runs,
+    found: Found,
+    explored: list[dict[str, Any]],
+    compared: list[dict[str, Any]],
+    environment: dict[str, Any],
+    folder: Path,
 ) -> None:
     """Print the tables; write ``geometry.json``, ``geometry.png`` and ``geometry.md``.
 
     Args:
         sets: Measured runs by set.
         found: Tests by set.
+        explored: Batch size and learning rate told apart, beyond the plan.
         compared: What ``compare`` says.
         environment: Machine and versions.
         folder: Where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     runs = {name: [_plain(run) for run in runs] for name, runs in sets.items()}
-    facts = {"environment": environment, "sets": runs, "found": found, "compare": compared}
+    facts = {"environment": environment, "sets": runs, "found": found, "explored": explored, "compare": compared}
     (folder / "geometry.json").write_text(to_json(facts) + "\n")
     draw(sets, found, folder / "geometry.png")
     sections = [
@@ -44,6 +50,10 @@ def write_report(
         ("Divergence of spectra, mean over layers", _distances(found)),
         ("By layer", _by_layer(found)),
         ("Effects of batch size", _effects(found)),
+        (
+            "Explored after the tests above were seen: all runs of rope, with rates halved and doubled",
+            _explored(explored),
+        ),
         ("What `compare` says of batch size 4 against the others", _compared(compared)),
         ("Tokens to the target", _tokens(sets)),
     ]
@@ -129,6 +139,21 @@ def _effects(found: Found) -> list[dict[str, str]]:
     return rows
 
 
+def _explored(explored: list[dict[str, Any]]) -> list[dict[str, str]]:
+    def told(pair: list[float]) -> str:
+        return f"{pair[0]:+.2f} (p {pair[1]:.4f})"
+
+    return [
+        {
+            "layer": one["layer"],
+            "quantity": one["quantity"],
+            "with batch size, given learning rate": told(one["with_batch_size"]),
+            "with learning rate, given batch size": told(one["with_learning_rate"]),
+        }
+        for one in explored
+    ]
+
+
 def _compared(compared: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
@@ -185,7 +210,7 @@ def _draw_divergences(axis: Axes, found: Found) -> None:
     )
     axis.set_xticks([1, 2, 4, 8, 16, 32], ["1\n(seeds)", "2", "4", "8", "16", "32"])
     axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.42))
 
 
 def _draw_quantity(axis: Axes, sets: Runs, quantity: str) -> None:
@@ -236,5 +261,5 @@ def _draw_spectra(axis: Axes, runs: list[dict[str, Any]]) -> None:
     for size, color in zip(sizes, colors, strict=True):
         shift = mean_log(size) - base
         axis.plot(range(1, len(shift) + 1), shift, color=color, label=f"B = {size}")
-    axis.set(xscale="log", xlabel="rank", title=f"{layer}: log10 of normalised eigenvalues less those at B = 16")
+    axis.set(xscale="log", xlabel="rank", title=f"{layer}: log10 of normalised\neigenvalues less those at B = 16")
     axis.legend(frameon=False, fontsize=8)
