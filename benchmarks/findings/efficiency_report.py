@@ -57,6 +57,11 @@ def write_report(
         sections.append((f"What `forecast` says of the {len(told.runs)} runs of rope", _told(told)))
     sections.append(("Recipes held out, forecast from rope's line", _held_out(found)))
     sections.append(("Tokens to the target", [_tokens(run) for run in runs]))
+    legend = (
+        "Correlations with tokens to the target, permutation p in brackets. Errors are medians of |forecast / truth - 1|, each "
+        "run forecast from all others, or from runs of other settings only."
+    )
+    sections.insert(1, ("How to read the tables", legend))
     picture = (
         "![Early exponents against tokens to the target; partial correlations; errors of forecasts](efficiency.png)"
     )
@@ -87,8 +92,8 @@ def _line(one: dict[str, Any]) -> dict[str, str]:
         "given batch size": _with_p(one["given_batch_size"]),
         "given early loss": _with_p(one["given_early_loss"]),
         "given both": _with_p(one["given_both"]),
-        "error, run left out": _percent(one["errors"]["alone"]),
-        "error, setting left out": _percent(one["errors"]["setting"]),
+        "error": _percent(one["errors"]["alone"]),
+        "error, setting out": _percent(one["errors"]["setting"]),
     }
 
 

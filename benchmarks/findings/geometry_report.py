@@ -54,7 +54,10 @@ def write_report(
             "Explored after the tests above were seen: all runs of rope, with rates halved and doubled",
             _explored(explored),
         ),
-        ("What `compare` says of batch size 4 against the others", _compared(compared)),
+        (
+            "What `compare` says of batch size 4 against the others (runs shared cores: disregard tokens a second)",
+            _compared(compared),
+        ),
         ("Tokens to the target", _tokens(sets)),
     ]
     picture = "![Divergence by ratio of batch sizes; exponents and RankMe by batch size; spectra](geometry.png)"
