@@ -58,8 +58,8 @@ def write_report(
     sections.append(("Recipes held out, forecast from rope's line", _held_out(found)))
     sections.append(("Tokens to the target", [_tokens(run) for run in runs]))
     legend = (
-        "Correlations with tokens to the target, permutation p in brackets. Errors are medians of |forecast / truth - 1|, each "
-        "run forecast from all others, or from runs of other settings only."
+        "Correlations with tokens to the target, permutation p in brackets. Errors are medians of "
+        "|forecast / truth - 1|, each run forecast from all others, or from runs of other settings only."
     )
     sections.insert(1, ("How to read the tables", legend))
     picture = (

@@ -213,7 +213,7 @@ def _draw_divergences(axis: Axes, found: Found) -> None:
     )
     axis.set_xticks([1, 2, 4, 8, 16, 32], ["1\n(seeds)", "2", "4", "8", "16", "32"])
     axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.42))
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
 
 
 def _draw_quantity(axis: Axes, sets: Runs, quantity: str) -> None:
