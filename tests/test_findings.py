@@ -253,19 +253,22 @@ def test_divergences_are_symmetric_and_zero_of_a_run_with_itself(rng: np.random.
 
 def test_the_report_on_geometry_holds_what_was_found(tmp_path: Path, rng: np.random.Generator) -> None:
     sets = {"root rule": planted(0.05, rng, (4, 16, 128)), "one rate": planted(0.05, rng)}
-    found = {name: geometry.study(of_set) for name, of_set in sets.items()}
+    found: dict[str, Any] = {name: geometry.study(of_set) for name, of_set in sets.items()}
     for one in found["root rule"]["effects"]:
         one["is_robust"] = one["quantity"] == "alpha_tail"
+    every = [*sets["root rule"], *sets["one rate"]]
     compared = {"batch_size": 128, "gain_of_tokens": -0.5, "js": 1e-3, "sampling_floor": 1e-5, "run_floor": 1e-4}
-    explored = geometry.explored([*sets["root rule"], *sets["one rate"]])
-    geometry.write_report(
-        sets, found, explored, [compared | {"is_detected": True, "verdict": "both"}], environment(), tmp_path
-    )
+    compared |= {"is_detected": True, "verdict": "both"}
+    found |= {"explored": geometry.explored(every), "never": ["rope-slow"], "compare": [compared]}
+    geometry.write_report(every, sets, found, environment(), tmp_path)
     text = (tmp_path / "geometry.md").read_text()
     assert "gpt.blocks.0 alpha_tail rises with batch size" in text
+    assert "never reached the target: rope-slow" in text
     assert "![" in text
     written = json.loads((tmp_path / "geometry.json").read_text())
-    assert len(written["sets"]["root rule"][0]["eigenvalues"]["gpt.blocks.0"]) == 128
+    assert len(written["runs"]) == len(every)
+    assert written["sets"]["one rate"] == [run["name"] for run in sets["one rate"]]
+    assert len(written["runs"][0]["eigenvalues"]["gpt.blocks.0"]) == 128
     assert (tmp_path / "geometry.png").stat().st_size > 1000
 
 

@@ -8,6 +8,7 @@ go to ``benchmarks/results/findings``. Three quarters of an hour on two cores, s
 
 import argparse
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from benchmarks.findings.geometry_report import write_report
 from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.runs import (
-    BATCH_SIZES,
     RESULTS,
     Family,
     Setting,
@@ -168,15 +168,16 @@ def explored(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def comparisons(family: Family) -> list[dict[str, Any]]:
-    """What ``compare`` says of the smallest batch size against each of the others, four seeds a side."""
+def comparisons(folder: Path, runs: Sequence[dict[str, Any]], target: float) -> list[dict[str, Any]]:
+    """What ``compare`` says of the smallest batch size against each of the others, all seeds a side."""
 
     def paths(size: int) -> list[Path]:
-        return [family.folder / setting.name for setting in first_set() if setting.batch_size == size]
+        return [folder / run["name"] for run in runs if run["batch_size"] == size]
 
     found = []
-    for size in BATCH_SIZES[1:]:
-        comparison = compare(paths(BATCH_SIZES[0]), paths(size), at_loss=family.target)
+    smallest, *others = sorted({run["batch_size"] for run in runs})
+    for size in others:
+        comparison = compare(paths(smallest), paths(size), at_loss=target)
         mean = next(shift for shift in comparison.shifts if shift.quantity == "js" and not shift.name)
         found.append(
             {
@@ -201,15 +202,19 @@ def main() -> None:
     settings = list(dict.fromkeys([*first_set(), *second_set(), *rates()]))
     family.train_all(settings, arguments.processes)
     every = {setting: measured(family, setting) for setting in settings}
+    never = [run["name"] for run in every.values() if isnan(run["tokens"])]
+    every = {setting: run for setting, run in every.items() if not isnan(run["tokens"])}
     sets = {
-        name: [every[setting] for setting in of_set]
+        name: [every[setting] for setting in of_set if setting in every]
         for name, of_set in (("root rule", first_set()), ("one rate", second_set()))
     }
-    found = {name: study(runs) for name, runs in sets.items()}
+    found: dict[str, Any] = {name: study(runs) for name, runs in sets.items()}
     for one, other in zip(found["root rule"]["effects"], found["one rate"]["effects"], strict=True):
         one["is_robust"] = one["is_detected"] and other["is_detected"] and one["rho"] * other["rho"] > 0
-    reached = [run for run in every.values() if run["tokens"] == run["tokens"]]  # NaN where the target never was
-    write_report(sets, found, explored(reached), comparisons(family), environment(), arguments.folder)
+    runs = list(every.values())
+    found |= {"explored": explored(runs), "never": never}
+    found["compare"] = comparisons(family.folder, sets["root rule"], family.target)
+    write_report(runs, sets, found, environment(), arguments.folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks.findings.runs import BATCH_SIZES
 from benchmarks.findings.tables import show_and_write
 from lightning_spectral.runs.to_json import to_json
 
@@ -23,40 +24,35 @@ Found = dict[str, dict[str, Any]]
 
 
 def write_report(
-    sets: Runs,
-    found: Found,
-    explored: list[dict[str, Any]],
-    compared: list[dict[str, Any]],
-    environment: dict[str, Any],
-    folder: Path,
+    every: list[dict[str, Any]], sets: Runs, found: dict[str, Any], environment: dict[str, Any], folder: Path
 ) -> None:
     """Print the tables; write ``geometry.json``, ``geometry.png`` and ``geometry.md``.
 
     Args:
-        sets: Measured runs by set.
-        found: Tests by set.
-        explored: Batch size and learning rate told apart, beyond the plan.
-        compared: What ``compare`` says.
+        every: All measured runs, each once.
+        sets: Those of each set.
+        found: Tests by set, what was ``explored``, what ``compare`` says, and which runs ``never`` reached the target.
         environment: Machine and versions.
         folder: Where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {name: [_plain(run) for run in runs] for name, runs in sets.items()}
-    facts = {"environment": environment, "sets": runs, "found": found, "explored": explored, "compare": compared}
+    names = {name: [run["name"] for run in runs] for name, runs in sets.items()}
+    facts = {"environment": environment, "runs": [_plain(run) for run in every], "sets": names, "found": found}
     (folder / "geometry.json").write_text(to_json(facts) + "\n")
     draw(sets, found, folder / "geometry.png")
-    sections = [
-        (f"Batch size and geometry at equal loss, {environment['date']}", verdict(found)),
-        ("Divergence of spectra, mean over layers", _distances(found)),
-        ("By layer", _by_layer(found)),
+    tests = {name: found[name] for name in sets}
+    sections: list[tuple[str, str | list[dict[str, str]]]] = [
+        (f"Batch size and geometry at equal loss, {environment['date']}", verdict(tests, found["never"])),
+        ("Divergence of spectra, mean over layers", _distances(tests)),
+        ("By layer", _by_layer(tests)),
         ("Effects of batch size", _effects(found)),
         (
             "Explored after the tests above were seen: all runs of rope, with rates halved and doubled",
-            _explored(explored),
+            _explored(found["explored"]),
         ),
         (
-            "What `compare` says of batch size 4 against the others (runs shared cores: disregard tokens a second)",
-            _compared(compared),
+            "What `compare` says of the smallest batch size against the others (tokens a second: of runs that shared cores)",
+            _compared(found["compare"]),
         ),
         ("Tokens to the target", _tokens(sets)),
     ]
@@ -69,7 +65,7 @@ def _plain(run: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in run.items() if key != "layers"} | {"eigenvalues": spectra}
 
 
-def verdict(found: Found) -> str:
+def verdict(found: Found, never: list[str]) -> str:
     """What the tests of the plan come to, in a few sentences."""
     lines = []
     for name, one in found.items():
@@ -85,7 +81,9 @@ def verdict(found: Found) -> str:
         f"({effect['effect_size']:+.1f} spreads of seeds)"
         for effect in robust
     )
-    return " ".join([*lines, f"Robust under both rules: {told or 'none'}."])
+    lines.append(f"Robust under both rules: {told or 'none'}.")
+    lines.append(f"Runs that never reached the target: {', '.join(never) or 'none'}.")
+    return " ".join(lines)
 
 
 def _distances(found: Found) -> list[dict[str, str]]:
@@ -127,8 +125,8 @@ def _effects(found: Found) -> list[dict[str, str]]:
             {
                 "layer": one["layer"],
                 "quantity": one["quantity"],
-                "at B = 4": f"{one['means'][4]:.3f}",
-                "at B = 128": f"{one['means'][128]:.3f}",
+                "at smallest B": f"{one['means'][min(one['means'])]:.3f}",
+                "at largest B": f"{one['means'][max(one['means'])]:.3f}",
                 "spread of seeds": f"{one['spread_of_seeds']:.3f}",
                 "sampling error": f"{one['sampling_error']:.4f}",
                 "effect size": f"{one['effect_size']:+.1f}",
@@ -186,7 +184,7 @@ def _tokens(sets: Runs) -> list[dict[str, str]]:
 def draw(sets: Runs, found: Found, path: Path) -> None:
     """Divergences by ratio of batch sizes, the three numbers by batch size, effects, and spectra of the last layer."""
     figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-    _draw_divergences(axes[0, 0], found)
+    _draw_divergences(axes[0, 0], {name: found[name] for name in sets})
     for axis, quantity in zip((axes[0, 1], axes[0, 2], axes[1, 0]), TITLES, strict=True):
         _draw_quantity(axis, sets, quantity)
     _draw_effects(axes[1, 1], found["root rule"]["effects"])
@@ -231,7 +229,7 @@ def _draw_quantity(axis: Axes, sets: Runs, quantity: str) -> None:
             for size in sizes:
                 axis.plot([size] * len(values[size]), values[size], "o" if is_first else "x", color=color, markersize=4)
     axis.set(xscale="log", title=f"{TITLES[quantity]} (dashed: one rate)", xlabel="batch size, sequences")
-    axis.set_xticks([4, 8, 16, 32, 64, 128], ["4", "8", "16", "32", "64", "128"])
+    axis.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
 
@@ -248,7 +246,7 @@ def _draw_effects(axis: Axes, effects: list[dict[str, Any]]) -> None:
         axis.text(column, row, f"{sizes[row, column]:+.1f}{mark}", ha="center", va="center", color="w" if dark else "k")
     axis.set_xticks(range(len(quantities)), quantities)
     axis.set_yticks(range(len(layers)), layers)
-    axis.set_title("B = 128 less B = 4, in spreads of seeds\n* Holm 5%, ** under both rules", fontsize=10)
+    axis.set_title("largest B less smallest, in spreads of seeds\n* Holm 5%, ** under both rules", fontsize=10)
 
 
 def _draw_spectra(axis: Axes, runs: list[dict[str, Any]]) -> None:
@@ -259,10 +257,11 @@ def _draw_spectra(axis: Axes, runs: list[dict[str, Any]]) -> None:
         spectra = [run["layers"][layer].values.numpy() for run in runs if run["batch_size"] == size]
         return np.mean([np.log10(values / values.sum()) for values in spectra], axis=0)
 
-    base = mean_log(16)
+    middle = sizes[(len(sizes) - 1) // 2]
+    base = mean_log(middle)
     colors = plt.get_cmap("plasma")(np.linspace(0, 0.9, len(sizes)))
     for size, color in zip(sizes, colors, strict=True):
         shift = mean_log(size) - base
         axis.plot(range(1, len(shift) + 1), shift, color=color, label=f"B = {size}")
-    axis.set(xscale="log", xlabel="rank", title=f"{layer}: log10 of normalised\neigenvalues less those at B = 16")
+    axis.set(xscale="log", xlabel="rank", title=f"{layer}: log10 of normalised\neigenvalues less those at B = {middle}")
     axis.legend(frameon=False, fontsize=8)
