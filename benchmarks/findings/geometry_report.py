@@ -51,7 +51,7 @@ def write_report(
             _explored(found["explored"]),
         ),
         (
-            "What `compare` says of the smallest batch size against the others (tokens a second: of runs that shared cores)",
+            "What `compare` says of the smallest batch size against the others (tokens a second: on shared cores)",
             _compared(found["compare"]),
         ),
         ("Tokens to the target", _tokens(sets)),
