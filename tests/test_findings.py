@@ -64,6 +64,12 @@ def test_rank_correlation_equals_scipys_and_that_of_the_inverse(rng: np.random.G
         assert rho == pytest.approx(partial_spearman(*map(torch.from_numpy, (x, y, given[0]))))
 
 
+def test_one_run_a_group_separates_nothing(rng: np.random.Generator) -> None:
+    distances = rng.uniform(size=(5, 5))
+    for groups in (range(5), [0] * 5):
+        assert np.isnan(separation(distances + distances.T, list(groups))).all()
+
+
 def test_p_values_given_others_are_uniform_where_nothing_is_left(rng: np.random.Generator) -> None:
     small = 0
     for seed in range(100):
@@ -112,7 +118,7 @@ def test_a_report_of_a_process_is_that_of_all_its_rows() -> None:
 
 def test_cells_of_the_control_are_judged_and_told(tmp_path: Path) -> None:
     cells = [control.Cell("independent", spectrum, 128, 16) for spectrum in ("power", "broken")]
-    found = [control.run_cell(cell, 8, tmp_path) for cell in cells]
+    found = [control.run_cell(cell, 8, 0, tmp_path) for cell in cells]
     for cell in found:
         assert cell["tail"]["spread"] < 0.1
         assert abs(cell["tail"]["bias_corrected"]) < abs(cell["tail"]["bias"])
@@ -125,9 +131,20 @@ def test_cells_of_the_control_are_judged_and_told(tmp_path: Path) -> None:
     assert "| independent, power | 16 |" in (tmp_path / "control.md").read_text()
 
 
+def test_a_cell_of_other_draws_or_another_model_is_made_again(tmp_path: Path) -> None:
+    known, block = control.Cell("heavy", "power", 128, 4), control.Cell("block", "trained", 128, 4)
+    for cell in (known, block):
+        assert not control.is_done(cell, 8, 600, tmp_path)
+        (tmp_path / f"{cell.name}.json").write_text(json.dumps({"num_draws": 8, "num_steps": 600}))
+        assert control.is_done(cell, 8, 600, tmp_path)
+        assert not control.is_done(cell, 10, 600, tmp_path)
+    assert control.is_done(known, 8, 2, tmp_path)
+    assert not control.is_done(block, 8, 2, tmp_path)
+
+
 def test_the_recommendation_is_the_least_size_that_meets_everything() -> None:
     def cell(source: str, ratio: int, bias: float) -> dict[str, Any]:
-        tail = {"bias_corrected": bias, "spread": 0.01, "coverage_of_mean": 0.8}
+        tail = {"bias_corrected": bias, "spread_corrected": 0.01, "coverage_of_mean": 0.8}
         return {"source": source, "spectrum": "trained", "ratio": ratio, "tail": tail, "js_between_draws": 1e-6}
 
     bias, _, _, js = control_report.CRITERIA
@@ -180,6 +197,27 @@ def test_a_run_is_made_by_the_command_line_and_only_once(tmp_path: Path, monkeyp
     assert not family.is_complete(setting)
     assert (family.target, family.block_size) == (2.0, LENGTH)
     assert Family(scale=3).points == (98_304, 196_608, 393_216)
+
+
+def test_runs_of_two_families_are_not_mixed(tmp_path: Path) -> None:
+    Family(tmp_path).train_all([], processes=1)
+    Family(tmp_path).train_all([], processes=1)
+    with pytest.raises(ValueError, match=r"runs must be of one configuration and scale, .*: take a new folder"):
+        Family(tmp_path, scale=2).train_all([], processes=1)
+
+
+def test_a_scale_that_cuts_steps_is_refused(tmp_path: Path) -> None:
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(runs.CONFIG.read_text().replace("block_size: 128", "block_size: 1024"))
+    with pytest.raises(ValueError, match=r"scale must make .* got 1: take a multiple of 8"):
+        Family(tmp_path, longer)
+    words = Family(tmp_path, longer, scale=8).words(Setting(128, 1, 1.0))
+    assert words[words.index("--trainer.val_check_interval") + 1] == "1"
+    longer.write_text(runs.CONFIG.read_text().replace("stop_at_loss", "lr_multiplier"))
+    with pytest.raises(ValueError, match="config must set stop_at_loss"):
+        _ = Family(tmp_path, longer).target
+    with pytest.raises(ValueError, match="got 0"):
+        Family(scale=0)
 
 
 # batch size and geometry
@@ -305,6 +343,8 @@ def test_a_tail_that_says_more_than_batch_size_and_loss_is_found(rng: np.random.
     found = efficiency.study(rope, held_out)
     assert found["primary"]["outcome"] == "as the paper says"
     assert found["primary"]["of_settings"][1] <= 0.01
+    assert efficiency.outcome(-0.5, 0.001) == "the other sign"
+    assert efficiency.outcome(nan, nan) == "not testable"
     relations = {one["predictor"]: one for one in found["points"][POINTS[1]]}
     name = tail_name(LAYERS[-1], DEFAULT_BAND)
     assert relations[name]["num_runs"] == 36

@@ -36,7 +36,11 @@ NUM_GROUPS = 4
 RATIOS = (4, 16, 64, 256)
 """Tokens a channel, n/d."""
 LEVEL = 0.8
-POPULATION = "population.pt"
+
+
+def population_of(num_steps: int) -> str:
+    """File of the held-out activations of a model trained for so many steps."""
+    return f"population-{num_steps}.pt"
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,11 @@ def measured(sequences: Tensor, normalize: bool) -> LayerSpectrum:
     return spectrum
 
 
-def run_cell(cell: Cell, num_draws: int, work: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, num_draws: int, num_steps: int, work: Path) -> dict[str, Any]:
     """All draws of a cell, and how far they are from the truth and from each other."""
     population: Tensor | None = None
     if cell.spectrum == "trained":
-        population = torch.load(work / POPULATION, mmap=True)[cell.source]
+        population = torch.load(work / population_of(num_steps), mmap=True)[cell.source]
         truth = measured(population, normalize=True).eigenvalues
     else:
         truth = eigenvalues(cell.spectrum, cell.width)
@@ -102,7 +106,15 @@ def run_cell(cell: Cell, num_draws: int, work: Path) -> dict[str, Any]:
         else:
             sequences = population[torch.randperm(len(population), generator=generator)[: cell.num_sequences]]
         draws.append(measured(sequences, normalize=population is not None))
-    return {**asdict(cell), "num_draws": num_draws, **judge(draws, truth)}
+    return {**asdict(cell), "num_draws": num_draws, "num_steps": num_steps, **judge(draws, truth)}
+
+
+def is_done(cell: Cell, num_draws: int, num_steps: int, work: Path) -> bool:
+    """Whether a cell's result is there, and of these numbers; a known spectrum does not depend on the steps."""
+    path = work / f"{cell.name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same_model = cell.spectrum != "trained" or found.get("num_steps") == num_steps
+    return found.get("num_draws") == num_draws and same_model
 
 
 def judge(draws: list[LayerSpectrum], truth: Tensor) -> dict[str, Any]:
@@ -155,10 +167,10 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _run(arguments: tuple[Cell, int, Path]) -> None:
-    cell, num_draws, work = arguments
+def _run(arguments: tuple[Cell, int, int, Path]) -> None:
+    cell, num_draws, num_steps, work = arguments
     path = work / f"{cell.name}.json"
-    found = json.dumps(run_cell(cell, num_draws, work))
+    found = json.dumps(run_cell(cell, num_draws, num_steps, work))
     path.with_suffix(".part").write_text(found)
     path.with_suffix(".part").replace(path)
 
@@ -171,8 +183,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="training steps of the model")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.draws < 2 or arguments.draws % 2:
+        parser.error(f"--draws must be even, as draws are compared in pairs, got {arguments.draws}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    population = arguments.work / POPULATION
+    population = arguments.work / population_of(arguments.steps)
     _quiet()
     if not population.exists():
         console.print("training the model whose held-out activations are the population")
@@ -181,9 +195,10 @@ def main() -> None:
     blocks = torch.load(population, mmap=True)
     width = next(iter(blocks.values())).shape[-1]
     cells = cells_of(list(blocks), width)
-    waiting = [cell for cell in cells if not (arguments.work / f"{cell.name}.json").exists()]
+    settings = (arguments.draws, arguments.steps, arguments.work)
+    waiting = [cell for cell in cells if not is_done(cell, *settings)]
     waiting.sort(key=lambda cell: -cell.ratio)  # long ones first
-    jobs = [(cell, arguments.draws, arguments.work) for cell in waiting]
+    jobs = [(cell, *settings) for cell in waiting]
     with multiprocessing.get_context("spawn").Pool(arguments.processes, _quiet) as pool:
         for _ in track(pool.imap_unordered(_run, jobs), "cells", len(jobs), console=console):
             pass

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isnan, log, nan
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from rich.progress import track
 from benchmarks.findings.efficiency_report import write_report
 from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.runs import (
-    RESULTS,
     Family,
     Setting,
     add_arguments,
@@ -30,6 +28,7 @@ from benchmarks.findings.runs import (
     first_set,
     others,
     rates,
+    results_of,
     second_set,
 )
 from benchmarks.harness import console, environment
@@ -124,8 +123,8 @@ def relation(runs: Sequence[Observed], point: int, name: str) -> dict[str, Any]:
         name: Of the predictor.
 
     Returns:
-        Spearman's rho with a bootstrap interval; given batch size, early loss, both, each with a permutation p-value;
-        errors of forecasts.
+        Spearman's rho with a bootstrap interval; given batch size, early loss, both, and both for means of settings,
+        each with a permutation p-value; errors of forecasts.
     """
     known = [run for run in runs if not isnan(run.early[point][name]) and not isnan(run.early[point]["early loss"])]
     values, truth = vector(known, point, name), np.array([run.tokens for run in known])
@@ -144,6 +143,7 @@ def relation(runs: Sequence[Observed], point: int, name: str) -> dict[str, Any]:
         "given_batch_size": partial_rho("log batch size"),
         "given_early_loss": partial_rho("early loss"),
         "given_both": partial_rho("log batch size", "early loss"),
+        "of_settings": (nan, nan) if name in given else of_settings(known, point, name),
         "errors": errors(known, point, name)._asdict(),
     }
 
@@ -262,12 +262,21 @@ def study(rope: Sequence[Observed], by_recipe: dict[str, list[Observed]]) -> dic
         "tokens": primary_point,
         "rho": rho,
         "p_value": p_value,
-        "of_settings": of_settings(rope, primary_point, name),
-        "outcome": "not shown" if not p_value <= LEVEL else "as the paper says" if rho > 0 else "the other sign",
+        "of_settings": primary["of_settings"],
+        "outcome": outcome(rho, p_value),
     }
     found["band"] = better_bands(found, layers[-1])
     found["never"] = [run.setting.name for runs in (rope, *by_recipe.values()) for run in runs if run.tokens == inf]
     return found
+
+
+def outcome(rho: float, p_value: float) -> str:
+    """What the primary test comes to."""
+    if isnan(p_value):
+        return "not testable"
+    if p_value > LEVEL:
+        return "not shown"
+    return "as the paper says" if rho > 0 else "the other sign"
 
 
 def better_bands(found: dict[str, Any], layer: str) -> list[list[float]]:
@@ -288,7 +297,6 @@ def better_bands(found: dict[str, Any], layer: str) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
     family = family_of(arguments)
     family.train_all(all_settings(), arguments.processes)
@@ -298,8 +306,12 @@ def main() -> None:
     for setting in others():
         by_recipe.setdefault(setting.recipe, []).append(read(setting))
     paths = [family.folder / run.setting.name for run in rope]
-    (told,) = forecast_family(paths, family.target, at=family.points)
-    write_report(rope, by_recipe, study(rope, by_recipe), told, environment(), arguments.folder)
+    try:
+        (told,) = forecast_family(paths, family.target, at=family.points)
+    except ValueError as error:  # too few runs came down to the target
+        console.print(str(error))
+        told = None
+    write_report(rope, by_recipe, study(rope, by_recipe), told, environment(), results_of(arguments))
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ def write_report(
     sections.append(("Recipes held out, forecast from rope's line", _held_out(found)))
     sections.append(("Tokens to the target", [_tokens(run) for run in runs]))
     legend = (
-        "Correlations with tokens to the target, permutation p in brackets. Errors are medians of "
-        "|forecast / truth - 1|, each run forecast from all others, or from runs of other settings only."
+        "Correlations with tokens to the target, permutation p in brackets; of settings: of their means over seeds. "
+        "Errors are medians of |forecast / truth - 1|, each run forecast from all others, or from runs of other "
+        "settings only."
     )
     sections.insert(1, ("How to read the tables", legend))
     picture = (
@@ -92,6 +93,7 @@ def _line(one: dict[str, Any]) -> dict[str, str]:
         "given batch size": _with_p(one["given_batch_size"]),
         "given early loss": _with_p(one["given_early_loss"]),
         "given both": _with_p(one["given_both"]),
+        "both, of settings": _with_p(one["of_settings"]),
         "error": _percent(one["errors"]["alone"]),
         "error, setting out": _percent(one["errors"]["setting"]),
     }
@@ -139,7 +141,7 @@ def _signed(value: float) -> str:
 
 def _with_p(pair: tuple[float, float]) -> str:
     rho, p_value = pair
-    return "-" if np.isnan(rho) else f"{rho:+.2f} (p {p_value:.4f})"
+    return "-" if np.isnan(rho) else f"{rho:+.2f} ({p_value:.4f})"
 
 
 def _percent(value: float) -> str:

@@ -18,13 +18,13 @@ import torch
 from benchmarks.findings.geometry_report import write_report
 from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.runs import (
-    RESULTS,
     Family,
     Setting,
     add_arguments,
     family_of,
     first_set,
     rates,
+    results_of,
     second_set,
 )
 from benchmarks.harness import environment
@@ -152,7 +152,7 @@ def explored(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         a permutation p-value.
     """
     sizes = np.array([run["batch_size"] for run in runs])
-    rates = np.array([run["multiplier"] for run in runs])
+    multipliers = np.array([run["multiplier"] for run in runs])
     found = []
     for layer in runs[0]["layers"]:
         for quantity in QUANTITIES:
@@ -161,8 +161,8 @@ def explored(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "layer": layer,
                     "quantity": quantity,
-                    "with_batch_size": rank_correlation(values, sizes, [rates]).tolist(),
-                    "with_learning_rate": rank_correlation(values, rates, [sizes]).tolist(),
+                    "with_batch_size": rank_correlation(values, sizes, [multipliers]).tolist(),
+                    "with_learning_rate": rank_correlation(values, multipliers, [sizes]).tolist(),
                 }
             )
     return found
@@ -196,7 +196,6 @@ def comparisons(folder: Path, runs: Sequence[dict[str, Any]], target: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
     family = family_of(arguments)
     settings = list(dict.fromkeys([*first_set(), *second_set(), *rates()]))
@@ -214,7 +213,7 @@ def main() -> None:
     runs = list(every.values())
     found |= {"explored": explored(runs), "never": never}
     found["compare"] = comparisons(family.folder, sets["root rule"], family.target)
-    write_report(runs, sets, found, environment(), arguments.folder)
+    write_report(runs, sets, found, environment(), results_of(arguments))
 
 
 if __name__ == "__main__":

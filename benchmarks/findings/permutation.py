@@ -30,7 +30,7 @@ def separation(distances: np.ndarray, groups: Sequence[object], seed: int = 0) -
         seed: Of the permutations.
 
     Returns:
-        Means over pairs and the p-value, not below 1 / 10,000.
+        Means over pairs and the p-value, not below 1 / 10,000; NaN where there is no pair of one kind.
 
     References:
         Anderson, *A new method for non-parametric multivariate analysis of variance*, Austral Ecology 26 (2001).
@@ -43,6 +43,9 @@ def separation(distances: np.ndarray, groups: Sequence[object], seed: int = 0) -
         differ = labels[order][first] != labels[order][second]
         return float(pairs[differ].mean()), float(pairs[~differ].mean())
 
+    num_within = int((labels[first] == labels[second]).sum())
+    if num_within in (0, len(pairs)) or np.isnan(pairs).any():
+        return Separation(np.nan, np.nan, np.nan)
     between, within = means(np.arange(len(labels)))
     generator = np.random.default_rng(seed)
     permuted = [means(generator.permutation(len(labels))) for _ in range(NUM_PERMUTATIONS)]

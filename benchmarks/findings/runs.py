@@ -4,10 +4,11 @@
 
 A run whose record is complete is not made again, so that this can be interrupted. All 56 take about an hour on two
 cores, with one thread each. Where there is more, ``--config`` takes another model, data and Trainer, ``--scale``
-multiplies all numbers of tokens, and ``--processes`` says how many train at once; the studies take the same.
+multiplies all numbers of tokens, and ``--processes`` says how many train at once; the studies of runs take the same.
 """
 
 import argparse
+import json
 import math
 import multiprocessing.pool
 import os
@@ -104,9 +105,21 @@ class Family:
     scale: int = 1
     """Of all numbers of tokens."""
 
+    def __post_init__(self) -> None:
+        unit = max(BATCH_SIZES) * self.block_size
+        if self.scale < 1 or self.scale * EVERY_NUM_TOKENS % unit:
+            raise ValueError(
+                f"scale must make {EVERY_NUM_TOKENS} tokens whole steps of {max(BATCH_SIZES)} sequences of "
+                f"{self.block_size}, got {self.scale}: take a multiple of {unit // math.gcd(unit, EVERY_NUM_TOKENS)}"
+            )
+
     @cached_property
     def _model(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config.read_text())["model"]["init_args"]
+        model = yaml.safe_load(self.config.read_text())["model"]["init_args"]
+        for name in ("stop_at_loss", "block_size"):
+            if name not in model:
+                raise ValueError(f"config must set {name} among the model's init_args, got none in {self.config}")
+        return model
 
     @property
     def target(self) -> float:
@@ -174,7 +187,6 @@ class Family:
         start = time.perf_counter()
         if not self.is_complete(setting):
             path = self.folder / f"{setting.name}.log"
-            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as log:
                 words = [sys.executable, "-m", "lightning_spectral", *self.words(setting)]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -185,7 +197,17 @@ class Family:
         return f"{setting.name}: {tokens:,.0f} tokens, {time.perf_counter() - start:.0f} s"
 
     def train_all(self, settings: Sequence[Setting], processes: int) -> None:
-        """Train what is missing, several at once, with a line for each as it ends."""
+        """Train what is missing, several at once, with a line for each as it ends.
+
+        Raises:
+            ValueError: If the folder holds runs of another configuration or scale.
+        """
+        facts = {"config": self.config.read_text(), "scale": self.scale}
+        path = self.folder / "family.json"
+        if path.exists() and json.loads(path.read_text()) != facts:
+            raise ValueError(f"runs must be of one configuration and scale, got others in {path}: take a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts))
         with multiprocessing.pool.ThreadPool(processes) as pool:
             for number, line in enumerate(pool.imap(self.train, settings), start=1):
                 console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
@@ -197,11 +219,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="model, data and Trainer of all runs")
     parser.add_argument("--scale", type=int, default=1, help="of all numbers of tokens")
     parser.add_argument("--processes", type=int, default=2, help="how many runs train at once")
+    parser.add_argument("--folder", type=Path, help="where results go; of other runs than the default, beside them")
 
 
 def family_of(arguments: argparse.Namespace) -> Family:
     """The family that the arguments name."""
     return Family(arguments.runs, arguments.config, arguments.scale)
+
+
+def results_of(arguments: argparse.Namespace) -> Path:
+    """Where results go."""
+    return arguments.folder or (RESULTS if arguments.runs == RUNS else arguments.runs / "results")
 
 
 def main() -> None:

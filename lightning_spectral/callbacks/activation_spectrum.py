@@ -39,8 +39,9 @@ class ActivationSpectrum(MeasuringCallback):
             validation run. Runs are compared on validation rows, which do not change.
         num_tokens: Rows per report over all ranks, after the mask. The exponent of the tail depends on rows per
             channel: compare runs at equal numbers. The default is 16 rows a channel at width 4,096: in all blocks of a
-            small trained GPT, 16 bring the corrected exponent to within 0.01 of its truth on average and spread it by
-            0.04; 64, as at width 1,024, by 0.02, with the uncorrected 0.02 too high (``benchmarks/findings``, study 1).
+            small trained GPT, 16 bring the corrected exponent to within 0.011 of its truth on average and spread it by
+            0.045; 64, as at width 1,024, to 0.005 and 0.03, with the uncorrected one 0.02 too high
+            (``benchmarks/findings``, study 1).
         head: Band of the head exponent and of ``head_share``: two ints, 1-based inclusive ranks, or two fractions of
             the width. Ranks 1 to 10 as in *Spectral Lens*.
         tail: Band of the tail exponent, likewise. An eighth to a half of the width holds the bands of *Spectral Lens*
