@@ -200,10 +200,10 @@ def test_a_run_is_made_by_the_command_line_and_only_once(tmp_path: Path, monkeyp
 
 
 def test_runs_of_two_families_are_not_mixed(tmp_path: Path) -> None:
-    Family(tmp_path).train_all([], processes=1)
-    Family(tmp_path).train_all([], processes=1)
+    Family(tmp_path / "runs").claim()
+    Family(tmp_path / "runs").claim()
     with pytest.raises(ValueError, match=r"runs must be of one configuration and scale, .*: take a new folder"):
-        Family(tmp_path, scale=2).train_all([], processes=1)
+        Family(tmp_path / "runs", scale=2).claim()
 
 
 def test_a_scale_that_cuts_steps_is_refused(tmp_path: Path) -> None:

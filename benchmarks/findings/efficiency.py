@@ -22,11 +22,10 @@ from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.runs import (
     Family,
     Setting,
-    add_arguments,
     all_settings,
-    family_of,
     first_set,
     others,
+    parse,
     rates,
     results_of,
     second_set,
@@ -296,9 +295,7 @@ def better_bands(found: dict[str, Any], layer: str) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    family = family_of(arguments)
+    arguments, family = parse(parser)
     family.train_all(all_settings(), arguments.processes)
     read = partial(observe, family)
     rope = [read(setting) for setting in dict.fromkeys([*first_set(), *second_set(), *rates()])]

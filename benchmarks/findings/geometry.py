@@ -20,9 +20,8 @@ from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.runs import (
     Family,
     Setting,
-    add_arguments,
-    family_of,
     first_set,
+    parse,
     rates,
     results_of,
     second_set,
@@ -195,9 +194,7 @@ def comparisons(folder: Path, runs: Sequence[dict[str, Any]], target: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    family = family_of(arguments)
+    arguments, family = parse(parser)
     settings = list(dict.fromkeys([*first_set(), *second_set(), *rates()]))
     family.train_all(settings, arguments.processes)
     every = {setting: measured(family, setting) for setting in settings}

@@ -197,10 +197,16 @@ class Family:
         return f"{setting.name}: {tokens:,.0f} tokens, {time.perf_counter() - start:.0f} s"
 
     def train_all(self, settings: Sequence[Setting], processes: int) -> None:
-        """Train what is missing, several at once, with a line for each as it ends.
+        """Train what is missing, several at once, with a line for each as it ends."""
+        with multiprocessing.pool.ThreadPool(processes) as pool:
+            for number, line in enumerate(pool.imap(self.train, settings), start=1):
+                console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
+
+    def claim(self) -> None:
+        """Make the folder this family's.
 
         Raises:
-            ValueError: If the folder holds runs of another configuration or scale.
+            ValueError: If it holds runs of another configuration or scale.
         """
         facts = {"config": self.config.read_text(), "scale": self.scale}
         path = self.folder / "family.json"
@@ -208,9 +214,6 @@ class Family:
             raise ValueError(f"runs must be of one configuration and scale, got others in {path}: take a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts))
-        with multiprocessing.pool.ThreadPool(processes) as pool:
-            for number, line in enumerate(pool.imap(self.train, settings), start=1):
-                console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,9 +225,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where results go; of other runs than the default, beside them")
 
 
-def family_of(arguments: argparse.Namespace) -> Family:
-    """The family that the arguments name."""
-    return Family(arguments.runs, arguments.config, arguments.scale)
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Family]:
+    """Read the command line; a family that cannot be is refused in one line."""
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    try:
+        family = Family(arguments.runs, arguments.config, arguments.scale)
+        family.claim()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return arguments, family
 
 
 def results_of(arguments: argparse.Namespace) -> Path:
@@ -234,9 +244,8 @@ def results_of(arguments: argparse.Namespace) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    family_of(arguments).train_all(all_settings(), arguments.processes)
+    arguments, family = parse(parser)
+    family.train_all(all_settings(), arguments.processes)
 
 
 if __name__ == "__main__":
