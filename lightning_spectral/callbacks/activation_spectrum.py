@@ -46,8 +46,9 @@ class ActivationSpectrum(MeasuringCallback):
             the width. Ranks 1 to 10 as in *Spectral Lens*.
         tail: Band of the tail exponent, likewise. An eighth to a half of the width holds the bands of *Spectral Lens*
             at widths 768 to 1600; (30, 150) is that of its released scripts.
-        num_groups: Groups of whole samples for the delete-a-group jackknife; 1 for no error bars. Each holds 8 d^2 bytes
-            a layer of width d on the model's device: 94 MB for the default's five layers at width 768, 410 MB at 1,600.
+        num_groups: Groups of whole samples for the delete-a-group jackknife; 1 for no error bars. Each takes 8 d^2
+            bytes for a layer of width d, on the model's device: four of five layers 94 MB at width 768, 410 MB at
+            1,600.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
             1e-3 of the largest, ``"float64"`` above 1e-6, at about twice the cost of the products.
