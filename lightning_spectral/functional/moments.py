@@ -71,15 +71,11 @@ def from_shifted_sums(count: Tensor, total: Tensor, outer: Tensor, pivot: Tensor
 
 
 def add_products(total: Tensor, rows: Tensor) -> None:
-    r"""Add :math:`X^\top X` to a sum, but for its lower half, which :func:`mirror_` restores.
+    r"""Add :math:`X^\top X` of ``(n, d)`` rows to a sum, but for its lower half: see :func:`mirror_`.
 
-    A product of a matrix with its own transpose is symmetric: a panel of columns is multiplied only with those from
-    its own first on, which on a CPU saves up to half of the work. On a GPU more, smaller kernels would cost more than
-    they save.
-
-    Args:
-        total: ``(d, d)``, added to in place; its type and device are those of the sum, not of the products.
-        rows: ``(n, d)``.
+    A product of a matrix with its own transpose is symmetric: a panel of columns is multiplied only with those from its
+    own first on, which on a CPU saves up to half of the work. On a GPU more, smaller kernels would cost more than they
+    save. ``total``, ``(d, d)``, is added to in place; its type and device are those of the sum, not of the products.
     """
     width = rows.shape[1]
     step = PANEL if rows.device.type == "cpu" else max(width, 1)
@@ -89,11 +85,7 @@ def add_products(total: Tensor, rows: Tensor) -> None:
 
 
 def mirror_(matrices: Tensor) -> None:
-    """Make symmetric, in place, what is known above the diagonal alone.
-
-    Args:
-        matrices: ``(..., d, d)``.
-    """
+    """Make ``(..., d, d)`` matrices symmetric, in place, from what is known above the diagonal alone."""
     if matrices.numel() == 0:
         return
     flat = matrices.view(-1, *matrices.shape[-2:])

@@ -73,13 +73,6 @@ def gradient_noise_scale(gram: Tensor) -> Tensor:
 
 
 def mean_row_norm(gram: Tensor) -> Tensor:
-    r"""Norm of the mean row, :math:`\sqrt{\sum_{mn} K_{mn}} / N`.
-
-    Args:
-        gram: ``(..., N, N)`` float64.
-
-    Returns:
-        ``(...)`` float64; NaN without rows.
-    """
+    r"""Norm of the mean row, :math:`\sqrt{\sum_{mn} K_{mn}} / N`, from ``(..., N, N)`` float64; NaN without rows."""
     num_rows = gram.shape[-1]
     return gram.sum((-2, -1)).clamp(min=0).sqrt() / (num_rows or math.nan)

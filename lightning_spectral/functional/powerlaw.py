@@ -26,15 +26,7 @@ class PowerLaw(NamedTuple):
 
 
 def check_band(name: str, band: Band) -> None:
-    """Refuse a band that no spectrum could have.
-
-    Args:
-        name: The argument's name, for the message.
-        band: Two ranks or two fractions.
-
-    Raises:
-        ValueError: If the two are not both ints or both floats, are out of order or out of range.
-    """
+    """Raise ValueError, naming the argument, for a band that mixes types, is out of order or out of range."""
     is_pair = isinstance(band, (tuple, list)) and len(band) == 2
     if not is_pair or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in band):
         raise ValueError(f"{name} must be two ranks or two fractions, got {band}: write e.g. (1, 10) or (0.125, 0.5)")

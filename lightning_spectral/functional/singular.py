@@ -31,14 +31,7 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def centred_gram(gram: Tensor) -> Tensor:
-    r"""Gram matrix of rows about their mean, from that of the rows: :math:`H K H` with :math:`H = I - 11^\top / N`.
-
-    Args:
-        gram: ``(..., N, N)`` float64.
-
-    Returns:
-        ``(..., N, N)``.
-    """
+    r"""Gram matrices of centred rows from those of the rows: :math:`H K H`, :math:`H = I - 11^\top / N`."""
     centred = gram - gram.mean(-1, keepdim=True)
     return centred - centred.mean(-2, keepdim=True)
 
@@ -99,12 +92,8 @@ def rounding_floor(gram: Tensor, dtype: torch.dtype) -> Tensor:
     Rounding every number of a row to a type of unit roundoff u adds noise that is about orthogonal between rows, whose
     singular values are about :math:`u / \sqrt{3}` of the typical row norm; the floor is u times that norm.
 
-    Args:
-        gram: ``(..., N, N)`` float64.
-        dtype: Type in which the rows were kept.
-
     Returns:
-        ``(...)`` float64.
+        ``(...)`` float64 for ``(..., N, N)`` Gram matrices in float64.
     """
     num_rows = max(gram.shape[-1], 1)
     mean_square = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / num_rows
@@ -112,12 +101,7 @@ def rounding_floor(gram: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_groups(gram: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Gram matrices of the rows that are left without each group, in one batch.
-
-    Args:
-        gram: ``(..., N, N)``.
-        groups: ``(N,)`` group of each row, 0 to ``num_groups`` - 1.
-        num_groups: G.
+    """Gram matrices of the rows left without each of G groups, in one batch; ``groups``, ``(N,)``, are from 0.
 
     Returns:
         ``(..., G, M, M)`` with M rows left without the smallest group; the matrices without a larger group are filled

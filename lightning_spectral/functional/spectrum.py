@@ -33,15 +33,7 @@ def covariance_spectrum(rows: Tensor) -> Tensor:
 
 
 def spectrum_or_warning(sample: Moments, caller: str) -> Tensor:
-    """Eigenvalues of one covariance, with a warning that says why where they are NaN.
-
-    Args:
-        sample: Moments of one set of rows, without leading axes.
-        caller: Whose result it is, for the message.
-
-    Returns:
-        ``(d,)``, see :func:`spectrum`.
-    """
+    """Eigenvalues ``(d,)`` of one covariance, see :func:`spectrum`; a warning in the caller's name says why for NaN."""
     values = spectrum(sample)
     if bool(values.isnan().any()):
         reason = why_no_spectrum(sample) or "the eigensolver did not converge"
@@ -50,11 +42,7 @@ def spectrum_or_warning(sample: Moments, caller: str) -> Tensor:
 
 
 def spectrum(sample: Moments, rtol: float | None = None) -> Tensor:
-    """Eigenvalues of the covariance of rows given by their moments, batched.
-
-    Args:
-        sample: Moments, batched over leading axes.
-        rtol: See :func:`eigenvalues`.
+    """Eigenvalues of the covariance of rows given by their moments, batched; ``rtol`` is that of :func:`eigenvalues`.
 
     Returns:
         ``(..., d)`` float64, descending. n rows span n - 1 dimensions about their mean: values of higher rank are
@@ -65,27 +53,13 @@ def spectrum(sample: Moments, rtol: float | None = None) -> Tensor:
 
 
 def beyond_rank(sample: Moments) -> Tensor:
-    """Where a spectrum must be zero because n rows about their mean span no more than n - 1 dimensions.
-
-    Args:
-        sample: Moments, batched over leading axes.
-
-    Returns:
-        ``(..., d)`` bool, by descending eigenvalue.
-    """
+    """Where a descending spectrum, ``(..., d)``, must be zero: n rows span n - 1 dimensions about their mean."""
     ranks = torch.arange(1, sample.mean.shape[-1] + 1, device=sample.num_rows.device)
     return ranks > (sample.num_rows - 1).unsqueeze(-1)
 
 
 def why_no_spectrum(sample: Moments) -> str | None:
-    """The reason why one covariance has no spectrum.
-
-    Args:
-        sample: Moments of one set of rows, without leading axes.
-
-    Returns:
-        A clause to complete "... is NaN: ", or None where there is no reason.
-    """
+    """Why one covariance has no spectrum, a clause to complete "... is NaN: "; None where there is no reason."""
     num_rows = float(sample.num_rows)
     if not bool(sample.scatter.isfinite().all()):
         return "the rows hold NaN or infinity"
@@ -116,16 +90,7 @@ def eigenvalues(matrices: Tensor, rtol: float | None = None) -> Tensor:
 
 
 def eigenvectors(matrices: Tensor, num_vectors: int, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and leading eigenvectors of symmetric positive semi-definite matrices.
-
-    Args:
-        matrices: ``(..., d, d)``.
-        num_vectors: How many leading vectors to keep, k.
-        rtol: See :func:`eigenvalues`.
-
-    Returns:
-        Eigenvalues as :func:`eigenvalues` gives them, and orthonormal columns ``(..., d, k)`` in the same order.
-    """
+    """What :func:`eigenvalues` gives, and the leading orthonormal eigenvectors, columns ``(..., d, num_vectors)``."""
     return _decompose(matrices, rtol, num_vectors)
 
 

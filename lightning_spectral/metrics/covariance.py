@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_spectral.functional.moments import Moments, moments, pool
 from lightning_spectral.functional.spectrum import spectrum_or_warning
@@ -51,6 +52,7 @@ class CovarianceSpectrum(Metric):
         empty = torch.zeros(1 + num_features + num_features**2, dtype=torch.float64)
         self.add_state("packed", default=empty, dist_reduce_fx=partial(_merge, num_features=num_features))
 
+    @override
     def update(self, x: Tensor) -> None:
         """Add rows.
 
@@ -65,6 +67,7 @@ class CovarianceSpectrum(Metric):
         block = moments(x.detach().to(self.packed.device).reshape(-1, self.num_features))
         self.packed = _merge(torch.stack([self.packed, _pack(block)]), self.num_features)
 
+    @override
     def compute(self) -> Tensor:
         """Eigenvalues of the covariance of all rows, on all ranks the same.
 
@@ -74,6 +77,7 @@ class CovarianceSpectrum(Metric):
         """
         return spectrum_or_warning(_unpack(self.packed, self.num_features), "CovarianceSpectrum.compute")
 
+    @override
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
         """Add the rows of another metric, as if this one had seen them.
 
@@ -93,6 +97,7 @@ class CovarianceSpectrum(Metric):
         self._computed = None
         self._update_count += 1
 
+    @override
     def _apply(self, fn: Any, exclude_state: Any = ("",)) -> Module:
         # A module's .to(torch.bfloat16) reaches its metrics too: follow the move, refuse the cast.
         def move(tensor: Tensor) -> Tensor:

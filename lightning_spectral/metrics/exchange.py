@@ -58,15 +58,7 @@ def gram_share(
 
 
 def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum a tensor over ranks, in place; a collective.
-
-    Args:
-        share: The same shape on every rank.
-        group: Process group, None for all ranks.
-
-    Returns:
-        The same tensor.
-    """
+    """Sum a tensor of one shape on every rank over the ranks of a group, None for all, in place; a collective."""
     if world_size(group) > 1:
         dist.all_reduce(share, group=group)
     return share

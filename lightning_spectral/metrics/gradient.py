@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
 
 from lightning_spectral.functional.singular import singular_spectrum
 from lightning_spectral.functional.spectrum import eigenvectors
@@ -44,6 +45,7 @@ class PerSampleGradientSpectrum(Metric):
         self.centred = centred
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
+    @override
     def update(self, g: Tensor) -> None:
         """Add the gradients of some samples.
 
@@ -60,6 +62,7 @@ class PerSampleGradientSpectrum(Metric):
             raise ValueError(f"g must have shape (samples, {columns}), got {tuple(g.shape)}: flatten each gradient")
         self.rows.append(g.detach().to(self.device))
 
+    @override
     def compute(self) -> Tensor:
         """Singular values of all rows, on all ranks the same; a collective where there are several.
 

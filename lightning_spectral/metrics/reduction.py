@@ -8,14 +8,7 @@ from lightning_spectral.functional.moments import Moments, between_sets
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of ranks to reduce over; one where torch.distributed is not in use.
-
-    Args:
-        group: Process group, None for all ranks.
-
-    Returns:
-        The size of the group.
-    """
+    """Number of ranks in a group, None for all; 1 where torch.distributed is not in use."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -23,15 +16,9 @@ def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | No
     r"""Pool moments over ranks with two all-reduces: a small one of counts and sums, a large one of scatters.
 
     Between the two every rank moves its scatter to the common mean, :math:`S_r + n_r (\mu_r - \mu)(\mu_r - \mu)^\top`,
-    so that no digits are lost however far apart the ranks' means lie. Nothing grows with the number of ranks.
-
-    Args:
-        parts: This rank's moments, batched in the same way on every rank; the scatter is overwritten.
-        riders: 1-D float64 numbers to sum over ranks in the small reduction.
-        group: Process group, None for all ranks.
-
-    Returns:
-        The moments of all ranks' rows, and the summed riders.
+    so that no digits are lost however far apart the ranks' means lie. Nothing grows with the number of ranks. The
+    moments are batched in the same way on every rank, and their scatter is overwritten; ``riders`` are 1-D float64
+    numbers that are summed in the small reduction.
     """
     if world_size(group) == 1:
         return parts, riders
@@ -50,19 +37,12 @@ def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | No
 
 
 def reduce_packed(packed: Tensor, num_features: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    r"""Pool one covariance's packed moments over ranks in a single all-reduce.
+    r"""Pool one covariance's ``(1 + d + d * d,)`` packed count, mean and scatter over ranks in a single all-reduce.
 
     Every rank writes its count and mean into a slot of its own beside the scatter: the sum over ranks then carries
     :math:`\sum_r S_r` and each :math:`(n_r, \mu_r)`, from which the scatter between ranks follows without cancellation.
-    The slots cost W (d + 1) numbers, little beside d x d for a single matrix; :func:`reduce_moments` serves many.
-
-    Args:
-        packed: ``(1 + d + d * d,)`` count, mean and scatter of this rank; left as it is.
-        num_features: d.
-        group: Process group, None for all ranks.
-
-    Returns:
-        A new tensor, packed alike, for the rows of all ranks.
+    The slots cost W (d + 1) numbers, little beside d x d for a single matrix; :func:`reduce_moments` serves many. The
+    tensor given stays as it is.
     """
     world = world_size(group)
     size = 1 + num_features
@@ -78,15 +58,9 @@ def reduce_packed(packed: Tensor, num_features: int, group: dist.ProcessGroup | 
 
 
 def gather_numbers(numbers: list[int], device: torch.device, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Show every rank the numbers of all, in one collective.
+    """Show every rank the integers of all, below 2^53 and equally many on each, in one collective.
 
-    Args:
-        numbers: Integers below 2^53, equally many on every rank.
-        device: Where the process group can reduce.
-        group: Process group, None for all ranks.
-
-    Returns:
-        ``(W, len(numbers))`` float64 on the CPU, a row per rank.
+    They come as ``(W, len(numbers))`` float64 on the CPU; ``device`` is one on which the process group can reduce.
     """
     world = world_size(group)
     slots = torch.zeros(world, len(numbers), dtype=torch.float64, device=device)
