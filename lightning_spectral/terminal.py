@@ -13,14 +13,9 @@ Columns = Mapping[str, Callable[[dict[str, float]], str]]
 
 
 def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], last: dict[str, Any]) -> None:
-    """Print two reports, a line each per name.
+    """Print two reports, which may be the same one, a line each per name; ``kind`` is the heading of the names.
 
-    Args:
-        title: Above the table.
-        kind: Heading of the names.
-        columns: The other columns.
-        first: ``{"step": step, "rows": {name: {quantity: value}}}``.
-        last: Likewise; may be the same report.
+    A report is ``{"step": step, "rows": {name: {quantity: value}}}``.
     """
     table = new_table(title, [kind], ["step", *columns])
     reports = [first] if first["step"] == last["step"] else [first, last]
@@ -36,13 +31,7 @@ def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], 
 def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
     """A table without rows.
 
-    Args:
-        title: Above it.
-        names: Headings of columns on the left, whose entries may be folded.
-        numbers: Headings of columns on the right, whose entries are shown whole.
-
-    Returns:
-        The table.
+    The entries of ``names``, columns on the left, may be folded; those of ``numbers``, on the right, are shown whole.
     """
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in names:
@@ -53,52 +42,26 @@ def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table
 
 
 def console() -> Console:
-    """Where tables go.
+    """Where tables go: a console as wide as the terminal.
 
-    Returns:
-        A console as wide as the terminal; of 120 columns for a log file, which has no width of its own, and where a
-        number cut off says nothing.
+    It has 120 columns for a log file, which has no width of its own, and where a number cut off says nothing.
     """
     found = Console()
     return Console(width=found.width if found.is_terminal else 120, highlight=False)
 
 
 def number(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
-    """A column of one quantity.
-
-    Args:
-        quantity: Its name.
-        digits: After the point.
-
-    Returns:
-        What makes a cell.
-    """
+    """A column of one quantity, with so many digits after the point."""
     return lambda values: show_number(values[quantity], digits)
 
 
 def with_error(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
-    """A column of one quantity and its standard error.
-
-    Args:
-        quantity: Its name; the error's is ``{quantity}_stderr``.
-        digits: After the point.
-
-    Returns:
-        What makes a cell.
-    """
+    """A column of one quantity and its standard error, ``{quantity}_stderr``, with so many digits after the point."""
     return lambda values: (
         f"{show_number(values[quantity], digits)} +/- {show_number(values[f'{quantity}_stderr'], digits)}"
     )
 
 
 def show_number(value: float, digits: int) -> str:
-    """A number as it stands in a table.
-
-    Args:
-        value: The number.
-        digits: After the point.
-
-    Returns:
-        With commas; a dash for NaN.
-    """
+    """A number as it stands in a table: with commas, and so many digits after the point; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"

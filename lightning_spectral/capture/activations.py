@@ -18,8 +18,7 @@ _next_reader = itertools.count()
 class ActivationReader:
     """Forward hooks on named layers that hand each output to a consumer while the reader is open.
 
-    Args:
-        consume: Called with the layer's name and its output tensor, detached; it must not raise.
+    ``consume`` is called with the layer's name and its output tensor, detached; it must not raise.
     """
 
     def __init__(self, consume: Callable[[str, Tensor], None]) -> None:
@@ -31,13 +30,9 @@ class ActivationReader:
         _readers[self.id] = self
 
     def add(self, name: str, layer: nn.Module) -> None:
-        """Watch one more layer.
+        """Watch one more layer, under the name that is handed to the consumer.
 
         A module that was compiled and *called* before no longer looks at its hooks: add layers before the first step.
-
-        Args:
-            name: The name handed to the consumer.
-            layer: The module whose outputs are read.
         """
         hook = _Hook(self.id, len(self.names))
         self.names.append(name)
@@ -52,25 +47,17 @@ class ActivationReader:
         self.names.clear()
 
     def read(self, index: int, output: Any) -> None:
-        """Hand one output on, if open.
-
-        Args:
-            index: Position of the layer in ``names``.
-            output: Whatever the layer returned.
-        """
+        """Hand on whatever the layer ``names[index]`` returned, if open."""
         if self.is_open:
             with torch.no_grad():
                 self._consume(self.names[index], hidden_states(output).detach())
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in a layer's output: its first floating-point tensor with at least two axes.
+    """The hidden states in a layer's output, ``(..., d)``: its first floating-point tensor with at least two axes.
 
-    Args:
-        output: A tensor, or a tuple, list, mapping or dataclass of such (nested).
-
-    Returns:
-        ``(..., d)`` tensor; an empty ``(0, 0)`` one where there is none, which no consumer can take for rows.
+    The output may be a tensor, or a tuple, list, mapping or dataclass of such (nested). Where there is none it is an
+    empty ``(0, 0)`` one, which no consumer can take for rows.
     """
     found = _first_rows(output)
     return torch.empty(0, 0) if found is None else found
@@ -130,11 +117,7 @@ def _ignore(*_: Any) -> None:
 
 
 def no_hook() -> Callable[..., None]:
-    """What a hook of ours becomes in a copy of its module.
-
-    Returns:
-        A hook that does nothing.
-    """
+    """What a hook of ours becomes in a copy of its module: a hook that does nothing."""
     return _ignore
 
 
@@ -142,15 +125,8 @@ def outside_dynamo(deliver: Callable[..., None], hook: type) -> Callable[..., No
     """A hook's delivery, kept from being compiled itself under a module that was compiled in place.
 
     ``module.compile()`` runs hooks of the module outside its graph, yet within reach of dynamo, which would make a
-    small graph of the hook. Skipping its code when it is called, not when it is inlined, avoids that. Without
-    compilation in the process there is nothing to avoid, and no need to import dynamo.
-
-    Args:
-        deliver: What the hook calls.
-        hook: The hook's class, whose ``__call__`` is skipped.
-
-    Returns:
-        What the hook should call instead.
+    small graph of the hook. Skipping the code of the hook's ``__call__`` when it is called, not when it is inlined,
+    avoids that. Without compilation in the process there is nothing to avoid, and no need to import dynamo.
     """
     if "torch._dynamo" not in sys.modules:
         return deliver

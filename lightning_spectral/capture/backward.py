@@ -19,10 +19,8 @@ class BackwardReader:
 
     A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
     layer's input until then. In a compiled graph it does nothing. Under non-reentrant activation checkpointing the kept
-    inputs are memory that checkpointing would have saved.
-
-    Args:
-        timer: Makes a context to spend the time in that rows take within a backward pass.
+    inputs are memory that checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take
+    within a backward pass.
     """
 
     def __init__(self, timer: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -39,13 +37,7 @@ class BackwardReader:
         self._batch_handles: list[RemovableHandle] = []
 
     def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
-        """Watch one more parameter.
-
-        Args:
-            name: Its name.
-            parameter: A parameter of the tree that :func:`check_contracts` accepts.
-            root: The tree.
-        """
+        """Watch one more parameter of the tree, one that :func:`check_contracts` accepts."""
         self._parameters[name] = parameter
         self._unchecked.add(name)
         for module, attribute in owners(root, parameter):
@@ -59,11 +51,9 @@ class BackwardReader:
     def begin(self, rows: LayerRows, on_complete: Callable[[str], None] | None = None) -> None:
         """Open for the passes of one batch.
 
-        Args:
-            rows: Where its rows go. The first batch of which all rows are wanted also shows whether they add up to the
-                gradient of each parameter.
-            on_complete: Called within the backward pass with the name of a parameter whose rows are all there, once
-                they have been shown to add up. Not for one whose gradient came in parts before.
+        The first batch of which all rows are wanted also shows whether they add up to the gradient of each parameter.
+        ``on_complete`` is called within the backward pass with the name of a parameter whose rows are all there, once
+        they have been shown to add up; not for one whose gradient came in parts before.
         """
         self.rows = rows
         for name, parameter in self._parameters.items():
@@ -77,11 +67,7 @@ class BackwardReader:
                 self._batch_handles.append(hook)
 
     def end(self) -> LayerRows | None:
-        """Close after the batch.
-
-        Returns:
-            Its rows, or None if there was no :meth:`begin`.
-        """
+        """Close after the batch and give its rows, or None if there was no :meth:`begin`."""
         rows, self.rows = self.rows, None
         for handle in self._batch_handles:
             handle.remove()
@@ -124,15 +110,7 @@ class BackwardReader:
             rows.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
     def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Ask for the gradient of one output.
-
-        Args:
-            name: The parameter.
-            attribute: Its name in the layer.
-            module: The layer.
-            inputs: What it was given.
-            output: What it returned.
-        """
+        """Ask for the gradient of what a layer returned; ``attribute`` is the parameter's name in the layer."""
         rows = self.rows
         if rows is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
@@ -152,12 +130,7 @@ class BackwardReader:
 def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     """Refuse parameters whose per-sample gradients cannot be read off inputs and gradients of outputs.
 
-    Args:
-        root: The module tree.
-        parameters: Some of its parameters, by name.
-
-    Raises:
-        ValueError: Naming them and their layers.
+    A ValueError names them and their layers.
     """
     for name, parameter in parameters.items():
         found = owners(root, parameter)

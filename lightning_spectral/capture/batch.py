@@ -13,14 +13,7 @@ IGNORE_INDEX = -100
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
-    """All tensors of a batch in its own order, through mappings, sequences and attributes of dataclass-like objects.
-
-    Args:
-        batch: Whatever a data loader yields.
-
-    Returns:
-        An iterator over the tensors.
-    """
+    """All tensors of a batch in its own order, through mappings, sequences and attributes of dataclass-like objects."""
     left: list[Iterator[Any]] = [iter((batch,))]
     # Each container once: an object may refer back to one that it is a part of, or be part of many.
     seen: dict[int, Any] = {}
@@ -44,32 +37,18 @@ def _pieces(part: Any) -> Iterable[Any]:
 
 
 def num_samples(batch: Any) -> int | None:
-    """Number of samples: the first axis of ``input_ids`` if the batch has it, else of its first tensor with axes.
-
-    Args:
-        batch: Whatever a data loader yields.
-
-    Returns:
-        The count, or None for a batch without such a tensor.
-    """
+    """Number of samples: first axis of ``input_ids`` if there, else of the first tensor with axes; None without."""
     if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
         return len(batch["input_ids"])
     return next((len(tensor) for tensor in tensors(batch) if tensor.ndim > 0), None)
 
 
 def token_mask(batch: Any, key: str, argument: str = "mask") -> Tensor:
-    """Which tokens of a batch are real.
+    """Which tokens of a batch are real, in booleans of the shape of the tensor that ``key`` names.
 
-    Args:
-        batch: A mapping, or an object with attributes.
-        key: Name of a tensor: a mask with 1 where a token is real, or labels with -100 where a token is not.
-        argument: Name of the argument that gave the key, for the message.
-
-    Returns:
-        Boolean tensor of the same shape.
-
-    Raises:
-        ValueError: If the batch has no such tensor, or it has no axes.
+    The batch is a mapping, or an object with attributes; the tensor a mask with 1 where a token is real, or labels with
+    -100 where a token is not. ``argument``, which gave the key, is named in the ValueError if the batch has no such
+    tensor, or it has no axes.
     """
     value = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
     if not isinstance(value, Tensor) or value.ndim == 0:
@@ -85,31 +64,18 @@ def token_mask(batch: Any, key: str, argument: str = "mask") -> Tensor:
 def hold(batch: Any) -> Any:
     """A batch that stays what it is while others take things out of the original, as some training steps do.
 
-    Args:
-        batch: Tensors in mappings, sequences and dataclasses.
-
-    Returns:
-        Containers of its own around the same tensors; those made in inference mode, which no gradient can pass, are
-        copied.
+    It has containers of its own (mappings, sequences, dataclasses) around the same tensors; those made in inference
+    mode, which no gradient can pass, are copied.
     """
     with torch.inference_mode(False):
         return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
-    """Some of the samples of a batch, as a batch.
+    """The samples from ``start`` to before ``stop``, as a batch: the same containers around views.
 
-    Args:
-        batch: Tensors in mappings, sequences and dataclasses. Those whose first axis is as long as there are samples
-            are cut; others (positions for all, say) stay whole.
-        start: First sample.
-        stop: One past the last.
-
-    Returns:
-        The same containers around views.
-
-    Raises:
-        ValueError: If it is some other object, of which a part cannot be had.
+    The batch is tensors in mappings, sequences and dataclasses. Those whose first axis is as long as there are samples
+    are cut; others (positions for all, say) stay whole. Of some other object a part cannot be had: ValueError.
     """
     size = num_samples(batch)
     found: list[Tensor] = []
@@ -130,34 +96,17 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
 
 def has_samples(tensor: Tensor, size: int | None) -> bool:
-    """Whether the first axis of a tensor counts the samples of its batch.
-
-    Args:
-        tensor: One of the batch.
-        size: How many samples the batch holds.
-
-    Returns:
-        True if it is as long.
-    """
+    """Whether the first axis of a tensor counts the samples of its batch, of which there are ``size``."""
     return tensor.ndim > 0 and len(tensor) == size
 
 
 def num_tokens(batch: Any, per_sample: int | str | None = None) -> int | Tensor:
-    """Number of training tokens in a batch.
+    """Number of training tokens in a batch; for a key a tensor, so that no GPU has to be waited for.
 
     The elements of ``input_ids`` if the batch has it, else of its first integer tensor of two or more axes, else its
-    number of samples.
-
-    Args:
-        batch: Whatever a data loader yields.
-        per_sample: Tokens of each sample, for batches that do not show them; or the key of a tensor to count instead:
-            the ones of a mask, the labels that are not -100, or else all elements.
-
-    Returns:
-        The count; for a mask a tensor, so that no GPU has to be waited for.
-
-    Raises:
-        ValueError: If the batch has no tensor of that key, or no samples.
+    number of samples. For batches that do not show them ``per_sample`` gives the tokens of each sample, or the key of a
+    tensor to count instead: the ones of a mask, the labels that are not -100, or else all elements. ValueError if the
+    batch has no tensor of that key, or no samples.
     """
     if isinstance(per_sample, str):
         return token_mask(batch, per_sample, "tokens_per_sample").sum()
@@ -180,17 +129,10 @@ def _has_fractions(tensor: Tensor) -> bool:
 
 
 def checksum(batch: Any, limit: int) -> int:
-    """Checksum of the first samples of a batch, whatever batches they come in.
+    """Checksum of the first ``limit`` samples of a batch, whatever batches they come in.
 
-    Args:
-        batch: Tensors in mappings, sequences and dataclasses.
-        limit: How many samples at the most.
-
-    Returns:
-        The sum of a CRC-32 per sample: of two batches one after the other it is the sum of theirs.
-
-    Raises:
-        ValueError: If the batch cannot be cut into samples.
+    It is the sum of a CRC-32 per sample: of two batches one after the other the sum of theirs. ValueError if the batch
+    cannot be cut into samples.
     """
     total = 0
     for index in range(min(limit, num_samples(batch) or 0)):

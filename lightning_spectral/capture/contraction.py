@@ -12,13 +12,9 @@ CHECK_TOLERANCE = 0.05
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input with a weight matrix: ``nn.Linear``, or the ``Conv1D`` of transformers.
+    """Whether a module multiplies its input with a weight matrix.
 
-    Args:
-        module: Any module.
-
-    Returns:
-        True for these and their subclasses.
+    True for ``nn.Linear``, the ``Conv1D`` of transformers and their subclasses.
     """
     return isinstance(module, nn.Linear) or (
         any(base.__name__ == "Conv1D" for base in type(module).__mro__)
@@ -28,14 +24,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def contracts(module: nn.Module, parameter: str) -> bool:
-    """Whether :func:`contract` can give the rows of a module's parameter.
+    """Whether :func:`contract` can give the rows of a module's parameter, ``weight`` for example.
 
-    Args:
-        module: Any module.
-        parameter: Its own name in the module, ``weight`` for example.
-
-    Returns:
-        True for weight and bias of linear layers, and for the weight of a plain embedding.
+    True for weight and bias of linear layers, and for the weight of a plain embedding.
     """
     if is_linear(module):
         return parameter in ("weight", "bias")
@@ -47,15 +38,7 @@ def contracts(module: nn.Module, parameter: str) -> bool:
 
 
 def owners(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a parameter, several for a tied one, each with its name for it.
-
-    Args:
-        root: Any module tree.
-        parameter: One of its parameters.
-
-    Returns:
-        In the tree's order.
-    """
+    """The modules that hold a parameter, several for a tied one, each with its name for it, in the tree's order."""
     return [
         (module, name)
         for module in root.modules()
@@ -117,12 +100,7 @@ class LayerRows:
     def add(self, name: str, module: nn.Module, attribute: str, x: Tensor, grad: Tensor) -> None:
         """Take in one run of one layer; a failure is noted, never raised: a backward pass may be under way.
 
-        Args:
-            name: The parameter.
-            module: A layer that holds it.
-            attribute: Its name there.
-            x: The layer's input.
-            grad: Gradient of the layer's output.
+        ``attribute`` is the parameter's name in the layer, ``x`` its input and ``grad`` the gradient of its output.
         """
         if name in self.failures:
             return
@@ -140,14 +118,10 @@ class LayerRows:
             self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
     def check(self, name: str, gradient: Tensor) -> None:
-        """Compare the rows with the gradient of the whole batch, of which they must be the parts.
+        """Compare the rows, of all samples, with the gradient of the whole batch, of which they must be the parts.
 
-        A weight that is also used outside its layers, as an embedding is by a tied head written with
-        ``F.linear``, gets gradient that no layer saw.
-
-        Args:
-            name: The parameter; its rows are those of all samples.
-            gradient: What autograd gave it.
+        A weight that is also used outside its layers, as an embedding is by a tied head written with ``F.linear``, gets
+        gradient that no layer saw.
         """
         if name in self.failures or name not in self.seen:
             return

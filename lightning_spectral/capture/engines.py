@@ -18,17 +18,10 @@ Method = Literal["auto", "vmap", "hooks", "loop"]
 
 
 class Engine(Protocol):
-    """Writes the per-sample gradients of a batch."""
+    """Writes the per-sample gradients of a batch of B samples into ``out``, ``(B, P)`` by clean parameter name."""
 
     def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
-        """Fill ``out``.
-
-        Args:
-            loss: The loss of a batch.
-            names: Parameters, by clean name.
-            batch: B samples.
-            out: ``(B, P)`` by name.
-        """
+        """Fill ``out``."""
 
 
 def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
@@ -181,14 +174,7 @@ class _Tap(torch.autograd.Function):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short, on whichever device.
-
-    Args:
-        error: Any.
-
-    Returns:
-        True for those that a smaller chunk may cure.
-    """
+    """Whether an error says that memory is short, on whichever device, which a smaller chunk may cure."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
@@ -217,15 +203,7 @@ class ByVmapOrLoop:
 
 
 def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean") -> Engine:
-    """The engine that a method means.
-
-    Args:
-        method: Its name.
-        loss_reduction: For ``"hooks"``, see :class:`ByHooks`.
-
-    Returns:
-        A new one: it may remember what it learns.
-    """
+    """A new engine of a method, for it may remember what it learns; ``loss_reduction`` is of use to ``hooks`` alone."""
     if method == "hooks":
         return ByHooks(loss_reduction)
     engines: dict[str, Engine] = {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}

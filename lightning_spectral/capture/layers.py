@@ -44,16 +44,7 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
 
     Siblings in a ModuleList, Sequential or ModuleDict are preferred to plain attributes; a block has sub-modules of its
     own, so that a run of Linear layers is not a stack; among several stacks (encoder and decoder) the one with most
-    parameters is taken.
-
-    Args:
-        root: Any module tree.
-
-    Returns:
-        The blocks by clean name, at least two.
-
-    Raises:
-        ValueError: If there is no such stack.
+    parameters is taken. At least two are found, by clean name, or it is a ValueError.
     """
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
     modules = list(root.named_modules())

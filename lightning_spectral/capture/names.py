@@ -9,13 +9,7 @@ WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 
 
 def clean_name(name: str) -> str:
-    """A module's or parameter's name without the wrappers' parts.
-
-    Args:
-        name: Dotted name as ``named_modules`` gives it.
-
-    Returns:
-        The name that the unwrapped model would have.
+    """A module's or parameter's name, as ``named_modules`` gives it, without the wrappers' parts.
 
     Example:
         >>> clean_name("model._orig_mod.blocks.0._checkpoint_wrapped_module.mlp")
@@ -25,20 +19,10 @@ def clean_name(name: str) -> str:
 
 
 def matching(argument: str, patterns: str | Sequence[str], names: list[str]) -> set[str]:
-    """The names that glob patterns mean.
+    """The names that one or several glob patterns mean: those that match at least one.
 
-    ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them.
-
-    Args:
-        argument: Name of the argument that holds the patterns, for the message.
-        patterns: One or several.
-        names: The clean names there are.
-
-    Returns:
-        Those that match at least one pattern.
-
-    Raises:
-        ValueError: If a pattern matches nothing; the message lists close names.
+    ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them. ValueError if a pattern
+    matches nothing; the message names the argument that holds the patterns, and lists close names.
     """
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

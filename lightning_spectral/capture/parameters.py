@@ -13,13 +13,9 @@ OUTPUT_NAMES = ("out", "o", "wo", "proj", "c_proj", "o_proj", "out_proj", "proj_
 
 
 def trainable_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters that are trained, by clean name; one that several modules share once, under its first name.
+    """All parameters that are trained, by clean name relative to ``root``, in the model's order.
 
-    Args:
-        root: Any module tree; names are relative to it.
-
-    Returns:
-        In the model's order.
+    One that several modules share comes once, under its first name.
     """
     return {clean_name(name): p for name, p in root.named_parameters() if p.requires_grad}
 

@@ -33,21 +33,14 @@ def fill_rows(
     out: Mapping[str, Tensor],
     chunk_size: int | None = None,
 ) -> int:
-    r"""Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
+    """Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
 
-    At the peak vmap takes, beside ``out`` (N x P numbers, P summed over parameters), about
-    ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5 what
-    was measured for temporaries (``benchmarks/per_sample.py``). By hooks, which write rows in place and differentiate
-    once, it is about half of A for each sample. A chunk that does not fit is halved and tried again.
-
-    Args:
-        engine: Of :func:`engine_of`.
-        loss: The loss of a batch.
-        names: Parameters, by clean name.
-        batch: B samples.
-        out: ``(B, P)`` by name.
-        chunk_size: Samples at a time; None takes as many as fit into a quarter of the free memory, and no more than are
-            of use.
+    ``out`` is ``(B, P)`` by clean name. At the peak vmap takes, beside it (N x P numbers, P summed over parameters),
+    about ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5
+    what was measured for temporaries (``benchmarks/per_sample.py``). By hooks, which write rows in place and
+    differentiate once, it is about half of A for each sample. A chunk that does not fit is halved and tried again.
+    Without a ``chunk_size`` it is as many samples as fit into a quarter of the free memory, and no more than are of
+    use.
 
     Returns:
         The size of the chunks in the end.
@@ -120,16 +113,7 @@ def per_sample_gradients(
 
 
 def fitting_chunk(loss: BatchLoss, names: list[str], batch: Any) -> int:
-    """How many samples' passes fit into a share of the free memory, by the formula of :func:`fill_rows`.
-
-    Args:
-        loss: The loss of a batch.
-        names: Parameters, by clean name.
-        batch: One of the batches.
-
-    Returns:
-        At least 1.
-    """
+    """How many samples' passes fit into a share of the free memory, at least 1, by the formula of :func:`fill_rows`."""
     parameters = [loss.parameter(name)[1] for name in names]
     per_sample = chunk_bytes(1, saved_bytes(loss, names, batch), sum(p.numel() for p in parameters))
     device = parameters[0].device
@@ -138,26 +122,12 @@ def fitting_chunk(loss: BatchLoss, names: list[str], batch: Any) -> int:
 
 
 def chunk_bytes(chunk_size: int, saved: int, num_numbers: int) -> int:
-    """What a chunk takes under vmap beside the rows it gives, by the formula of :func:`fill_rows`.
-
-    Args:
-        chunk_size: Samples at a time.
-        saved: A, of :func:`saved_bytes`.
-        num_numbers: P, summed over parameters.
-
-    Returns:
-        Bytes.
-    """
+    """Bytes of a chunk under vmap, by the formula of :func:`fill_rows`: A is ``saved``, P is ``num_numbers``."""
     return chunk_size * (3 * saved // 2 + 4 * num_numbers)
 
 
 def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
-    """Bytes that autograd saves for one sample, in its forward pass and, as under vmap, in its backward pass.
-
-    Args:
-        loss: The loss of a batch.
-        names: Parameters, by clean name, that ask for a gradient.
-        batch: Its first sample is taken.
+    """Bytes that autograd saves for the first sample, in its forward pass and, as under vmap, in its backward pass.
 
     Returns:
         The bytes, without those of parameters; 0 if the pass fails, which is for the engine to say.
@@ -198,11 +168,7 @@ def _free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Random streams as they were afterwards, gradients on even where a validation pass turned them off, no compiler.
-
-    Yields:
-        Nothing.
-    """
+    """Random streams restored afterwards, gradients on even where a validation pass turned them off, no compiler."""
     # Without dynamo in the process nothing is compiled, and importing it takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     failure: BaseException | None = None

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
 
 from lightning_spectral.capture.names import clean_name
 
@@ -58,18 +59,9 @@ class BatchLoss(nn.Module):
         self.compute = _training_loss if loss_fn is None else loss_fn
         self.requires_grad = {name: p.requires_grad for name, p in self.shadow.named_parameters()}
 
+    @override
     def forward(self, batch: Any) -> Tensor:
-        """The loss, times ``scale``.
-
-        Args:
-            batch: What ``training_step`` takes.
-
-        Returns:
-            0-dim tensor.
-
-        Raises:
-            ValueError: If what comes back is no scalar.
-        """
+        """The loss, 0-dim, times ``scale``; ValueError if what comes back is no scalar."""
         with self.context():
             loss = self.compute(self.shadow, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -78,13 +70,9 @@ class BatchLoss(nn.Module):
         return loss.reshape(()) * self.scale if self.scale != 1 else loss.reshape(())
 
     def parameter(self, name: str) -> tuple[str, nn.Parameter]:
-        """A parameter of the shadow.
+        """A parameter of the shadow by its clean name in the module, any of them if it is tied.
 
-        Args:
-            name: Its clean name in the module, any of them if it is tied.
-
-        Returns:
-            Its name here, as ``torch.func.functional_call`` wants it, and the parameter.
+        With its name here, as ``torch.func.functional_call`` wants it.
         """
         return self._by_name[name]
 
@@ -106,15 +94,7 @@ class BatchLoss(nn.Module):
 
 
 def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
-    """Refuse a module whose loss could not be asked for without harm.
-
-    Args:
-        module: The module.
-        loss_fn: The user's function, or None.
-
-    Raises:
-        ValueError: In one line.
-    """
+    """Refuse, in a ValueError of one line, a module whose loss could not be asked for without harm."""
     if loss_fn is not None:
         return
     if not getattr(module, "automatic_optimization", True):
@@ -125,17 +105,7 @@ def check_loss(module: nn.Module, loss_fn: LossFunction | None) -> None:
 
 
 def load_loss(loss_fn: LossFunction | str | None) -> LossFunction | None:
-    """A loss function, or the one that an import path means.
-
-    Args:
-        loss_fn: A callable, ``"package.module.function"``, or None.
-
-    Returns:
-        The callable, or None.
-
-    Raises:
-        ValueError: If the path leads to nothing that can be called.
-    """
+    """A loss function, or the one that an import path means; ValueError if that leads to nothing that can be called."""
     if loss_fn is None or callable(loss_fn):
         return loss_fn
     try:
