@@ -20,7 +20,7 @@ ALLOWED = {
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""
 
-FOREIGN = {"functional": {"torch", "scipy"}, "nanogpt": {"torch", "lightning", "numpy", "rich"}}
+FOREIGN = {"functional": {"torch", "scipy"}, "nanogpt": {"torch", "lightning", "numpy", "rich", "typing_extensions"}}
 """Parts that may import only these besides the standard library."""
 
 

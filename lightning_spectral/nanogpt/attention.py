@@ -15,14 +15,9 @@ FLEX_BLOCK = 128
 
 
 def document_ids(input_ids: Tensor, eos_token: int) -> Tensor:
-    """Number the documents of packed sequences.
+    """Number the documents of packed sequences, each of which begins with `eos_token`.
 
-    Args:
-        input_ids: Tokens, `(batch, tokens)`.
-        eos_token: The token that begins a document.
-
-    Returns:
-        For each token the number of its document in the row, not decreasing, `(batch, tokens)`.
+    Each of the `(batch, tokens)` tokens gets the number of its document in the row, not decreasing.
     """
     return (input_ids == eos_token).cumsum(dim=1)
 
@@ -37,16 +32,10 @@ def _place(tokens: Any, mask_block: int | None) -> Any:
 
 
 def takes_flex(attention: str, device: torch.device, masked: bool, head_size: int) -> bool:
-    """Choose between FlexAttention and SDPA.
+    """Whether attention is FlexAttention rather than SDPA: by its name, or for "auto" where flex is worth it.
 
-    Args:
-        attention: "flex", "sdpa", or "auto" for flex where it is worth it.
-        device: On which attention runs.
-        masked: Whether more than the future is masked; if not, SDPA has kernels for it.
-        head_size: Features of a head, of which flex takes no less than 16.
-
-    Returns:
-        Whether it is FlexAttention.
+    That is on CUDA if more than the future is masked (for the future alone SDPA has kernels) and heads have at least
+    16 features, of which flex takes no fewer.
     """
     if attention == "auto":
         return device.type == "cuda" and masked and head_size >= 16
@@ -84,15 +73,7 @@ def block_mask(
 ) -> BlockMask:
     """Say the same as `dense_mask` for FlexAttention, without ever looking at all pairs of tokens.
 
-    Args:
-        num_tokens: Length of the sequences.
-        documents: From `document_ids`, `(batch, tokens)`; None is one document.
-        window: Tokens that a token sees, itself included, 0-dim; None sees all before it.
-        mask_block: Measure distances in aligned blocks of so many tokens.
-        device: Of the result.
-
-    Returns:
-        For each block of tokens, the blocks that it sees in whole and in part, and the rule inside the latter.
+    For each block of tokens: the blocks that it sees in whole and in part, and the rule inside the latter.
     """
     size = FLEX_BLOCK
     num_blocks = -(-num_tokens // size)
@@ -148,20 +129,11 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None) -> Tensor:
-    """Mix the values that each token sees.
+    """Mix the values that each token sees, all of shape `(batch, heads, tokens, head_size)`.
 
-    Args:
-        q: Queries, `(batch, heads, tokens, head_size)`.
-        k: Keys, of the same shape.
-        v: Values, of the same shape.
-        mask: From `dense_mask` for SDPA, from `block_mask` for FlexAttention; None is SDPA over all before it.
-        scale: Factor on the products of queries and keys; None is 1 / sqrt(head_size).
-
-    Returns:
-        Mixed values, of the same shape.
-
-    Raises:
-        ValueError: If FlexAttention is to be trained on a device on which it cannot.
+    The mask is one of `dense_mask` for SDPA, of `block_mask` for FlexAttention; None is SDPA over all before. `scale`
+    is a factor on the products of queries and keys; None is 1 / sqrt(head_size). ValueError if FlexAttention is to be
+    trained on a device on which it cannot.
     """
     if not isinstance(mask, BlockMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

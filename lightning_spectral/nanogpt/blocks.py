@@ -10,18 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
     """Non-overlapping windows of a text, each with the token that follows every one of its tokens.
 
-    Block i has the tokens from `i * block_size` on as `input_ids` and those from `i * block_size + 1` on as
-    `labels`; what is left after the last whole block is not used.
-
-    Args:
-        tokens: The text, `(num_tokens,)`, of any integer type, or anything that has a length and gives an array for a
-            slice; it is neither copied nor widened.
-        block_size: Tokens of a block.
+    Block i has the tokens from `i * block_size` on as `input_ids` and those from `i * block_size + 1` on as `labels`;
+    what is left after the last whole block is not used. The tokens, `(num_tokens,)`, are of any integer type, or
+    anything that has a length and gives an array for a slice; they are neither copied nor widened.
     """
 
     def __init__(self, tokens: Any, block_size: int) -> None:
@@ -39,14 +36,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": block[:-1], "labels": block[1:]}
 
     def start(self, index: int) -> int:
-        """Place a block.
-
-        Args:
-            index: Which one.
-
-        Returns:
-            The index of its first token in the text.
-        """
+        """Index in the text of a block's first token."""
         return index * self.block_size
 
 
@@ -56,16 +46,8 @@ class BlockSampler(DistributedSampler[int]):
     Being a `DistributedSampler` it is told the epoch by Lightning, which also puts no sampler of its own in its place.
     Shuffled, the order is a function of (seed, epoch) alone, and a batch on each of R ranks holds the same blocks as
     one R times larger batch on a single rank. All ranks get the same number of batches, since a strategy that
-    communicates in the forward would wait forever for a missing one: blocks that cannot be dealt evenly are left out
-    if shuffled (another epoch will have them), else only if they would make a batch of their own.
-
-    Args:
-        num_blocks: How many blocks there are.
-        batch_size: Blocks in a rank's batch.
-        num_replicas: Number of ranks, R.
-        rank: Which of them this is, from 0.
-        shuffle: Whether to permute the blocks anew in each epoch.
-        seed: Of the permutations.
+    communicates in the forward would wait forever for a missing one: blocks that cannot be dealt evenly are left out if
+    shuffled (another epoch will have them), else only if they would make a batch of their own.
     """
 
     def __init__(
@@ -129,11 +111,9 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         return self.batch_size * self.sampler.num_replicas
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position after the last batch handed out.
+        """Give the position after the last batch: the epoch, the blocks had in it on all ranks, and how many there are.
 
-        Returns:
-            The epoch, the blocks handed out in it on all ranks, and how many there are; empty for a sampler that is
-            not ours.
+        Empty for a sampler that is not ours.
         """
         if not isinstance(self.sampler, BlockSampler):
             return {}
@@ -141,11 +121,7 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         return {"epoch": self._epoch, "num_blocks": num_blocks, "total": self.sampler.num_blocks}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Make the next iteration go on from a position.
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
+        """Make the next iteration go on from what `state_dict` returned."""
         if not state_dict or not isinstance(self.sampler, BlockSampler):
             return
         if state_dict["total"] != self.sampler.num_blocks:
@@ -163,15 +139,6 @@ class BlockData(pl.LightningDataModule):
 
     Subclasses give `setup`, which puts blocks into `_train` and `_val`; they may have samplers and a loader of their
     own.
-
-    Args:
-        block_size: Tokens of a sequence.
-        batch_size: Sequences in a batch of one rank.
-        num_workers: Processes that prepare batches; 0 does it in the training process.
-        seed: Of the order of training blocks, if they are shuffled.
-
-    Raises:
-        ValueError: If an argument is out of its range.
     """
 
     _resumable: type[ResumableLoader] = ResumableLoader
@@ -195,15 +162,9 @@ class BlockData(pl.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._resume_at: dict[str, int] | None = None
 
+    @override
     def setup(self, stage: str | None = None) -> None:
-        """Put blocks into `_train` and `_val`, once.
-
-        Args:
-            stage: Not used.
-
-        Raises:
-            NotImplementedError: Here; subclasses do it.
-        """
+        """Put blocks into `_train` and `_val`, once; subclasses do it."""
         raise NotImplementedError
 
     @property
@@ -230,14 +191,11 @@ class BlockData(pl.LightningDataModule):
         """Tokens in the blocks held out."""
         return len(self.val_blocks) * self.block_size
 
+    @override
     def train_dataloader(self) -> ResumableLoader:
-        """Build the loader of this rank's training batches.
+        """Build the loader of this rank's training batches, which Lightning can save and restore.
 
-        Returns:
-            A loader that Lightning can save and restore.
-
-        Raises:
-            ValueError: If there are fewer blocks than one batch on each rank.
+        ValueError if there are fewer blocks than one batch on each rank.
         """
         sampler = self._sampler(self.train_blocks, shuffle=True)
         most = len(self.train_blocks) // sampler.num_replicas
@@ -253,48 +211,32 @@ class BlockData(pl.LightningDataModule):
         self._loader = loader
         return loader
 
+    @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Build the loader of this rank's validation batches.
-
-        Returns:
-            A loader that goes through the blocks in order; its last batch may be smaller.
-        """
+        """Build the loader of this rank's validation batches, in order; the last may be smaller."""
         sampler = self._sampler(self.val_blocks, shuffle=False)
         return self._build_loader(DataLoader, self.val_blocks, sampler, drop_last=False)
 
+    @override
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Build the loader for testing.
-
-        Returns:
-            The same as for validation.
-        """
         return self.val_dataloader()
 
+    @override
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Build the loader for prediction.
-
-        Returns:
-            The same as for validation.
-        """
         return self.val_dataloader()
 
+    @override
     def state_dict(self) -> dict[str, int]:
-        """Give the position in the training data, for the checkpoint.
-
-        Returns:
-            The position of the last training loader; empty before there is one.
-        """
+        """Give the position of the last training loader, for the checkpoint; empty before there is one."""
         return {} if self._loader is None else self._loader.state_dict()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from a position in the training data.
 
         Lightning restores loaders that have a state, but not if something asked for
         `trainer.estimated_stepping_batches` before, as most schedules do in `configure_optimizers`. So the position
         goes through the data module as well.
-
-        Args:
-            state_dict: What `state_dict` returned.
         """
         if self.trainer is None or self.trainer.state.fn != "fit":  # validating a checkpoint must not move training
             return

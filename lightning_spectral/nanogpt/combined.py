@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from typing_extensions import override
 
 
 class CombinedOptimizer(Optimizer):
@@ -53,30 +54,18 @@ class CombinedOptimizer(Optimizer):
         super().__setstate__(state)  # also how `load_state_dict` puts in new groups and a new state
         self._share()
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a further group, as there is no telling whose it would be.
-
-        Args:
-            param_group: Not used once the optimizer is built.
-
-        Raises:
-            ValueError: If the optimizer is built.
-        """
+        """Refuse a further group once it is built: a ValueError, as there is no telling whose it would be."""
         if self.optimizers:
             names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
             raise ValueError(f"param_group must be added to one of {names} before they are combined")
         super().add_param_group(param_group)
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure once, then let every optimizer take its step.
-
-        Args:
-            closure: Computes the loss and its gradients.
-
-        Returns:
-            What the closure returned; None without one.
-        """
+        """Evaluate the closure once, then let every optimizer take its step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -42,17 +42,7 @@ def _choose(argument: str, name: str, table: dict[str, dict[str, Any]]) -> dict[
 
 
 def recipe_switches(recipe: str) -> dict[str, Any]:
-    """Collect the switches of a recipe: its own and those of all recipes before it.
-
-    Args:
-        recipe: A key of `RECIPES`.
-
-    Returns:
-        Fields of `GPTConfig` and their values.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
+    """Fields of `GPTConfig` that a recipe sets, its own and those of all recipes before it, with their values."""
     _choose("recipe", recipe, RECIPES)
     switches: dict[str, Any] = {}
     for name, added in RECIPES.items():
@@ -177,38 +167,17 @@ class GPTConfig:
         return [used.index(slots[layer]) if layer in slots else None for layer in range(self.num_layers)]
 
     def mixes_values(self, layer: int) -> bool:
-        """Whether a layer's values are mixed with something.
-
-        Args:
-            layer: Counted from 0.
-
-        Returns:
-            The first layer's values are not mixed with themselves.
-        """
+        """Whether a layer's values are mixed with something; the first layer's are not with themselves."""
         if layer == self.layer_without_attention:
             return False
         return layer > 0 if self.value_mix == "first" else self.value_tables[layer] is not None
 
     def has_short_window(self, layer: int) -> bool:
-        """Whether a layer sees half of the window.
-
-        Args:
-            layer: Counted from 0.
-
-        Returns:
-            False for every layer but with window_pattern="long_short".
-        """
+        """Whether a layer sees half of the window; none does but with window_pattern="long_short"."""
         return self.window_pattern == "long_short" and min(layer, self.num_layers - 1 - layer) % 4 != 0
 
     def window_at(self, tokens: int) -> int:
-        """Give the schedule of the window.
-
-        Args:
-            tokens: Trained on so far.
-
-        Returns:
-            Tokens that a token sees in a layer with a long window.
-        """
+        """Tokens that a token sees in a layer with a long window, after training on so many tokens."""
         assert self.window is not None, "there is no schedule without a window"
         if self.window_start is None or tokens >= self.window_warmup_tokens:
             return self.window

@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
 from lightning_spectral.nanogpt.blocks import BlockData, Blocks
 
@@ -99,15 +100,9 @@ class TextData(BlockData):
         """Number of token values: 256, as tokens are bytes."""
         return 256
 
+    @override
     def setup(self, stage: str | None = None) -> None:
-        """Read the text, once, and split it.
-
-        Args:
-            stage: Not used: the whole text is read for all of them.
-
-        Raises:
-            ValueError: If the path does not exist, holds no text, or too little for a block on each side.
-        """
+        """Read the text, once, and split it; ValueError if there is none, or too little for a block on each side."""
         if self._train is not None:
             return
         text = np.frombuffer(b"".join(file.read_bytes() for file in _files(self.path)), dtype=np.uint8)

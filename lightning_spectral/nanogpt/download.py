@@ -177,11 +177,7 @@ def _read(response: Any) -> bytes:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Download shards from the command line.
-
-    Args:
-        args: The words after the program's name; None takes them from the command line.
-    """
+    """Download shards as the words after the program's name say; None takes them from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_spectral.nanogpt.download",
         description="Download shards of FineWeb10B (GPT-2 tokens, 200 MB each); run again to go on after a failure.",

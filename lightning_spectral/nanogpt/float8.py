@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 ACTIVATIONS = torch.float8_e4m3fn  # three bits of mantissa, largest 448; weights too
 GRADIENTS = torch.float8_e5m2  # two bits of mantissa, largest 57344
@@ -13,16 +14,7 @@ TOKENS = 65536
 
 
 def round_to_float8(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scale and round to 8 bits; what is too large becomes the largest number, not NaN.
-
-    Args:
-        x: Any shape.
-        scale: Multiplied with.
-        dtype: One of torch's 8-bit floats.
-
-    Returns:
-        The numbers times `scale` in 8 bits, of the same shape.
-    """
+    """Scale and round to one of torch's 8-bit floats; what is too large becomes the largest number, not NaN."""
     largest = torch.finfo(dtype).max
     return (x * scale).clamp(-largest, largest).to(dtype)
 
@@ -100,14 +92,7 @@ def float8_linear(x: Tensor, weight: Tensor, mode: str, scales: tuple[float, flo
 
 
 def refuse_without_float8(device: torch.device) -> None:
-    """Check for 8-bit matrix products.
-
-    Args:
-        device: Where they would be computed.
-
-    Raises:
-        ValueError: If they cannot.
-    """
+    """Raise ValueError for a device without 8-bit matrix products."""
     what = str(device)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -127,6 +112,7 @@ class Float8Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.mode, self.scales = mode, scales
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, (..., in) -> (..., out)."""
         return float8_linear(x, self.weight, self.mode, self.scales)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from typing_extensions import override
 
 from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids, takes_flex
 from lightning_spectral.nanogpt.config import RECIPES, TIERS, GPTConfig, recipe_switches
@@ -15,14 +16,7 @@ __all__ = ["GPT", "RECIPES", "TIERS", "GPTConfig", "next_token_loss", "norm", "r
 
 
 def norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over the last axis; no parameters.
-
-    Args:
-        x: Features, `(..., width)`.
-
-    Returns:
-        Features of unit mean square, `(..., width)`.
-    """
+    """Divide by the root mean square over the last axis, `(..., width)`; no parameters."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
@@ -94,6 +88,7 @@ class Attention(nn.Module):
         if self.mixes_values:
             self.value_weights = nn.Parameter(torch.full((1 if config.value_weights == "one" else 2,), 0.5))
 
+    @override
     def forward(self, x: Tensor, context: Context, embedded_values: Tensor | None) -> Tensor:
         """Mix tokens with those before them, (B, T, width) -> (B, T, width)."""
         batch, tokens, width = x.shape
@@ -130,6 +125,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token, (B, T, width) -> (B, T, width)."""
         return self.down(F.relu(self.up(x)).square())  # (B, T, 4 width) -> (B, T, width), 2/3 of a block's parameters
@@ -144,6 +140,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.x0_weights = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_mix else None
 
+    @override
     def forward(self, x: Tensor, context: Context, embedded_values: Tensor | None = None) -> Tensor:
         """Update the residual stream, (B, T, width) -> (B, T, width)."""
         if self.x0_weights is not None:
@@ -209,14 +206,11 @@ class GPT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def set_tokens(self, tokens: int) -> None:
-        """Let the window grow to its size after so many training tokens; without a growing window nothing happens.
-
-        Args:
-            tokens: Trained on so far, on all ranks.
-        """
+        """Let the window, if it is a growing one, have its size after so many training tokens on all ranks."""
         if self.window is not None and self.config.window_start is not None:
             self.window.fill_(self.config.window_at(tokens))
 
+    @override
     def forward(self, input_ids: Tensor) -> Tensor:
         """Score every possible next token after each token.
 

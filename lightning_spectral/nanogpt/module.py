@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_spectral.nanogpt.model import GPT, GPTConfig, next_token_loss
 from lightning_spectral.nanogpt.optimizers import Recipe, build_optimizer, group_table, settings_for, with_learning_rate
@@ -133,59 +134,28 @@ class NanoGPT(pl.LightningModule):
     def learning_rate(self, value: float) -> None:
         self.settings = with_learning_rate(self.settings, value)
 
+    @override
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Score every possible next token after each token.
-
-        Args:
-            input_ids: Tokens, `(batch, tokens)`.
-
-        Returns:
-            Logits, `(batch, tokens, vocab_size)`.
-        """
+        """Score every possible next token after each token, `(batch, tokens)` -> `(batch, tokens, vocab_size)`."""
         return self.gpt(input_ids)
 
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Compute and log the loss of a batch.
-
-        Args:
-            batch: `input_ids` and `labels`, `(batch, tokens)`.
-            batch_idx: Not used.
-
-        Returns:
-            The mean loss over counted labels, 0-dim.
-        """
         loss = next_token_loss(self(batch["input_ids"]), batch["labels"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
+    @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the loss of a held-out batch.
-
-        Args:
-            batch: `input_ids` and `labels`, `(batch, tokens)`.
-            batch_idx: Not used.
-        """
         self._log_held_out("val_loss", batch)
 
+    @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the loss of a test batch.
-
-        Args:
-            batch: `input_ids` and `labels`, `(batch, tokens)`.
-            batch_idx: Not used.
-        """
         self._log_held_out("test_loss", batch)
 
+    @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Name the most likely next token after each token.
-
-        Args:
-            batch: `input_ids`, `(batch, tokens)`.
-            batch_idx: Not used.
-
-        Returns:
-            Tokens, `(batch, tokens)`.
-        """
+        """Name the most likely next token after each token, `(batch, tokens)`."""
         return self(batch["input_ids"]).argmax(dim=-1)
 
     def _log_held_out(self, key: str, batch: dict[str, Tensor]) -> None:
@@ -195,16 +165,9 @@ class NanoGPT(pl.LightningModule):
         weight: Any = (labels != -100).sum().float()
         self.log(key, loss, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=weight)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Refuse data that does not fit the model; set what is given in tokens.
-
-        Args:
-            stage: What the Trainer is about to do.
-
-        Raises:
-            ValueError: If the Trainer's data module has more token values or longer sequences than the model, or its
-                batches do not make up the tokens.
-        """
+        """Refuse data that does not fit the model, with a ValueError; set what is given in tokens."""
         data = getattr(self.trainer, "datamodule", None)
         for name, what in (("vocab_size", "number of token values"), ("block_size", "length of the sequences")):
             least, size = getattr(data, name, None), getattr(self.gpt.config, name)
@@ -227,37 +190,29 @@ class NanoGPT(pl.LightningModule):
             )
         self._checked_tokens = True
 
+    @override
     def on_fit_start(self) -> None:
         """Show beside Lightning's summary of the model, and like it on rank zero, what moves its parameters."""
         if self.trainer.is_global_zero and any(isinstance(c, ModelSummary) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             Console().print(group_table(self.trainer.optimizers[0]))
 
+    @override
     def on_train_start(self) -> None:
-        """Start the clock."""
         self._clock.start(self.tokens, self.global_step)
         self.gpt.set_tokens(self.tokens)
 
+    @override
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Count the tokens, here so that checkpoints written at the end of the batch have them.
-
-        Args:
-            batch: `input_ids` and `labels`, `(batch, tokens)`.
-            batch_idx: Not used.
-        """
+        """Count the tokens, here so that checkpoints written at the end of the batch have them."""
         self._check_tokens(batch)
         if self.global_step != self._step_of_window:  # all batches of a step meet one window
             self._step_of_window = self.global_step
             self.gpt.set_tokens(self.tokens)
         self.tokens += batch["input_ids"].numel() * self.trainer.world_size
 
+    @override
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log tokens and, at the steps at which loggers write, their rate.
-
-        Args:
-            outputs: Not used.
-            batch: Not used.
-            batch_idx: Not used.
-        """
+        """Log tokens and, at the steps at which loggers write, their rate."""
         # float64: above 2^24 tokens float32 would round
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.log("tokens", torch.tensor(self.tokens, dtype=dtype, device=self.device))
@@ -266,23 +221,19 @@ class NanoGPT(pl.LightningModule):
         if every and step % every == 0 and step > self._clock.step:
             self.log("tokens_per_second", self._clock.rate(self.tokens, step))
 
+    @override
     def on_validation_batch_start(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Check the tokens of the first batch.
-
-        Args:
-            batch: `input_ids` and `labels`, `(batch, tokens)`.
-            batch_idx: Not used.
-            dataloader_idx: Not used.
-        """
         self._check_tokens(batch)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
+    @override
     def on_validation_start(self) -> None:
         """Stop the clock; refuse to validate on fewer tokens than were asked for."""
         self._clock.pause()
         check_val_tokens(self.trainer, self.val_tokens)
 
+    @override
     def on_validation_end(self) -> None:
         """Let the clock go on, unless the loss is as low as training was to bring it."""
         self._clock.go_on()
@@ -298,28 +249,17 @@ class NanoGPT(pl.LightningModule):
                 f"{self.global_step}, after {self.tokens:,} tokens"
             )
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of tokens.
-
-        Args:
-            checkpoint: What will be written.
-        """
         checkpoint["tokens"] = self.tokens
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the number of tokens.
-
-        Args:
-            checkpoint: What was written.
-        """
         self.tokens = checkpoint["tokens"]
         self.gpt.set_tokens(self.tokens)
 
     def learning_rate_factor(self, step: int) -> float:
-        """Give the schedule: the factor on the peak learning rate at an optimizer step.
-
-        Args:
-            step: Optimizer steps taken before this one.
+        """Give the schedule: the factor on the peak learning rate at an optimizer step, counted from 0.
 
         Returns:
             A number in [0, 1]: 1 / warmup_steps at step 0, 1 at the end of the warm-up, 0 when all steps are taken.
@@ -336,22 +276,15 @@ class NanoGPT(pl.LightningModule):
         progress = min(max(progress, 0.0), 1.0)
         return 1 - progress if self.settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the recipe's optimizer and its schedule.
-
-        Returns:
-            Optimizer and scheduler, stepped after each optimizer step.
-        """
         optimizer = build_optimizer(self, self.settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.learning_rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Let Muon's momentum rise, as a function of the step alone, so that a resumed run goes on with it.
-
-        Args:
-            optimizer: What is about to step.
-        """
+        """Let Muon's momentum rise, as a function of the step alone, so that a resumed run goes on with it."""
         for group in optimizer.param_groups:
             if "momentum" in group:
                 group["momentum"] = self.settings.momentum_at(self.global_step)

@@ -61,14 +61,7 @@ class RecipeOptimizer(NamedTuple):
     """Fraction of the steps after the warm-up over which it does."""
 
     def momentum_at(self, step: int) -> float:
-        """Give Muon's momentum.
-
-        Args:
-            step: Optimizer steps taken before this one.
-
-        Returns:
-            A number in [0, 1).
-        """
+        """Muon's momentum, in [0, 1), after so many optimizer steps."""
         start, end = self.momentum
         return start + (end - start) * min(step / MOMENTUM_STEPS, 1.0)
 
@@ -105,16 +98,10 @@ OPTIMIZERS["sub_lr"] = OPTIMIZERS["sparse_embed"]._replace(
 
 
 def role_of(name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
-    """Tell what a parameter is for, from its name, its shape and the kind of module that holds it.
+    """Tell what a parameter is for, from its path in the model, its shape and the kind of module that holds it.
 
-    Args:
-        name: Path in the model, such as blocks.0.mlp.up.weight.
-        parameter: The parameter.
-        owner: The module of which it is an attribute.
-
-    Returns:
-        matrices for the weights of linear layers inside blocks; embeddings for those of embedding layers, wherever they
-        are, and for bare parameters named after one; head for linear layers outside blocks; scalars for all else.
+    matrices are the weights of linear layers inside blocks; embeddings those of embedding layers, wherever they are,
+    and bare parameters named after one; head is for linear layers outside blocks; scalars for all else.
     """
     path = name.split(".")
     if isinstance(owner, nn.Embedding):
@@ -127,14 +114,7 @@ def role_of(name: str, parameter: nn.Parameter, owner: nn.Module) -> Role:
 
 
 def parameters_by_role(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
-    """Sort a model's trainable parameters by what they are for; one that is shared counts where it comes first.
-
-    Args:
-        model: The model.
-
-    Returns:
-        For each role its parameters, in the model's order; none is left out or in two.
-    """
+    """Sort a model's trainable parameters, in its order, by role; one that is shared counts where it comes first."""
     found: dict[Role, list[nn.Parameter]] = {role: [] for role in ROLES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -143,15 +123,9 @@ def parameters_by_role(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
 
 
 def build_optimizer(model: nn.Module, settings: RecipeOptimizer) -> Optimizer:
-    """Make the optimizer of a recipe.
+    """Make the optimizer of a recipe: AdamW where it moves everything; else Muon and AdamW as one.
 
-    Args:
-        model: Whose trainable parameters are to be moved.
-        settings: How.
-
-    Returns:
-        AdamW where it moves everything; else Muon and AdamW as one. Groups have a name, under which
-        LearningRateMonitor logs them.
+    Groups have a name, under which LearningRateMonitor logs them.
     """
     if has_one_learning_rate(settings):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -182,14 +156,7 @@ def _group(role: Role, parameters: list[nn.Parameter], settings: RecipeOptimizer
 
 
 def group_table(optimizer: Optimizer) -> Table:
-    """Show what is moved by what, and how fast.
-
-    Args:
-        optimizer: From `build_optimizer`.
-
-    Returns:
-        A row for each parameter group; learning rates are peaks of the schedule.
-    """
+    """Show what is moved by what, and how fast: a row for each group, with the peak of its learning rate."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "tensors": lambda group: f"{len(group['params']):,}",
         "parameters": lambda group: f"{sum(p.numel() for p in group['params']):,}",
@@ -231,23 +198,9 @@ def settings_for(
     betas: tuple[float, float] | None = None,
     cooldown: float | None = None,
 ) -> RecipeOptimizer:
-    """Look up how a recipe is optimised at a size, and change what is not None.
+    """Look up how a recipe is optimised at a size, and change what is not None; see `NanoGPT` for the arguments.
 
-    Args:
-        tier: Name of the size.
-        recipe: A key of `OPTIMIZERS`.
-        matrix_optimizer: What moves the blocks' matrices, muon or adamw.
-        learning_rate: The one of a recipe that has one.
-        lr_multiplier: Of all learning rates.
-        weight_decay: Of all but vectors and single numbers.
-        betas: Of AdamW, for all that it moves.
-        cooldown: Fraction of the steps after the warm-up.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ValueError: If there is no such recipe, a number is out of its range, or does not apply to the recipe.
+    ValueError if there is no such recipe, or a number is out of its range or does not apply to the recipe.
     """
     if recipe not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {recipe!r}")
@@ -278,18 +231,7 @@ def settings_for(
 
 
 def with_learning_rate(settings: RecipeOptimizer, learning_rate: float) -> RecipeOptimizer:
-    """Change the learning rate of a recipe that has one for everything.
-
-    Args:
-        settings: The recipe's.
-        learning_rate: The new one.
-
-    Returns:
-        The changed settings.
-
-    Raises:
-        ValueError: If the recipe has several.
-    """
+    """Change the learning rate of a recipe that has one for everything; ValueError if it has several."""
     if not has_one_learning_rate(settings):
         several = ", ".join(f"{role} {getattr(settings, role):.3g}" for role in ROLES)
         raise ValueError(
@@ -301,26 +243,11 @@ def with_learning_rate(settings: RecipeOptimizer, learning_rate: float) -> Recip
 
 
 def has_one_learning_rate(settings: RecipeOptimizer) -> bool:
-    """Tell whether AdamW moves everything alike.
-
-    Args:
-        settings: A recipe's.
-
-    Returns:
-        Whether it does.
-    """
+    """Tell whether AdamW moves everything alike."""
     return settings.matrix_optimizer == "adamw" and len({getattr(settings, role) for role in ROLES}) == 1
 
 
 def scaled(settings: RecipeOptimizer, factor: float) -> RecipeOptimizer:
-    """Multiply all learning rates.
-
-    Args:
-        settings: A recipe's.
-        factor: By what.
-
-    Returns:
-        The settings with the products.
-    """
+    """Multiply all learning rates."""
     rates: dict[str, Any] = {role: factor * getattr(settings, role) for role in ROLES}
     return settings._replace(**rates)

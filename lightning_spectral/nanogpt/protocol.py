@@ -6,20 +6,10 @@ import lightning.pytorch as pl
 
 
 def num_batches(argument: str, num_tokens: int, block_size: int, batch_size: int, world_size: int = 1) -> int:
-    """Count the batches of all ranks that make up a number of tokens.
+    """Count the batches of each rank that make up a number of tokens on all ranks together.
 
-    Args:
-        argument: What the number is called, for the message.
-        num_tokens: The number, on all ranks together.
-        block_size: Tokens of a sequence.
-        batch_size: Sequences in a batch of one rank.
-        world_size: Number of ranks.
-
-    Returns:
-        Batches of each rank: of a step, the `accumulate_grad_batches` that a Trainer needs.
-
-    Raises:
-        ValueError: If they do not make it up exactly.
+    For a step it is the `accumulate_grad_batches` that a Trainer needs. ValueError, in the name of the argument, if
+    they do not make it up exactly.
 
     Example:
         >>> num_batches("batch_tokens", 524288, block_size=1024, batch_size=32, world_size=8)
@@ -41,15 +31,9 @@ def set_token_budgets(
 ) -> None:
     """Make a Trainer accumulate and validate over given numbers of tokens, whatever the batches and the ranks.
 
-    Args:
-        trainer: With a data module that has `block_size` and `batch_size`.
-        stage: What it is about to do; only fit and validate have such numbers.
-        batch_tokens: Tokens of an optimizer step on all ranks; None leaves the Trainer's own setting.
-        val_tokens: Tokens of a validation run on all ranks; None likewise.
-
-    Raises:
-        ValueError: If there is no such data module, its batches do not make up a number, or the Trainer has a setting
-            of its own.
+    They are tokens of an optimizer step and of a validation run, on all ranks; None leaves the Trainer's own setting.
+    Only the stages fit and validate have such numbers. ValueError if there is no data module with `block_size` and
+    `batch_size`, its batches do not make up a number, or the Trainer has a setting of its own.
     """
     attributes = {"batch_tokens": "accumulate_grad_batches", "val_tokens": "limit_val_batches"}
     stages = {"batch_tokens": ("fit",), "val_tokens": ("fit", "validate")}
@@ -74,15 +58,7 @@ def set_token_budgets(
 
 
 def check_val_tokens(trainer: "pl.Trainer", val_tokens: int | None) -> None:
-    """Refuse a validation run that is shorter than was asked for.
-
-    Args:
-        trainer: About to validate.
-        val_tokens: Tokens asked for on all ranks.
-
-    Raises:
-        ValueError: If the held-out data are fewer.
-    """
+    """Refuse, with a ValueError, a validation run on fewer tokens, on all ranks, than were asked for."""
     settings: Any = trainer
     if val_tokens is None or settings.fast_dev_run or trainer.sanity_checking:
         return

@@ -26,26 +26,12 @@ class Shard(NamedTuple):
     """How they are stored: `<u2`, as GPT-2's fit, or `<u4`."""
 
     def open(self) -> np.ndarray:
-        """Map the tokens into memory.
-
-        Returns:
-            A read-only array of `(num_tokens,)` whose pages are read when they are touched.
-        """
+        """Map the tokens into memory: a read-only array of `(num_tokens,)` whose pages are read when touched."""
         return np.memmap(self.path, self.dtype, mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check a shard's header.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds; no token is read.
-
-    Raises:
-        ValueError: If the file has no whole header, or its magic, version or number of tokens is wrong.
-    """
+    """Check a shard's header, reading no token; ValueError for a wrong size, magic, version or number of tokens."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise ValueError(f"{path} must have a header of {HEADER_BYTES} bytes, got {size} bytes in all: {_REWRITE}")
@@ -100,20 +86,17 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def find_shards(argument: str, path: str, word: str, other: str, unnamed: bool) -> list[Shard]:
-    """Find the shards of one kind, which their names tell.
+    """Find the shards of one kind, which their names tell, sorted by name and checked.
 
-    Args:
-        argument: What `path` is called in a message.
-        path: A folder, of which the files `*.bin` count, a glob pattern or a file.
-        word: In the names of the shards asked for.
-        other: In the names of other shards; where both are, the one that comes last counts.
-        unnamed: Whether all files count if no name has either word in it.
+    A path is a folder, of which the files `*.bin` count, a glob pattern or a file. `word` is in the names of the shards
+    asked for and `other` in those of others; where both are, the one that comes last counts. With `unnamed` all files
+    count if no name has either.
 
     Returns:
-        The shards, sorted by name and checked.
+        What their headers say.
 
     Raises:
-        ValueError: If there are none, or one is damaged.
+        ValueError: In the name of the argument, if there are none; or if one is damaged.
     """
     root = Path(path).expanduser()
     if root.is_dir():
@@ -142,12 +125,7 @@ def find_shards(argument: str, path: str, word: str, other: str, unnamed: bool) 
 
 
 class ShardTokens:
-    """Shards as one long array: slices are read from the files they lie in, and nothing else is.
-
-    Args:
-        shards: In order.
-        limit: Tokens to use, from the first on; None uses all.
-    """
+    """Shards as one array of the first `limit` tokens, or all: slices are read from their files, nothing else is."""
 
     def __init__(self, shards: Sequence[Shard], limit: int | None = None) -> None:
         self.shards = tuple(shards)

@@ -8,38 +8,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
 
 from lightning_spectral.nanogpt.blocks import BlockData, Blocks, BlockSampler, ResumableLoader
 from lightning_spectral.nanogpt.shard_files import ShardTokens, find_shards
 
 
 class DocumentBlocks(Blocks):
-    """Blocks that begin where a document does.
+    """Blocks that begin where a document does, which begins with `eos_token`.
 
-    Each block moves forward to the first document that begins in it, and stays where it is if none does, or if the
-    text would end before the block. So a block is a function of its index, found without reading others. As blocks
-    move by different distances, each by less than its size, some tokens between them are left out and others come
-    twice; on average each comes once.
-
-    Args:
-        tokens: As for `Blocks`.
-        block_size: Tokens of a block.
-        eos_token: The token with which a document begins.
+    Each block moves forward to the first document that begins in it, and stays where it is if none does, or if the text
+    would end before the block. So a block is a function of its index, found without reading others. As blocks move by
+    different distances, each by less than its size, some tokens between them are left out and others come twice; on
+    average each comes once.
     """
 
     def __init__(self, tokens: Any, block_size: int, eos_token: int) -> None:
         super().__init__(tokens, block_size)
         self.eos_token = eos_token
 
+    @override
     def start(self, index: int) -> int:
-        """Place a block.
-
-        Args:
-            index: Which one.
-
-        Returns:
-            The index of its first token in the text.
-        """
         start = super().start(index)
         last = min(start + self.block_size, len(self.tokens) - self.block_size)
         documents = np.flatnonzero(self.tokens[start:last] == self.eos_token)
@@ -51,14 +40,8 @@ class StreamSampler(DistributedSampler[int]):
 
     With B blocks in a rank's batch and R ranks, a global batch is the next B R blocks, of which rank r takes those from
     r B on; so R ranks of batch size B see what one rank of batch size B R sees. After the last block comes the first
-    one, in the same batch. An iteration is a pass through the blocks as far as it has whole global batches; the
-    next one begins wherever `start` says.
-
-    Args:
-        num_blocks: How many blocks there are.
-        batch_size: Blocks in a rank's batch, B.
-        num_replicas: Number of ranks, R.
-        rank: Which of them this is, from 0.
+    one, in the same batch. An iteration is a pass through the blocks as far as it has whole global batches; the next
+    one begins wherever `start` says.
     """
 
     def __init__(self, num_blocks: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -101,6 +84,7 @@ class StreamLoader(ResumableLoader):
             self._num_tokens += self.batch_size * self.sampler.num_replicas * block_size
             yield batch
 
+    @override
     def state_dict(self) -> dict[str, int]:
         """Give the position after the last batch handed out.
 
@@ -112,12 +96,8 @@ class StreamLoader(ResumableLoader):
             return {}
         return {"num_tokens": self._num_tokens, "total": len(self.dataset.tokens)}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Make the next iteration go on from a position.
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
         if not state_dict or not isinstance(self.sampler, StreamSampler):
             return
         if state_dict["total"] != len(self.dataset.tokens):
@@ -215,16 +195,9 @@ class ShardData(BlockData):
         """Number of token values: 50257, GPT-2's; the model may have more, and refuses larger tokens."""
         return 50257
 
+    @override
     def setup(self, stage: str | None = None) -> None:
-        """Find and check the shards, once; no token is read.
-
-        Args:
-            stage: Not used: all shards are checked for all of them.
-
-        Raises:
-            ValueError: If there are no shards, one is damaged, or there are too few tokens for a block or for
-                validation.
-        """
+        """Find and check the shards, once; no token is read. ValueError for damage, or too few tokens."""
         if self._train is not None:
             return
         separate = self.val_path is not None
@@ -259,6 +232,7 @@ class ShardData(BlockData):
         )
         self._val = Blocks(val, self.block_size)
 
+    @override
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Build the loader of this rank's validation batches.
 
@@ -281,5 +255,6 @@ class ShardData(BlockData):
         sampler = BlockSampler(len(blocks), batch_size, num_replicas, rank, shuffle=False)
         return self._build_loader(DataLoader, blocks, sampler, batch_size=batch_size)
 
+    @override
     def _sampler(self, blocks: Blocks, shuffle: bool) -> StreamSampler:
         return StreamSampler(len(blocks), self.batch_size, *self._replicas_and_rank())
