@@ -29,11 +29,11 @@ commands: {", ".join((*COMMANDS, *RUN_COMMANDS))}
   lightning-spectral compare 'logs/base/*' 'logs/variant/*' --plot comparison.png
   lightning-spectral forecast 'logs/*' --target 2.0
 
-`lightning` and `python -m lightning_spectral` are the same command; COMMAND --help lists its options."""
+`python -m lightning_spectral` and, for these commands, `lightning` are the same; COMMAND --help lists its options."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; the entry point of the console scripts.
+    """Run a command; the entry point of the console script.
 
     Args:
         args: The words after the program's name; None takes them from the command line.

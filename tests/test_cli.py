@@ -1,5 +1,6 @@
 """The command line as users meet it: from YAML, with their own model in the current folder, and with mistakes."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import _lightning_spectral_command as script
 from lightning_spectral import cli
 from tests.runs.made_up import made_up
 from tests.test_readme import readme_command
@@ -158,10 +160,127 @@ def test_runs_are_read_as_the_readme_says(
 
 
 def test_console_scripts_and_module_are_one_command() -> None:
-    scripts = {script.name: script.load() for script in distribution("lightning-spectral").entry_points}
-    assert scripts == {"lightning": cli.main, "lightning-spectral": cli.main}
+    scripts = {entry.name: entry.load() for entry in distribution("lightning-spectral").entry_points}
+    assert scripts == {"lightning": script.lightning, "lightning-spectral": cli.main}
+    assert script.COMMANDS == cli.COMMANDS + cli.RUN_COMMANDS
     output = subprocess.check_output([sys.executable, "-m", "lightning_spectral", "--version"], text=True)
     assert output == f"lightning-spectral {version('lightning-spectral')}\n"
+
+
+OTHER_PROGRAM = """
+import json, sys
+
+
+def main_cli():
+    print(json.dumps({"argv": sys.argv, "torch": "torch" in sys.modules}))
+    return 7
+"""
+
+
+@pytest.fixture
+def other_package(tmp_path: Path) -> Path:
+    """A folder with a stand-in for lightning-sdk: its metadata, under the name it writes there, and its program."""
+    metadata = tmp_path / "lightning_sdk-2026.10.13.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: lightning_sdk\nVersion: 2026.10.13\n")
+    (metadata / "entry_points.txt").write_text(
+        "[console_scripts]\nlightning = lightning_sdk:main_cli\nlightning-sdk = lightning_sdk:main_cli\n"
+    )
+    (tmp_path / "lightning_sdk.py").write_text(OTHER_PROGRAM)
+    return tmp_path
+
+
+def run_script(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call `lightning` as pip writes it, with what a folder holds installed beside this package."""
+    path = folder / "lightning"
+    path.write_text("import sys\nfrom _lightning_spectral_command import lightning\nsys.exit(lightning())\n")
+    return subprocess.run(
+        [sys.executable, str(path), *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["login"], ["job", "run", "--name", "a b", "--", "fit"], ["--install"]], ids=" ".join
+)
+def test_a_foreign_command_is_handed_on_unchanged(words: list[str], other_package: Path) -> None:
+    run = run_script(other_package, *words)
+    assert json.loads(run.stdout) == {"argv": [str(other_package / "lightning"), *words], "torch": False}
+    assert run.returncode == 7
+    assert run.stderr == (
+        f"lightning-spectral: {words[0]!r} is not one of fit, validate, test, predict, show, compare, forecast: "
+        "handed on to lightning-sdk\n"
+    )
+
+
+def test_completion_is_handed_on_in_silence(other_package: Path) -> None:
+    run = run_script(other_package, _LIGHTNING_COMPLETE="bash_complete")
+    assert json.loads(run.stdout)["argv"] == [str(other_package / "lightning")]
+    assert (run.returncode, run.stderr) == (7, "")
+
+
+def test_a_foreign_package_that_does_not_load_is_one_line(other_package: Path) -> None:
+    (other_package / "lightning_sdk.py").write_text("import not_there\n")
+    run = run_script(other_package, "login")
+    assert run.returncode == 2
+    assert run.stderr == (
+        "lightning-spectral: error: command 'login' is for lightning-sdk, but its lightning_sdk:main_cli cannot be "
+        "imported, got ModuleNotFoundError: No module named 'not_there': reinstall lightning-sdk\n"
+    )
+
+
+def test_ours_wins_over_a_command_of_the_same_name(other_package: Path) -> None:
+    run = run_script(other_package, "forecast", "--help")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: lightning-spectral forecast")
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize(("words", "says_more"), [([], True), (["--help"], True), (["--version"], False)])
+def test_help_names_the_other_package(
+    words: list[str],
+    says_more: bool,
+    other_package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli.main(words)
+    ours = capsys.readouterr().out
+    monkeypatch.syspath_prepend(other_package)
+    monkeypatch.setattr(sys, "argv", ["lightning", *words])
+    script.lightning()
+    more = "\nlightning-sdk is installed: `lightning` hands all other commands on to it, see lightning-sdk --help.\n"
+    assert capsys.readouterr().out == ours + more * says_more
+
+
+def test_nothing_is_handed_on_where_there_is_no_other_package(
+    other_package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Lightning's own of 2.5.0 does not count.
+    metadata = other_package / "lightning_sdk-2026.10.13.dist-info"
+    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: lightning\nVersion: 2.5.0\n")
+    metadata.rename(other_package / "lightning-2.5.0.dist-info")
+    monkeypatch.setattr(sys, "path", [str(other_package), str(REPOSITORY)])
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    with pytest.raises(SystemExit) as stop:
+        script.lightning()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("lightning-spectral: error: command must be one of fit, ")
+
+
+def test_the_other_names_stay_ours(other_package: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_spectral", "login"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(other_package), str(REPOSITORY)])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("lightning-spectral: error: command must be one of fit, ")
 
 
 @pytest.mark.parametrize(
