@@ -12,6 +12,7 @@ ALLOWED = {
     "metrics": {"functional"},
     "capture": set(),
     "measurement": {"functional", "metrics", "capture"},
+    "boards": set(),
     "tensorboard": set(),
     "callbacks": {"functional", "metrics", "capture", "measurement", "runs", "tensorboard", "terminal"},
     "terminal": set(),
@@ -20,7 +21,11 @@ ALLOWED = {
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""
 
-FOREIGN = {"functional": {"torch", "scipy"}, "nanogpt": {"torch", "lightning", "numpy", "rich", "typing_extensions"}}
+FOREIGN = {
+    "functional": {"torch", "scipy"},
+    "nanogpt": {"torch", "lightning", "numpy", "rich", "typing_extensions"},
+    "boards": {"torch", "numpy", "matplotlib", "wandb", "typing_extensions"},
+}
 """Parts that may import only these besides the standard library."""
 
 

@@ -1,0 +1,51 @@
+"""A run in MLflow's database, read back through its client."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import MLFlowLogger
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lightning_spectral.boards import boards_of
+
+
+@pytest.fixture(scope="module")
+def logger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLFlowLogger]:
+    """One database for all: its tables take seconds to make."""
+    home = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.chdir(home)  # whatever it may put beside the database
+        yield MLFlowLogger(tracking_uri=f"sqlite:///{home}/runs.db", artifact_location=f"file://{home}/artifacts")
+
+
+def fetch(logger: MLFlowLogger, path: str, to: Path) -> Path:
+    return Path(logger.experiment.download_artifacts(logger.run_id, path, str(to)))
+
+
+def test_a_figure_is_an_image_of_its_step(logger: MLFlowLogger, figure: Figure, tmp_path: Path) -> None:
+    (board,) = boards_of([logger])
+    board.figure("activation/spectra", figure, step=20)
+    with Image.open(fetch(logger, "activation/spectra/step_000020.png", tmp_path)) as image:
+        assert image.size == (640, 440)
+
+
+def test_a_table_holds_the_columns(logger: MLFlowLogger, columns: dict[str, Any], tmp_path: Path) -> None:
+    (board,) = boards_of([logger])
+    board.table("activation/values", columns, step=20)
+    heading, *rows = csv.reader(fetch(logger, "activation/values/step_000020.csv", tmp_path).read_text().splitlines())
+    assert heading == list(columns)
+    held = [(name, int(rank), float(value)) for name, rank, value in rows]
+    assert list(zip(*held, strict=True)) == [tuple(column) for column in columns.values()]
+
+
+def test_the_folder_is_there(logger: MLFlowLogger, folder: Path, tmp_path: Path) -> None:
+    (board,) = boards_of([logger])
+    board.artifact(folder, "spectral_record")
+    held = fetch(logger, "spectral_record", tmp_path)
+    assert sorted(path.name for path in held.rglob("*.*")) == ["meta.json", "step_000020.bin"]
+    assert (held / "spectra" / "step_000020.bin").read_bytes() == b"spectrum"
