@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.harness import Target, console, main, min_and_median, peak_bytes, seconds_of
 from lightning_spectral.capture.activations import ActivationReader
 from lightning_spectral.measurement.collector import RMS_EPS, Collector
-from lightning_spectral.measurement.report import decompose
+from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.nanogpt.model import GPT, Context, GPTConfig
 
@@ -107,9 +107,9 @@ class Setting:
         start = time.perf_counter()
         rtol = torch.finfo(torch.float32).eps
         spectra = [
-            spectrum.eigenvalues.numpy()
+            spectrum.values.numpy()
             for names, parts, _ in collector.pool()
-            for spectrum in decompose(names, parts, collector.failures, rtol=rtol)
+            for spectrum in decompose(names, parts, collector.failures, rtol=rtol).values()
         ]
         self.solving = time.perf_counter() - start
         self.own = reading.seconds + self.solving

@@ -10,8 +10,8 @@ from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.functional import gram
 from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.collector import Collector
+from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.gradient_report import decompose_grams
-from lightning_spectral.measurement.report import decompose
 
 GROUPS = 4
 BATCH_TOKENS = 4096

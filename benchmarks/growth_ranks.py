@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.growth_parts import BATCH_TOKENS, Batch, Run
 from lightning_spectral.functional import gram
-from lightning_spectral.measurement.report import decompose
+from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.metrics.exchange import gram_share
 from lightning_spectral.metrics.reduction import reduce_moments
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.harness import Target, console, in_turn, main
 from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.collector import Collector
-from lightning_spectral.measurement.report import decompose
+from lightning_spectral.measurement.decomposition import decompose
 
 CALLS = 10
 """In a round, whose seconds are divided by them: a product of a millisecond is not timed alone."""

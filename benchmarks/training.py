@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.harness import Target, console, in_turn, main, seconds_of
 from benchmarks.turns import Run, Segments, side_by_side
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, TailForecaster
-from lightning_spectral.functional.forecast import forecast_tokens, leave_one_out
+from lightning_spectral.functional.forecast import backtest, forecast_tokens
 from lightning_spectral.nanogpt import NanoGPT, TextData
 
 ACTIVATION_CADENCE = 100
@@ -196,7 +196,7 @@ def of_forecast() -> float:
 
     def forecast() -> None:
         forecast_tokens(alpha, tokens, at=1.5)
-        leave_one_out(alpha, tokens)
+        backtest(alpha, tokens)
 
     forecast()
     return min(seconds_of(forecast) for _ in range(5))

@@ -20,8 +20,7 @@ from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows
 from benchmarks.findings.runs import POINTS, Family, Setting
 from benchmarks.harness import environment
-from lightning_spectral.functional import partial_spearman
-from lightning_spectral.runs.spectrum import Spectrum
+from lightning_spectral.functional import Spectrum, partial_spearman
 
 LAYERS = ("gpt.blocks.0", "gpt.blocks.1")
 
@@ -233,7 +232,7 @@ def planted(effect: float, rng: np.random.Generator, sizes: tuple[int, ...] = (4
             exponent = 1.5 + effect * np.log2(size) + 0.02 * rng.standard_normal()
             values = ranks**-exponent
             groups = values * torch.exp(0.001 * torch.from_numpy(rng.standard_normal((4, 128))))
-            layers[layer] = Spectrum("activation", layer, 1, 1e5, values, groups, 32768, num_rows_without=24576)
+            layers[layer] = Spectrum(values, groups, count=32768, count_without=24576)
         found.append(
             {
                 "name": f"{size}-{seed}",

@@ -13,10 +13,14 @@ ALLOWED = {
     "capture": set(),
     "measurement": {"functional", "metrics", "capture"},
     "boards": set(),
-    "tensorboard": set(),
-    "callbacks": {"functional", "metrics", "capture", "measurement", "runs", "tensorboard", "terminal"},
     "terminal": set(),
+    "warner": set(),
     "runs": {"functional", "terminal"},
+    "recording": {"functional", "metrics", "capture", "measurement", "runs", "warner"},
+    "callbacks": {
+        *("functional", "metrics", "capture", "measurement", "boards"),
+        *("runs", "recording", "terminal", "warner"),
+    },
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""

@@ -27,9 +27,10 @@ from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, held_o
 from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import console, environment
 from lightning_spectral.functional import js_divergence, power_law, rankme
-from lightning_spectral.functional.floor import Sample, js_floor
+from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.floor import js_floor
 from lightning_spectral.measurement.collector import Collector
-from lightning_spectral.measurement.report import LayerSpectrum, decompose
+from lightning_spectral.measurement.decomposition import decompose
 
 HEAD, TAIL = (1, 10), (0.125, 0.5)
 NUM_GROUPS = 4
@@ -72,7 +73,7 @@ def cells_of(blocks: list[str], width: int) -> list[Cell]:
     return known + wide + [Cell(block, "trained", width, ratio) for block in blocks for ratio in RATIOS]
 
 
-def measured(sequences: Tensor, normalize: bool) -> LayerSpectrum:
+def measured(sequences: Tensor, normalize: bool) -> Spectrum:
     """What a callback would make of these rows: its own parts, in one batch.
 
     Args:
@@ -86,7 +87,7 @@ def measured(sequences: Tensor, normalize: bool) -> LayerSpectrum:
     collector.begin_batch(len(sequences), None)
     collector.add("layer", sequences)
     ((names, parts, _),) = collector.pool()
-    (spectrum,) = decompose(names, parts, collector.failures)
+    (spectrum,) = decompose(names, parts, collector.failures).values()
     return spectrum
 
 
@@ -95,7 +96,7 @@ def run_cell(cell: Cell, num_draws: int, num_steps: int, work: Path) -> dict[str
     population: Tensor | None = None
     if cell.spectrum == "trained":
         population = torch.load(work / population_of(num_steps), mmap=True)[cell.source]
-        truth = measured(population, normalize=True).eigenvalues
+        truth = measured(population, normalize=True).values
     else:
         truth = eigenvalues(cell.spectrum, cell.width)
     generator = torch.Generator().manual_seed(crc32(cell.name.encode()))
@@ -117,7 +118,7 @@ def is_done(cell: Cell, num_draws: int, num_steps: int, work: Path) -> bool:
     return found.get("num_draws") == num_draws and same_model
 
 
-def judge(draws: list[LayerSpectrum], truth: Tensor) -> dict[str, Any]:
+def judge(draws: list[Spectrum], truth: Tensor) -> dict[str, Any]:
     """Bias, spread and coverage of what a report says, over draws.
 
     Args:
@@ -128,19 +129,18 @@ def judge(draws: list[LayerSpectrum], truth: Tensor) -> dict[str, Any]:
         Numbers by name, bands apart.
     """
     found: dict[str, Any] = {"tail": exponents(draws, truth, TAIL), "head": exponents(draws, truth, HEAD)}
-    values = torch.stack([draw.eigenvalues for draw in draws])
+    values = torch.stack([draw.values for draw in draws])
     found["rankme_bias"] = float((rankme(values).mean() / rankme(truth)) - 1)
     found["js_to_truth"] = float(js_divergence(values, truth).mean())
     pairs = list(zip(draws[::2], draws[1::2], strict=True))
     between = js_divergence(values[::2], values[1::2])
-    samples = [[Sample(draw.eigenvalues, draw.leave_one_out) for draw in pair] for pair in pairs]
-    floors = torch.stack([js_floor(*pair) for pair in samples])
+    floors = torch.stack([js_floor(*pair) for pair in pairs])
     found["js_between_draws"] = float(between.mean())
     found["beyond_js_floor"] = float((between > floors).double().mean())
     return found
 
 
-def exponents(draws: list[LayerSpectrum], truth: Tensor, band: Any) -> dict[str, float]:
+def exponents(draws: list[Spectrum], truth: Tensor, band: Any) -> dict[str, float]:
     fits = [draw.exponent(band) for draw in draws]
     plain, corrected, stderr = (
         torch.tensor([getattr(fit, name) for fit in fits], dtype=torch.float64)

@@ -28,9 +28,8 @@ from benchmarks.findings.runs import (
 )
 from benchmarks.harness import environment
 from lightning_spectral import compare
-from lightning_spectral.functional import js_divergence
-from lightning_spectral.functional.floor import Sample, js_floor
-from lightning_spectral.runs.spectrum import Spectrum
+from lightning_spectral.functional import Spectrum, js_divergence
+from lightning_spectral.functional.floor import js_floor
 
 HEAD, TAIL = (1, 10), (0.125, 0.5)
 QUANTITIES = ("alpha_head", "alpha_tail", "rankme")
@@ -63,7 +62,8 @@ def measured(family: Family, setting: Setting) -> dict[str, Any]:
 
 def numbers(spectrum: Spectrum) -> dict[str, tuple[float, float]]:
     """Value and standard error of what a spectrum comes to."""
-    return dict(zip(QUANTITIES, (spectrum.exponent(HEAD), spectrum.exponent(TAIL), spectrum.rankme()), strict=True))
+    found = (spectrum.exponent(HEAD), spectrum.exponent(TAIL), spectrum.rankme())
+    return {quantity: (one.value, one.stderr) for quantity, one in zip(QUANTITIES, found, strict=True)}
 
 
 def divergences(runs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +80,7 @@ def divergences(runs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]
         spectra = [run["layers"][layer] for run in runs]
         values = torch.stack([spectrum.values for spectrum in spectra])
         found.append(js_divergence(values[:, None], values[None]).numpy())
-        samples = [Sample(spectrum.values, spectrum.leave_one_out) for spectrum in spectra]
-        floors.append([[0.0 if one is other else float(js_floor(one, other)) for other in samples] for one in samples])
+        floors.append([[0.0 if one is other else float(js_floor(one, other)) for other in spectra] for one in spectra])
     return np.stack(found), np.array(floors)
 
 

@@ -6,12 +6,10 @@ from typing import Any
 from lightning_spectral.boards import comet, mlflow, tensorboard, wandb
 from lightning_spectral.boards.board import Board
 from lightning_spectral.boards.figure import spectrum_figure
-from lightning_spectral.boards.histogram import EIGENVALUE_EDGES, SINGULAR_VALUE_EDGES, Histogram, log10_histogram
+from lightning_spectral.boards.histogram import Histogram, log10_histogram
 
 __all__ = [
     "BOARDS",
-    "EIGENVALUE_EDGES",
-    "SINGULAR_VALUE_EDGES",
     "Board",
     "Histogram",
     "boards_of",

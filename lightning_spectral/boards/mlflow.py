@@ -1,7 +1,5 @@
 """MLflow: figures, tables and the folder as files of the run; it knows no histograms."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +24,9 @@ class MLFlowBoard(Board):
 
     @override
     def table(self, tag: str, columns: Mapping[str, Sequence[float | str]], step: int) -> None:
-        """CSV, which the web page shows as a table; MLflow's own tables need pandas."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([tuple(columns), *zip(*columns.values(), strict=True)])
-        self.logger.experiment.log_text(self.logger.run_id, text.getvalue(), f"{tag}/step_{step:06d}.csv")
+        """JSON, a list for each column; MLflow's own tables need pandas."""
+        held = {heading: list(column) for heading, column in columns.items()}
+        self.logger.experiment.log_dict(self.logger.run_id, held, f"{tag}/step_{step:06d}.json")
 
     @override
     def artifact(self, folder: Path, name: str) -> None:

@@ -1,21 +1,21 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
-from collections.abc import Sequence
-from math import isnan
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from math import isnan, nan
+from typing import Any, Literal
 
-from lightning_spectral import tensorboard
-from lightning_spectral.callbacks.display import Line, SpectrumDisplay
-from lightning_spectral.callbacks.measuring import MeasuringCallback
-from lightning_spectral.callbacks.run_about import check_notes
-from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD
-from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
-from lightning_spectral.functional.spectrum import head_share, rankme
-from lightning_spectral.measurement import LayerSpectrum, Report
+from typing_extensions import override
+
+from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
+from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.functional.estimate import Exponent, Spectrum
+from lightning_spectral.functional.spectrum import head_share
+from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.terminal import number, with_error
 
 
-class ActivationSpectrum(MeasuringCallback):
+class ActivationSpectrum(LayersCallback):
     """Logs the spectrum of the activation covariance of chosen layers while a model trains.
 
     No extra forward pass: the training (or validation) pass itself is read, by forward hooks that change nothing. Each
@@ -55,12 +55,6 @@ class ActivationSpectrum(MeasuringCallback):
         mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
-        family: Name that comparable runs share in their records; None for one made of the model's class and its
-            configuration, without batch size, learning rate and seed.
-        tags: Whatever else the record of the run is to say, JSON-like.
-        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
-            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
-            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -102,25 +96,25 @@ class ActivationSpectrum(MeasuringCallback):
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
-        family: str | None = None,
-        tags: dict[str, Any] | None = None,
-        tokens_per_sample: int | str | None = None,
     ) -> None:
-        notes = check_notes(family, tags, tokens_per_sample)
-        super().__init__(
-            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
+        request = ActivationRequest(
+            stage=stage,
+            every_n_steps=every_n_steps,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            normalize=normalize,
+            dtype=dtype,
+            mask=mask,
+            dataloader_idx=dataloader_idx,
         )
-        check_band("head", head)
-        check_band("tail", tail)
-        self.head = cast(Band, tuple(head))
-        self.tail = cast(Band, tuple(tail))
-        self.display = self._display = SpectrumDisplay(
-            "activation",
-            "layer",
-            "eigenvalue",
-            tensorboard.EIGENVALUE_EDGES,
-            ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share"),
-            {
+        super().__init__(layers, request, prefix)
+        self.bands = Bands.of(head, tail)
+        self.display = Display(
+            self.kind,
+            charts={
+                name: [name] for name in ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share")
+            },
+            columns={
                 "alpha_tail": with_error("alpha_tail", 3),
                 "corrected": number("alpha_tail_corrected", 3),
                 "r2": number("r2_tail", 3),
@@ -128,53 +122,32 @@ class ActivationSpectrum(MeasuringCallback):
                 "RankMe": number("rankme", 1),
                 "tokens": number("num_tokens", 0),
             },
+            category="activation spectra",
         )
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """How the measurement is made and its spectra are summed up.
+        return super().settings() | self.bands.settings()
 
-        Returns:
-            JSON-like values by name.
-        """
-        return super().settings() | {"head": list(self.head), "tail": list(self.tail)}
-
+    @override
     def check_widths(self, widths: dict[str, int]) -> None:
-        """Refuse bands of ranks beyond the width of a layer.
-
-        Args:
-            widths: Width by layer.
-
-        Raises:
-            ValueError: Naming band and width.
-        """
         for width in widths.values():
-            resolve_band(self.tail, width, "tail")
-            # A layer narrower than the default head has no head exponent; nobody asked for it by rank.
-            if self.head != DEFAULT_HEAD:
-                resolve_band(self.head, width, "head")
+            self.bands.check(width)
 
+    @override
     def measured(self, report: Report) -> dict[str, float]:
-        """The logged values of each layer.
-
-        Args:
-            report: The shared report.
-
-        Returns:
-            Values by key, without the prefix.
-        """
-        rows = {name: self._describe(report, report.layers[name]) for name in self._layer_names}
-        self._display.note(report.step, rows)
+        rows = {name: self._describe(spectrum) for name, spectrum in self.spectra(report).items()}
+        assert self.display is not None
+        self.display.note(report.step, rows)
         return {f"activation/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
 
-    def _describe(self, report: Report, layer: LayerSpectrum) -> dict[str, float]:
-        head, tail = layer.exponent(self.head), layer.exponent(self.tail)
-        if layer.failure is None:
+    def _describe(self, spectrum: Spectrum) -> dict[str, float]:
+        head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)
+        if spectrum.failure is None:
             for exponent in (head, tail):
                 # With one group nobody asked for error bars.
                 if exponent.reason is not None and (self.request.num_groups > 1 or isnan(exponent.value)):
-                    self.warn(f"at step {report.step}, {layer.name}: NaN, because {exponent.reason}")
-        width = len(layer.eigenvalues)
-        has_values = layer.failure is None and width > 0
+                    self.warn(f"at step {spectrum.step}, {spectrum.name}: NaN, because {exponent.reason}")
         return {
             "alpha_tail": tail.value,
             "alpha_tail_stderr": tail.stderr,
@@ -182,40 +155,24 @@ class ActivationSpectrum(MeasuringCallback):
             "r2_tail": tail.r2,
             "alpha_head": head.value,
             "alpha_head_stderr": head.stderr,
-            "rankme": float(rankme(layer.eigenvalues)) if has_values else float("nan"),
-            "head_share": float(head_share(layer.eigenvalues, self._head_size(width))) if has_values else float("nan"),
-            "num_tokens": float(layer.num_tokens),
+            "rankme": spectrum.rankme().value,
+            "head_share": self._head_share(spectrum),
+            "num_tokens": float(spectrum.count),
         }
 
-    def _head_size(self, width: int) -> int:
-        hi = self.head[1]
-        return min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))
+    def _head_share(self, spectrum: Spectrum) -> float:
+        width, hi = len(spectrum.values), self.bands.head[1]
+        if spectrum.failure is not None:
+            return nan
+        return float(head_share(spectrum.values, min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))))
 
-    def lines(self, report: Report) -> dict[str, Line]:
-        """The spectra to show.
+    @override
+    def fits(self, report: Report) -> Mapping[str, tuple[Spectrum, Exponent]]:
+        spectra = self.spectra(report).items()
+        return {name: (one, one.exponent(self.bands.tail)) for name, one in spectra if one.failure is None}
 
-        Args:
-            report: The shared report.
-
-        Returns:
-            Those of the layers of this callback.
-        """
-        layers = {name: report.layers[name] for name in self._layer_names}
-        return {
-            name: Line.of(layer.eigenvalues, self.tail, layer.exponent(self.tail).value)
-            for name, layer in layers.items()
-            if layer.failure is None
-        }
-
+    @override
     def title(self, report: Report | None = None) -> str:
-        """What is shown.
-
-        Args:
-            report: One report, or None for all.
-
-        Returns:
-            A heading.
-        """
         if report is None:
             return f"activation spectra, {self.stage}"
         return f"activation covariance, {self.stage}, step {report.step}"

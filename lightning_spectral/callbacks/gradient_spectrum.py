@@ -1,39 +1,33 @@
 """The callback that watches the singular values of per-sample gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isnan
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from typing_extensions import override
 
-from lightning_spectral import tensorboard
-from lightning_spectral.callbacks.arguments import check_choice, check_positive
-from lightning_spectral.callbacks.display import Line, SpectrumDisplay
-from lightning_spectral.callbacks.loss_scale import loss_scale
-from lightning_spectral.callbacks.run_about import check_notes
-from lightning_spectral.callbacks.staged_callback import DEFAULT_HEAD, StagedCallback
-from lightning_spectral.capture.parameters import resolve_parameters, trainable_parameters
-from lightning_spectral.capture.shadow import BatchLoss, check_loss, load_loss
-from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
-from lightning_spectral.functional.spectrum import rankme
+from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
+from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.spectral_callback import SpectralCallback
+from lightning_spectral.capture.parameters import trainable_parameters
+from lightning_spectral.capture.shadow import load_loss
+from lightning_spectral.functional.estimate import Exponent, Spectrum
 from lightning_spectral.measurement import (
     GradientMeasurement,
     GradientReport,
     GradientRequest,
-    ParameterSpectrum,
-    WeightSpectrum,
+    ParameterGradients,
+    Session,
 )
-from lightning_spectral.measurement.report import Exponent
+from lightning_spectral.recording import RunRecorder
 from lightning_spectral.terminal import number, with_error
 
 SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""
 
 
-class GradientSpectrum(StagedCallback):
+class GradientSpectrum(SpectralCallback):
     r"""Logs the singular values of per-sample gradients of chosen weights while a model trains.
 
     The gradient of each sample's own loss is a row of an N x P matrix; its singular values, neither centred nor scaled
@@ -90,12 +84,6 @@ class GradientSpectrum(StagedCallback):
             gradient norm are then rounding, and zero.
         row_device: Where rows are kept, ``"cpu"`` for many parameters on a small GPU; None for where they are made.
         dataloader_idx: Which validation loader to read.
-        family: Name that comparable runs share in their records; None for one made of the model's class and its
-            configuration, without batch size, learning rate and seed.
-        tags: Whatever else the record of the run is to say, JSON-like.
-        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
-            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
-            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, keys that two
@@ -112,7 +100,7 @@ class GradientSpectrum(StagedCallback):
         >>> trainer = Trainer(callbacks=[GradientSpectrum(every_n_steps=100, method="hooks")], logger=False)
     """
 
-    kind = measures = "gradient"
+    kind = "gradient"
     quantities = (
         "alpha_tail",
         "alpha_tail_stderr",
@@ -126,6 +114,7 @@ class GradientSpectrum(StagedCallback):
         "num_samples",
     )
     weight_quantities = ("alpha_tail", "r2_tail", "alpha_head", "rankme")
+    measurement: GradientMeasurement | None
 
     def __init__(
         self,
@@ -145,46 +134,30 @@ class GradientSpectrum(StagedCallback):
         row_dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         row_device: str | None = None,
         dataloader_idx: int = 0,
-        family: str | None = None,
-        tags: dict[str, Any] | None = None,
-        tokens_per_sample: int | str | None = None,
     ) -> None:
-        notes = check_notes(family, tags, tokens_per_sample)
-        super().__init__(every_n_steps, stage, num_groups, dataloader_idx, prefix, notes)
-        check_positive(num_samples=num_samples)
-        if num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, got {num_samples}: 512 are usual")
-        if chunk_size is not None:
-            check_positive(chunk_size=chunk_size)
-        check_choice("method", method, ("auto", "vmap", "hooks", "loop"))
-        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        check_choice("row_dtype", row_dtype, ("float32", "bfloat16", "float64"))
-        if parameters is not None and not (
-            isinstance(parameters, Sequence) and all(isinstance(name, str) for name in parameters)
-        ):
-            raise ValueError(f"parameters must be None, 'all', a pattern or a list of patterns, got {parameters!r}")
-        try:
-            row_device = None if row_device is None else str(torch.device(row_device))
-        except RuntimeError as error:
-            raise ValueError(f"row_device must be a device such as 'cpu', or None, got {row_device!r}") from error
-        check_band("head", head)
-        check_band("tail", tail)
+        self.request = GradientRequest(
+            stage=stage,
+            every_n_steps=every_n_steps,
+            num_samples=num_samples,
+            method=method,
+            chunk_size=chunk_size,
+            loss_reduction=loss_reduction,
+            weights=weights,
+            num_groups=num_groups,
+            row_dtype=row_dtype,
+            row_device=row_device,
+            dataloader_idx=dataloader_idx,
+            parameters=tuple(parameters) if isinstance(parameters, list) else parameters,  # type: ignore[arg-type]
+            loss_fn=load_loss(loss_fn),
+        )
+        super().__init__(self.request, prefix)
         self.parameters = parameters
-        self.head = cast(Band, tuple(head))
-        self.tail = cast(Band, tuple(tail))
-        self.loss_fn = load_loss(loss_fn)
-        rows = (num_samples, method, chunk_size, loss_reduction, weights, num_groups, row_dtype, row_device)
-        self.request = GradientRequest(stage, every_n_steps, *rows, dataloader_idx)
-        self._measurement: GradientMeasurement | None = None
-        self._parameters: dict[str, nn.Parameter] = {}
+        self.bands = Bands.of(head, tail)
         self._is_whole_model = False
-        self.display = self._display = SpectrumDisplay(
-            "gradient",
-            "parameter",
-            "singular value",
-            tensorboard.SINGULAR_VALUE_EDGES,
-            ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm"),
-            {
+        self.display = Display(
+            self.kind,
+            charts={name: [name] for name in ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm")},
+            columns={
                 "alpha_tail": with_error("alpha_tail", 3),
                 "r2": number("r2_tail", 3),
                 "alpha_head": number("alpha_head", 3),
@@ -193,124 +166,72 @@ class GradientSpectrum(StagedCallback):
                 "norm": number("grad_norm", 4),
                 "samples": number("num_samples", 0),
             },
+            category="gradient spectra",
         )
 
     @property
+    @override
     def state_key(self) -> str:
-        """Name of the state in a checkpoint; callbacks with equal ones would write equal keys."""
         return self._generate_state_key(parameters=self.parameters, stage=self.stage, prefix=self.prefix)
 
+    @override
     def keys(self) -> list[str]:
-        """The keys this callback writes."""
-        keys = [f"gradient/{name}/{quantity}" for name in self._parameters for quantity in self.quantities]
+        keys = [f"gradient/{name}/{quantity}" for name in self.names for quantity in self.quantities]
         if self.request.weights:
             keys += [f"weight/{name}/{quantity}" for name in self._matrices() for quantity in self.weight_quantities]
         if self._is_whole_model:
             keys.append("gradient/noise_scale")
         return [*keys, "gradient/failed"]
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """How the measurement is made and its spectra are summed up.
-
-        Returns:
-            JSON-like values by name.
-        """
-        bands = {"head": list(self.head), "tail": list(self.tail)}
-        return asdict(self.request) | {"parameters": list(self._parameters)} | bands
+        return super().settings() | {"parameters": self.names} | self.bands.settings()
 
     def _matrices(self) -> list[str]:
-        return [name for name, parameter in self._parameters.items() if parameter.ndim >= 2]
+        assert self.measurement is not None
+        return [name for name, parameter in self.measurement.parameters.items() if parameter.ndim >= 2]
 
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> GradientMeasurement:
-        """Find the parameters and get ready to measure them.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module that is trained.
-
-        Returns:
-            A measurement of this callback's own.
-
-        Raises:
-            ValueError: For what cannot be measured, see the class.
-        """
+    @override
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
         strategy = type(trainer.strategy).__name__
         if any(word in strategy for word in SHARDING):
             raise ValueError(f"strategy must leave each rank whole parameters, got {strategy}: use 'ddp'")
-        if self.request.method != "hooks" or self.stage != "train":
-            check_loss(pl_module, self.loss_fn)
-        self._parameters = resolve_parameters(pl_module, self.parameters)
+        return super().join(trainer, pl_module)
+
+    @override
+    def watch(self, pl_module: LightningModule) -> list[str]:
+        assert self.measurement is not None
+        parameters = self.measurement.parameters
         trained = trainable_parameters(pl_module).values()
-        self._is_whole_model = {id(p) for p in trained} == {id(p) for p in self._parameters.values()}
-        self._check_bands()
-
-        def make_loss() -> BatchLoss:
-            context = trainer.precision_plugin.train_step_context
-            return BatchLoss(pl_module, self.loss_fn, context, trainer, loss_scale(trainer))
-
-        session = self.open(trainer)
-        try:
-            return GradientMeasurement(
-                self.request, self._parameters, pl_module, make_loss, pl_module.device, session.stopwatch
-            )
-        except ValueError:
-            self.close()
-            raise
-
-    def _check_bands(self) -> None:
-        for parameter in self._parameters.values():
-            num_values = min(self.request.num_samples, parameter.numel())
+        self._is_whole_model = {id(p) for p in trained} == {id(p) for p in parameters.values()}
+        for parameter in parameters.values():
             # A vector of few numbers has neither head nor tail; nobody asked for it by rank.
-            if isinstance(self.tail[0], int) and parameter.ndim >= 2:
-                resolve_band(self.tail, num_values, "tail")
-            if self.head != DEFAULT_HEAD and parameter.ndim >= 2:
-                resolve_band(self.head, num_values, "head")
+            if parameter.ndim >= 2:
+                self.bands.check(min(self.request.num_samples, parameter.numel()))
+        return list(parameters)
 
-    def leave(self, measurement: Any) -> None:
-        """Take the hooks off.
-
-        Args:
-            measurement: What :meth:`join` returned.
-        """
-        measurement.remove()
-
-    def failures(self, report: GradientReport) -> Iterator[tuple[str, str, bool]]:
-        """The parameters and weights that could not be measured.
-
-        Args:
-            report: The report.
-
-        Yields:
-            Name, reason, and whether other ranks may not know it.
-        """
-        for name, spectrum in report.parameters.items():
-            if spectrum.failure is not None:
-                yield name, spectrum.failure, spectrum.failed_here
-        for name, weight in report.weights.items():
+    @override
+    def failures(self, report: GradientReport) -> Iterator[tuple[str, Spectrum]]:
+        yield from super().failures(report)
+        for name, weight in report.spectra["weight"].items():
             if weight.failure is not None:
-                yield f"the weights of {name}", weight.failure, True
+                yield f"the weights of {name}", weight
 
+    @override
     def measured(self, report: GradientReport) -> dict[str, float]:
-        """The logged values of each parameter.
-
-        Args:
-            report: The report.
-
-        Returns:
-            Values by key, without the prefix.
-        """
         self._warn_of_remedies()
-        rows = {name: self._describe(report.step, spectrum) for name, spectrum in report.parameters.items()}
-        self._display.note(report.step, rows)
+        rows = {name: self._describe(found) for name, found in report.parameters.items()}
+        assert self.display is not None
+        self.display.note(report.step, rows)
         values = {f"gradient/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-        for name, spectrum in report.weights.items():
+        for name, spectrum in report.spectra["weight"].items():
             values |= {f"weight/{name}/{key}": value for key, value in self._describe_weight(spectrum).items()}
         if self._is_whole_model:
             values["gradient/noise_scale"] = report.noise_scale
         return values
 
     def _warn_of_remedies(self) -> None:
-        measurement = self._measurement
+        measurement = self.measurement
         if measurement is None:
             return
         if measurement.cause is not None:
@@ -318,66 +239,49 @@ class GradientSpectrum(StagedCallback):
         if measurement.halved:
             self.warn(f"ran out of memory at chunk_size={self.request.chunk_size}: now at {measurement.chunk_size}")
 
-    def _describe(self, step: int, spectrum: ParameterSpectrum) -> dict[str, float]:
-        head, tail = spectrum.exponent(self.head), spectrum.exponent(self.tail)
+    def _describe(self, found: ParameterGradients) -> dict[str, float]:
+        spectrum = found.spectrum
+        head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)
         if spectrum.failure is None:
             for exponent in (tail, head):
                 if exponent.reason is not None and self._is_worth_a_warning(exponent, spectrum):
-                    self.warn(f"at step {step}, {spectrum.name}: NaN, because {exponent.reason}")
-        has_values = spectrum.failure is None
+                    self.warn(f"at step {spectrum.step}, {spectrum.name}: NaN, because {exponent.reason}")
         return {
             "alpha_tail": tail.value,
             "alpha_tail_stderr": tail.stderr,
             "r2_tail": tail.r2,
             "alpha_head": head.value,
             "alpha_head_stderr": head.stderr,
-            "alpha_tail_centred": spectrum.centred_exponent(self.tail),
-            "rankme": float(rankme(spectrum.singular_values)) if has_values else torch.nan,
-            "noise_scale": float(spectrum.moments.noise_scale),
-            "grad_norm": spectrum.grad_norm,
-            "num_samples": float(spectrum.num_samples),
+            "alpha_tail_centred": found.centred.exponent(self.bands.tail).value,
+            "rankme": spectrum.rankme().value,
+            "noise_scale": float(found.moments.noise_scale),
+            "grad_norm": found.grad_norm,
+            "num_samples": float(spectrum.count),
         }
 
-    def _is_worth_a_warning(self, exponent: Exponent, spectrum: ParameterSpectrum) -> bool:
+    def _is_worth_a_warning(self, exponent: Exponent, spectrum: Spectrum) -> bool:
         if isnan(exponent.value):
             # A bias, or a matrix with fewer singular values than the default head, has no band; that is no news.
-            is_long = len(spectrum.singular_values) >= min(DEFAULT_HEAD[1], self.request.num_samples)
-            return spectrum.is_zero or (is_long and self._parameters[spectrum.name].ndim >= 2)
+            is_long = len(spectrum.values) >= min(DEFAULT_HEAD[1], self.request.num_samples)
+            return spectrum.is_zero or (is_long and spectrum.name in self._matrices())
         return self.request.num_groups > 1
 
-    def _describe_weight(self, spectrum: WeightSpectrum) -> dict[str, float]:
-        tail, head = spectrum.exponent(self.tail), spectrum.exponent(self.head)
+    def _describe_weight(self, spectrum: Spectrum) -> dict[str, float]:
+        tail, head = spectrum.exponent(self.bands.tail), spectrum.exponent(self.bands.head)
         return {
             "alpha_tail": tail.value,
             "r2_tail": tail.r2,
             "alpha_head": head.value,
-            "rankme": float(rankme(spectrum.singular_values)),
+            "rankme": spectrum.rankme().value,
         }
 
-    def lines(self, report: GradientReport) -> dict[str, Line]:
-        """The spectra to show.
+    @override
+    def fits(self, report: GradientReport) -> Mapping[str, tuple[Spectrum, Exponent]]:
+        spectra = self.spectra(report).items()
+        return {name: (one, one.exponent(self.bands.tail)) for name, one in spectra if one.failure is None}
 
-        Args:
-            report: The report.
-
-        Returns:
-            Those that were measured.
-        """
-        return {
-            name: Line.of(spectrum.singular_values, self.tail, spectrum.exponent(self.tail).value)
-            for name, spectrum in report.parameters.items()
-            if spectrum.failure is None
-        }
-
+    @override
     def title(self, report: GradientReport | None = None) -> str:
-        """What is shown.
-
-        Args:
-            report: One report, or None for all.
-
-        Returns:
-            A heading.
-        """
         if report is None:
             return f"gradient spectra, {self.stage}"
         first, last = report.span

@@ -4,24 +4,25 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from typing_extensions import override
 
-from lightning_spectral.callbacks.arguments import check_positive
-from lightning_spectral.callbacks.basis import Basis, RecordedBases
-from lightning_spectral.callbacks.display import ReportDisplay
-from lightning_spectral.callbacks.measuring import MeasuringCallback
-from lightning_spectral.callbacks.run_about import check_notes
-from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
+from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.recorded_bases import RecordedBases
+from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
-from lightning_spectral.measurement import Measurement, Report
+from lightning_spectral.measurement import ActivationRequest, Report
+from lightning_spectral.measurement.arguments import check_positive
 from lightning_spectral.terminal import number
 
 UNEQUAL = 0.1
 """Relative difference of two numbers of rows from which their spectra should not pass for samples of equal size."""
 
 
-class HeadDrift(MeasuringCallback):
+class HeadDrift(LayersCallback):
     r"""Logs how far the head of each layer's activation covariance has moved from a reference, beside sampling floors.
 
     Each report compares the span of the ``rank`` leading eigenvectors, and the whole spectrum, with those of a
@@ -75,12 +76,6 @@ class HeadDrift(MeasuringCallback):
         mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
-        family: Name that comparable runs share in their records; None for one made of the model's class and its
-            configuration, without batch size, learning rate and seed.
-        tags: Whatever else the record of the run is to say, JSON-like.
-        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
-            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
-            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -114,27 +109,29 @@ class HeadDrift(MeasuringCallback):
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
-        family: str | None = None,
-        tags: dict[str, Any] | None = None,
-        tokens_per_sample: int | str | None = None,
     ) -> None:
-        notes = check_notes(family, tags, tokens_per_sample)
-        super().__init__(
-            layers, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
+        request = ActivationRequest(
+            stage=stage,
+            every_n_steps=every_n_steps,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            normalize=normalize,
+            dtype=dtype,
+            mask=mask,
+            dataloader_idx=dataloader_idx,
         )
+        super().__init__(layers, request, prefix)
         check_positive(rank=rank)
         if not isinstance(reference, str) or not reference:
             raise ValueError(f"reference must be 'first', 'previous' or the path of a run, got {reference!r}")
         self.rank = self.num_vectors = rank
         self.reference = reference
-        self._bases: dict[str, Basis] = {}
+        self._bases: dict[str, Spectrum] = {}
         self._recorded: RecordedBases | None = None
-        self.display = self._display = ReportDisplay(
-            "drift",
-            "layer",
-            "head drift",
-            {quantity: (quantity, f"{quantity}_floor") for quantity in ("overlap", "max_angle", "js")},
-            {
+        self.display = Display(
+            self.kind,
+            charts={quantity: (quantity, f"{quantity}_floor") for quantity in ("overlap", "max_angle", "js")},
+            columns={
                 "overlap": number("overlap", 4),
                 "its floor": number("overlap_floor", 4),
                 "max angle": number("max_angle", 4),
@@ -143,133 +140,91 @@ class HeadDrift(MeasuringCallback):
                 "JS floor": number("js_floor", 6),
                 "tokens": number("num_tokens", 0),
             },
+            category="head drift",
         )
 
     @property
+    @override
     def state_key(self) -> str:
-        """Name of the state in a checkpoint: a reference of another rank would be of no use."""
+        # A reference of another rank would be of no use.
         return self._generate_state_key(
             layers=self.layers, stage=self.stage, prefix=self.prefix, rank=self.rank, reference=self.reference
         )
 
+    @override
     def title(self, report: Report | None = None) -> str:
-        """What is shown.
-
-        Args:
-            report: One report, or None for all.
-
-        Returns:
-            A heading.
-        """
         reference = f"the {self.reference} report" if self.reference in ("first", "previous") else self.reference
         heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.stage}"
         return heading if report is None else f"{heading}, step {report.step}"
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """How the measurement is made, and how many eigenvectors are kept.
-
-        Returns:
-            JSON-like values by name.
-        """
         return super().settings() | {"rank": self.rank}
 
+    @override
     def check_widths(self, widths: dict[str, int]) -> None:
-        """Refuse a rank beyond the width of a layer.
-
-        Args:
-            widths: Width by layer.
-
-        Raises:
-            ValueError: Naming rank, width and layer.
-        """
         for name, width in widths.items():
             if self.rank > width:
                 raise ValueError(f"rank must be at most {width}, the width of {name}, got {self.rank}: lower it")
             if self._recorded is not None:
                 self._recorded.check_width(name, width)
 
+    @override
     def summary(self) -> dict[str, Any]:
-        """The reference, and the first report and the last for the table.
-
-        Returns:
-            Plain numbers, strings and tensors.
-        """
         return {**super().summary(), "bases": {name: basis.state() for name, basis in self._bases.items()}}
 
+    @override
     def restore(self, summary: dict[str, Any]) -> None:
-        """Take up what :meth:`summary` gave.
-
-        Args:
-            summary: Its result, or an empty one to begin anew.
-        """
         super().restore(summary)
-        self._bases = {name: Basis.from_state(state) for name, state in summary.get("bases", {}).items()}
+        self._bases = {name: Spectrum.from_state(state) for name, state in summary.get("bases", {}).items()}
 
+    @override
+    def watch(self, pl_module: LightningModule) -> list[str]:
+        names = super().watch(pl_module)
+        self._recorded = None
+        if self.reference not in ("first", "previous"):
+            self._recorded = RecordedBases(self.reference, self.stage, self.request.normalize)
+            self._recorded.check(names, self.rank)
+        return names
+
+    @override
     def measured(self, report: Report) -> dict[str, float]:
-        """The logged values of each layer.
-
-        Args:
-            report: The shared report.
-
-        Returns:
-            Values by key, without the prefix.
-        """
-        layers = {name: report.layers[name] for name in self._layer_names}
-        bases = {name: Basis.of(layer, self.rank) for name, layer in layers.items() if layer.failure is None}
+        spectra = self.spectra(report)
+        # A shared report may hold more vectors.
+        bases = {name: one.leading(self.rank) for name, one in spectra.items() if one.failure is None}
         if self.reference == "first":
             # A layer whose first measurement failed begins with the first that did not.
             self._bases = bases | self._bases
         references = self._reference_for()
-        rows = {name: self._describe(report.step, name, bases.get(name), references.get(name)) for name in layers}
+        rows = {name: self._describe(report.step, name, bases.get(name), references.get(name)) for name in spectra}
         if self.reference == "previous":
             self._bases = self._bases | bases
-        tokens = {name: float(layer.num_tokens) for name, layer in layers.items()}
-        self._display.note(report.step, {name: {**row, "num_tokens": tokens[name]} for name, row in rows.items()})
+        assert self.display is not None
+        tokens = {name: {"num_tokens": float(spectrum.count)} for name, spectrum in spectra.items()}
+        self.display.note(report.step, {name: row | tokens[name] for name, row in rows.items()})
         return {f"drift/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
 
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
-        """Join the measurement, and open the run that is the reference.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module that is trained.
-
-        Returns:
-            The shared measurement.
-
-        Raises:
-            ValueError: If that run cannot be read, or does not hold what is needed of it.
-        """
-        measurement = super().join(trainer, pl_module)
-        self._recorded = None
-        if self.reference not in ("first", "previous"):
-            self._recorded = RecordedBases(self.reference, self.stage, self.request.normalize)
-            self._recorded.check(self._layer_names, self.rank)
-        return measurement
-
-    def _reference_for(self) -> dict[str, Basis]:
+    def _reference_for(self) -> dict[str, Spectrum]:
         if self._recorded is None:
             return self._bases
         if math.isnan(self.tokens):
             self.warn("has no reference outside training, where tokens are not counted")
             return {}
         # Every rank reads the file, so that all come to the same numbers.
-        return self._recorded.nearest(self.tokens, self._layer_names, self.rank)
+        return self._recorded.nearest(self.tokens, self.names, self.rank)
 
-    def _describe(self, step: int, name: str, basis: Basis | None, reference: Basis | None) -> dict[str, float]:
+    def _describe(self, step: int, name: str, basis: Spectrum | None, reference: Spectrum | None) -> dict[str, float]:
         row = dict.fromkeys(self.quantities, math.nan)
         if basis is None:
             return row
         # A report that is its own reference is one sample, however often it is named.
-        others = [] if reference is None or reference is basis else [reference.sample]
-        samples = [basis.sample, *others]
+        others = [] if reference is None or reference is basis else [reference]
+        samples = [basis, *others]
         row["js_floor"] = float(js_floor(*samples))
         if math.isnan(row["js_floor"]) and self.request.num_groups > 1:
             self.warn(f"at step {step}, {name}: no floors, because not every group of samples received rows")
         if reference is not None:
-            row["js"] = (
-                0.0 if reference is basis else float(js_divergence(basis.sample.values, reference.sample.values))
-            )
+            row["js"] = 0.0 if reference is basis else float(js_divergence(basis.values, reference.values))
             self._compare_rows(step, name, basis, reference)
         reason = self._why_no_vectors(samples)
         if reason is not None:
@@ -280,14 +235,14 @@ class HeadDrift(MeasuringCallback):
             row["overlap"], row["max_angle"] = _distance(*samples) if others else (1.0, 0.0)
         return row
 
-    def _compare_rows(self, step: int, name: str, basis: Basis, reference: Basis) -> None:
-        if abs(basis.num_tokens - reference.num_tokens) > UNEQUAL * max(basis.num_tokens, reference.num_tokens):
+    def _compare_rows(self, step: int, name: str, basis: Spectrum, reference: Spectrum) -> None:
+        if abs(basis.count - reference.count) > UNEQUAL * max(basis.count, reference.count):
             self.warn(
-                f"at step {step}, {name}: compares {basis.num_tokens} rows with {reference.num_tokens}, "
+                f"at step {step}, {name}: compares {basis.count} rows with {reference.count}, "
                 "and fewer rows alone make a spectrum steeper"
             )
 
-    def _why_no_vectors(self, samples: list[Sample]) -> str | None:
+    def _why_no_vectors(self, samples: list[Spectrum]) -> str | None:
         if any(sample.vectors is None or sample.leave_one_out_vectors is None for sample in samples):
             return "the reference holds no eigenvectors"
         num_positive = min(int((sample.values > 0).sum()) for sample in samples)
@@ -296,7 +251,7 @@ class HeadDrift(MeasuringCallback):
         return None
 
 
-def _distance(sample: Sample, reference: Sample) -> tuple[float, float]:
+def _distance(sample: Spectrum, reference: Spectrum) -> tuple[float, float]:
     assert sample.vectors is not None
     assert reference.vectors is not None
     overlap = subspace_overlap(sample.vectors, reference.vectors)

@@ -1,32 +1,38 @@
-"""What every callback of this package does with its numbers: claim keys, log, draw, warn, keep state."""
+"""What every callback of this package does with reports: claim keys, log, draw, warn, keep state."""
 
-import re
-import warnings
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
 
-from lightning_spectral import tensorboard
-from lightning_spectral.measurement import Session, session_of
+from lightning_spectral.boards import Board, boards_of
+from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.loss_scale import loss_scale
+from lightning_spectral.callbacks.session_callback import SessionCallback
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction
+from lightning_spectral.functional.estimate import Exponent, Spectrum
+from lightning_spectral.measurement import Report, Request, Scene, Session
+from lightning_spectral.recording import RunRecorder
+from lightning_spectral.runs.kinds import KINDS
+from lightning_spectral.warner import Warner
 
 SECONDS = "spectral/seconds"
 """Key of the time that measuring has cost so far; one for all callbacks of a Trainer with the same prefix."""
-RUN_STATE = "lightning_spectral.run"
-"""Key in a checkpoint of what all callbacks know of the run together. It does not depend on their arguments, so that
-counting goes on where a run is resumed with others."""
 
 
-class SpectralCallback(Callback):
-    """Logs values under keys that no other callback writes, and never lets a failure stop the training run.
+class SpectralCallback(SessionCallback):
+    """Takes the reports of a measurement and logs what they are worth; a failure never stops the training run.
 
-    A subclass says what it writes (``kind``, :meth:`keys`), may draw (:meth:`draw`) and keep a summary over a resume
-    (:meth:`summary`, :meth:`restore`). It calls :meth:`open` when its keys are known and :meth:`publish` when their
-    values are.
+    A subclass says what it writes (``kind``, :meth:`keys`), what is to be watched for it (:meth:`watch`) and what a
+    report comes to (:meth:`measured`); it may show spectra (``display``, :meth:`fits`), and keep a summary over a
+    resume (:meth:`summary`, :meth:`restore`).
 
     Args:
+        request: What is measured, and when.
         prefix: Put before every key.
 
     Raises:
@@ -34,122 +40,121 @@ class SpectralCallback(Callback):
     """
 
     kind: str
-    """First part of the keys."""
+    """First part of the keys: a row of the table of kinds."""
+    display: Display | None = None
+    """How reports are shown; None for a callback that only logs."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, request: Request, prefix: str) -> None:
+        super().__init__()
         if not isinstance(prefix, str):
             raise ValueError(f"prefix must be a string, got {prefix!r}: '' puts nothing before the keys")
         self.prefix = prefix
+        self.stage = request.stage
         self.num_failed = 0
         """Measurements that came to nothing so far; logged as ``{kind}/failed``."""
-        self._session: Session | None = None
+        self.names: list[str] = []
+        """Layers or parameters of the run under way."""
+        self._request = request
+        self._warner = Warner(type(self).__name__)
+        self._seen: Report | None = None
         self._writes_seconds = False
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
-        self._warned: set[str] = set()
-        self._kept_run: dict[str, Any] | None = None
-        self._run_before: dict[str, Any] | None = None
 
     def keys(self) -> list[str]:
-        """The keys this callback writes, without the prefix; known from :meth:`open` on."""
+        """The keys this callback writes, without the prefix; known once it has joined."""
         raise NotImplementedError
 
-    def draw(self, writer: Any, report: Any) -> None:
-        """Show a report in TensorBoard; on rank zero only.
+    def watch(self, pl_module: LightningModule) -> list[str]:
+        """Tell the measurement what to watch; returns names of layers or parameters, raises ValueError for none."""
+        raise NotImplementedError
 
-        Args:
-            writer: A SummaryWriter.
-            report: Whatever the subclass reports.
-        """
+    def measured(self, report: Any) -> dict[str, float]:
+        """What a report comes to, by key without the prefix; it may hold more than was asked for here."""
+        raise NotImplementedError
+
+    def check_early(self) -> None:
+        """Refuse settings that do not fit the model, after each batch, for what only shows then."""
+
+    def fits(self, report: Any) -> Mapping[str, tuple[Spectrum, Exponent]]:
+        """The spectra to show with the fit that is drawn, by name."""
+        return {}
+
+    def title(self, report: Any = None) -> str:
+        """Heading of one report, or of all; for a callback with a ``display``."""
+        raise NotImplementedError
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return self._request.settings()
+
+    def spectra(self, report: Report) -> dict[str, Spectrum]:
+        """This callback's own spectra in a report, by name."""
+        found = report.spectra[KINDS[self.kind].series]
+        return {name: found[name] for name in self.names}
+
+    def failures(self, report: Any) -> Iterator[tuple[str, Spectrum]]:
+        """What could not be measured, by what it is called in a warning."""
+        return ((name, spectrum) for name, spectrum in self.spectra(report).items() if spectrum.failure is not None)
+
+    def draw(self, boards: list[Board], report: Any) -> None:
+        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... and the last, the chart once."""
+        if self.display is not None:
+            self.display.draw(boards, self.prefix, report.step, self.fits(report))
+            if self.display.is_milestone:
+                self.draw_figure(boards, report)
+
+    def draw_figure(self, boards: list[Board], report: Any) -> None:
+        """The figure, and the spectra as a table, where there is a ``display`` of spectra."""
+        if self.display is not None:
+            self.display.draw_figure(boards, self.prefix, report.step, self.title(report), self.fits(report))
 
     def summary(self) -> dict[str, Any]:
-        """What a subclass wants to find again after a resume.
-
-        Returns:
-            Plain numbers, strings, lists, dictionaries and tensors.
-        """
-        return {}
+        """What to find again after a resume: plain numbers, strings, lists, dictionaries and tensors."""
+        return {} if self.display is None else self.display.state()
 
     def restore(self, summary: dict[str, Any]) -> None:
-        """Take up what :meth:`summary` gave.
+        """Take up what :meth:`summary` gave, or begin anew with an empty one."""
+        if self.display is not None:
+            self.display.restore(summary)
 
-        Args:
-            summary: Its result, or an empty one to begin anew.
-        """
-
-    def measurement_state(self) -> dict[str, Any]:
-        """What the measurement behind this callback needs to go on after a resume.
-
-        Returns:
-            Plain numbers.
-        """
-        return {}
-
-    def run_state(self) -> dict[str, Any] | None:
-        """What the record of the run needs to go on after a resume.
-
-        Returns:
-            Plain numbers and strings; None for no record.
-        """
-        return None
-
-    def begin_anew(self) -> None:
-        """Forget an earlier fit of this object, perhaps of another model, unless a checkpoint is being resumed."""
-        if self._restored is None:
-            self.num_failed = 0
-            self._kept = None
-            self._warned.clear()
-            self.restore({})
-
-    def open(self, trainer: Trainer) -> Session:
-        """Claim the keys and say that their values are not known yet.
-
-        Args:
-            trainer: The Trainer.
-
-        Returns:
-            What all callbacks of this Trainer share.
-
-        Raises:
-            ValueError: If another callback writes one of the keys.
-        """
-        session = session_of(trainer)
-        try:
-            session.claim((self.prefix + key for key in self.keys()), self)
-        except ValueError:
-            session.release(self)
-            raise
+    @override
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
+        session = super().join(trainer, pl_module)
+        self.measurement = session.share(self, self._request, _scene(trainer, pl_module, session))
+        self.names = self.watch(pl_module)
+        session.claim((self.prefix + key for key in self.keys()), self)
         self._writes_seconds = session.claim_shared(self.prefix + SECONDS, self)
-        self._session = session
+        if self._restored is not None:
+            # Whoever has a state gives it: others of the measurement, or of the session, may be new to this run.
+            self.measurement.load_state_dict(self._restored["measurement"])
+            # Before any clock runs that leaves this time out.
+            session.stopwatch.seconds = max(session.stopwatch.seconds, self._restored["seconds"])
         self.set_unknown(trainer)
+        shows = not trainer.is_global_zero or boards_of(trainer.loggers) or not trainer.loggers
+        if not shows and session.is_first("a warning of missing histograms"):
+            rank_zero_warn(
+                "lightning-spectral draws histograms and figures into TensorBoard, W&B, MLflow and Comet only, and no "
+                "logger is one: add a TensorBoardLogger to see them. Scalars go to every logger."
+            )
         return session
 
-    def close(self) -> None:
-        """Give the keys back; the state stays for checkpoints that are written after an exception, or after ``fit``."""
-        if self._session is not None:
-            self._kept, self._kept_run = self._state(self._session), self.run_state()
-            self._session.release(self)
-        self._session = self._restored = None
+    @override
+    def leave(self) -> None:
+        if self.session is not None:
+            self._kept = self._state(self.session)
+        super().leave()
+        self._seen = self._restored = None
 
     def set_unknown(self, trainer: Trainer) -> None:
-        """Set all keys to NaN: EarlyStopping and ModelCheckpoint refuse a key that is not there.
-
-        Args:
-            trainer: The Trainer.
-        """
+        """Set all keys to NaN: EarlyStopping and ModelCheckpoint refuse a key that is not there."""
         keys = [*self.keys(), SECONDS] if self._writes_seconds else self.keys()
-        self._set_callback_metrics(trainer, dict.fromkeys(keys, torch.nan))
+        self._set_callback_metrics(trainer, dict.fromkeys(keys, math.nan))
 
     def publish(self, trainer: Trainer, values: dict[str, float], step: int) -> None:
-        """Send values to every logger and to ``callback_metrics``.
-
-        Args:
-            trainer: The Trainer.
-            values: Values by key, without the prefix.
-            step: The global step they belong to.
-        """
-        if self._writes_seconds and self._session is not None:
-            values = {**values, SECONDS: self._session.stopwatch.seconds}
+        """Send values, by key without the prefix, to every logger and to ``callback_metrics``."""
+        if self._writes_seconds and self.session is not None:
+            values = {**values, SECONDS: self.session.stopwatch.seconds}
         for logger in trainer.loggers:
             logger.log_metrics({self.prefix + key: value for key, value in values.items()}, step=step)
         self._set_callback_metrics(trainer, values)
@@ -159,64 +164,119 @@ class SpectralCallback(Callback):
         tensors = {self.prefix + key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
         trainer.callback_metrics.update(tensors)
 
-    def show(self, trainer: Trainer, report: Any, draw: Callable[[Any, Any], None]) -> None:
-        """Draw into every TensorBoard writer there is.
+    def warn(self, message: str, on_this_rank: bool = False) -> None:
+        """Warn once per cause, see :class:`Warner`."""
+        self._warner.warn(message, on_this_rank)
 
-        Args:
-            trainer: The Trainer.
-            report: Whatever the subclass reports.
-            draw: Takes a writer and the report.
-        """
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stage == "validate" and not trainer.enable_validation:
+            rank_zero_warn(
+                f"{type(self).__name__}(stage='validate') will measure nothing: no validation will run. "
+                "Give the Trainer validation data, or use stage='train'."
+            )
+        if self._restored is None:
+            # Forget an earlier fit of this object, perhaps of another model.
+            self.num_failed, self._kept = 0, None
+            self._warner.clear()
+            self.restore({})
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.set_unknown(trainer)  # the sanity check clears what was there
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stage != "validate":
+            return
+        if self.session is None and trainer.state.fn == "validate":
+            self.join(trainer, pl_module)
+        num_loaders, index = len(trainer.num_val_batches), self._request.dataloader_idx
+        if index >= num_loaders:
+            raise ValueError(
+                f"dataloader_idx must be below {num_loaders}, the number of validation loaders, got {index}"
+            )
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_validation_batch_end(*args, **kwargs)
+        self.check_early()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.display is None or not trainer.is_global_zero:
+            return
+        if (report := self._seen) is not None and not self.display.is_milestone:
+            self._show(trainer, report, is_last=True)
+        try:
+            self.display.print(f"{self.prefix}{self.title()}")
+        except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
+            self.warn(f"could not print its table: {error!r}")
+
+    @override
+    def take_report(self, trainer: Trainer) -> None:
+        self.check_early()
+        if self.measurement is None or self.session is None or self.measurement.report is self._seen:
+            return
+        report = self._seen = self.measurement.report
+        assert report is not None
+        with self.session.stopwatch.running():
+            values = self._values(report)
+            self._show(trainer, report)
+        self.publish(trainer, values, report.step)
+
+    def _show(self, trainer: Trainer, report: Report, is_last: bool = False) -> None:
         if not trainer.is_global_zero:
             return
         try:
-            for writer in tensorboard.writers(trainer.loggers):
-                draw(writer, report)
+            if boards := boards_of(trainer.loggers):
+                (self.draw_figure if is_last else self.draw)(boards, report)
         except Exception as error:  # a full disk is not a reason to stop training
-            self.warn(f"could not draw into TensorBoard: {error!r}")
+            self.warn(f"could not draw into {', '.join(type(board).__name__ for board in boards)}: {error!r}")
 
-    def warn(self, message: str, on_this_rank: bool = False) -> None:
-        """Warn once per cause, whatever the numbers in it.
+    def _values(self, report: Report) -> dict[str, float]:
+        """The values of all keys; NaN for what failed, whatever the cause."""
+        for name, spectrum in self.failures(report):
+            self.num_failed += 1
+            self.warn(f"at step {report.step}, {name}: NaN, because {spectrum.failure}", spectrum.failed_here)
+        values = dict.fromkeys(self.keys(), math.nan)
+        try:
+            values |= self.measured(report)
+        except Exception as error:  # whatever it is, the training run is worth more than the measurement
+            self.num_failed += 1
+            self.warn(f"at step {report.step}: NaN, because {error!r}")
+        values[f"{self.kind}/failed"] = float(self.num_failed)
+        return values
 
-        Args:
-            message: What happened, with the cause.
-            on_this_rank: Warn here, whichever rank this is, of something that rank zero does not know.
-        """
-        cause = re.sub(r"\d+", "#", message)
-        if cause not in self._warned:
-            self._warned.add(cause)
-            (warnings.warn if on_this_rank else rank_zero_warn)(f"{type(self).__name__} {message}")
-
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the state where ``state_dict`` would have put it.
-
-        With a ``state_dict`` Lightning refuses two equal callbacks when the Trainer is made, in words that do not name
-        the keys both would write; our own check does, at the start of ``fit``.
-        """
-        state = self._kept if self._session is None else self._state(self._session)
+        # Where state_dict would have put it. With a state_dict Lightning refuses two equal callbacks when the Trainer
+        # is made, in words that do not name the keys both would write; our own check does, at the start of fit.
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = self._kept if self.session is None else self._state(self.session)
         if state is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = state
-        if (run := self._kept_run if self._session is None else self.run_state()) is not None:
-            checkpoint[RUN_STATE] = run
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up what is known of the run, whichever callbacks it had before."""
-        self._run_before = checkpoint.get(RUN_STATE)
-
-    def _state(self, session: Session) -> dict[str, Any]:
+    def _state(self, session: Session[RunRecorder]) -> dict[str, Any]:
         return {
-            "measurement": self.measurement_state(),
+            "measurement": {} if self.measurement is None else self.measurement.state_dict(),
             "seconds": session.stopwatch.seconds,
             "num_failed": self.num_failed,
             "summary": self.summary(),
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state from a checkpoint.
-
-        Args:
-            state_dict: What :meth:`on_save_checkpoint` stored.
-        """
         self._restored = state_dict
         self.num_failed = state_dict["num_failed"]
         self.restore(state_dict["summary"])
+
+
+def _scene(trainer: Trainer, pl_module: LightningModule, session: Session[RunRecorder]) -> Scene:
+    def make_loss(loss_fn: LossFunction | None) -> BatchLoss:
+        context = trainer.precision_plugin.train_step_context
+        return BatchLoss(pl_module, loss_fn, context, trainer, loss_scale(trainer))
+
+    return Scene(pl_module, pl_module.device, session.stopwatch, make_loss)

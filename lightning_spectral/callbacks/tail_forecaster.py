@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from typing_extensions import override
 
-from lightning_spectral import tensorboard
-from lightning_spectral.callbacks.measuring import MeasuringCallback
-from lightning_spectral.callbacks.run_about import check_notes
+from lightning_spectral.boards import Board
+from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.capture.layers import resolve_layers
-from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens, leave_one_out
+from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, forecast_tokens
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
-from lightning_spectral.measurement import Report
+from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.references import Reference, References, Wanted, alpha_at, find_references
 
@@ -24,7 +24,7 @@ NO_SKILL = 0.1
 """Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
 
 
-class TailForecaster(MeasuringCallback):
+class TailForecaster(LayersCallback):
     r"""Forecasts the training tokens until a loss is reached, from the tail of the deepest layer's spectrum.
 
     In *Spectral Lens* the tail exponent of the activation covariance, early in training, goes with the tokens that runs
@@ -67,12 +67,6 @@ class TailForecaster(MeasuringCallback):
         stop_if_relative_above: End training where ``relative`` is larger, whatever the skill; None for never.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
-        family: Name that comparable runs share in their records; None for one made of the model's class and its
-            configuration, without batch size, learning rate and seed.
-        tags: Whatever else the record of the run is to say, JSON-like.
-        tokens_per_sample: For the record, how training tokens are counted: so many a sample, or the key of a tensor
-            whose elements count, without those that are 0 in a mask or -100 in labels. None counts the elements of
-            ``input_ids``, else of the first integer tensor of two or more axes, else samples.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` where no validation will run to give
@@ -118,14 +112,18 @@ class TailForecaster(MeasuringCallback):
         stop_if_relative_above: float | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
-        family: str | None = None,
-        tags: dict[str, Any] | None = None,
-        tokens_per_sample: int | str | None = None,
     ) -> None:
-        notes = check_notes(family, tags, tokens_per_sample)
-        super().__init__(
-            layer, every_n_steps, stage, num_tokens, num_groups, normalize, dtype, mask, dataloader_idx, prefix, notes
+        request = ActivationRequest(
+            stage=stage,
+            every_n_steps=every_n_steps,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            normalize=normalize,
+            dtype=dtype,
+            mask=mask,
+            dataloader_idx=dataloader_idx,
         )
+        super().__init__(layer, request, prefix)
         if isinstance(target_loss, bool) or not isinstance(target_loss, (int, float)) or not math.isfinite(target_loss):
             raise ValueError(f"target_loss must be a finite number, got {target_loss!r}")
         if stop_if_relative_above is not None and not stop_if_relative_above >= 1:
@@ -145,36 +143,22 @@ class TailForecaster(MeasuringCallback):
         self._forecasts: list[dict[str, float]] = []
 
     @property
+    @override
     def state_key(self) -> str:
-        """Name of the state in a checkpoint."""
         return self._generate_state_key(
             layer=self.layers, stage=self.stage, target=self.target_loss, prefix=self.prefix
         )
 
+    @override
     def keys(self) -> list[str]:
-        """The keys this callback writes."""
         return [f"forecast/{quantity}" for quantity in (*self.quantities, "failed")]
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """How the measurement is made.
-
-        Returns:
-            JSON-like values by name.
-        """
         return super().settings() | {"tail": list(self.tail)}
 
+    @override
     def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """The one layer to measure.
-
-        Args:
-            pl_module: The module that is trained.
-
-        Returns:
-            The module by name.
-
-        Raises:
-            ValueError: If the pattern matches no layer, or several.
-        """
         try:
             found = resolve_layers(pl_module, self.layers)
         except ValueError as error:
@@ -185,37 +169,22 @@ class TailForecaster(MeasuringCallback):
             raise ValueError(f"layer must name one layer, got {self.layers!r}: it matches {', '.join(found)}")
         return found
 
+    @override
     def check_widths(self, widths: dict[str, int]) -> None:
-        """Refuse a band of ranks beyond the width of the layer.
-
-        Args:
-            widths: Width by layer.
-
-        Raises:
-            ValueError: Naming band and width.
-        """
         for width in widths.values():
             resolve_band(self.tail, width, "tail")
 
+    @override
     def summary(self) -> dict[str, Any]:
-        """Losses and forecasts so far.
-
-        Returns:
-            Plain numbers.
-        """
         return {"losses": self._losses, "forecasts": self._forecasts, "actual": self.actual}
 
+    @override
     def restore(self, summary: dict[str, Any]) -> None:
-        """Take up what :meth:`summary` gave.
-
-        Args:
-            summary: Its result, or an empty one to begin anew.
-        """
         self._losses, self._forecasts = list(summary.get("losses", [])), list(summary.get("forecasts", []))
         self.actual = summary.get("actual", math.nan)
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a run without the loss to watch, and join the measurement."""
         if not trainer.enable_validation and (self.stage == "validate" or "val" in self.monitor):
             raise ValueError(
                 f"monitor must be logged during fit, got {self.monitor!r}, but no validation will run: "
@@ -223,18 +192,19 @@ class TailForecaster(MeasuringCallback):
             )
         super().on_fit_start(trainer, pl_module)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for references: the family of the run is known now."""
         super().on_train_start(trainer, pl_module)
-        if self._recorder is None:
-            return
-        (layer,) = self._layer_names
-        reached = (self._recorder.family, self.target_loss, self.monitor)
+        assert self.session is not None
+        recorder = self.session.recorder
+        (layer,) = self.names
+        # The family of the run is known now.
+        reached = (recorder.family, self.target_loss, self.monitor)
         names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx")
         wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names})
         found = References([], {})
         if trainer.is_global_zero:
-            found = find_references(self.references, wanted, self._recorder.run_id)
+            found = find_references(self.references, wanted, recorder.run_id)
         # Ranks that look by themselves, while other runs come to their end, might find different ones.
         self._found = trainer.strategy.broadcast(found)
         if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
@@ -248,35 +218,29 @@ class TailForecaster(MeasuringCallback):
         elif self._found.skipped:
             rank_zero_info(f"TailForecaster uses {num_usable} references, and not: {self._found.reasons()}")
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a forecast if one is due; without validation, look at the loss with each."""
+        # Without validation, the loss is looked at with each report.
         before = self._seen
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not trainer.enable_validation and self._seen is not before:
             self._watch_loss(trainer)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether the target is reached."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit":
             self._watch_loss(trainer)
 
+    @override
     def measured(self, report: Report) -> dict[str, float]:
-        """The forecast from one report.
-
-        Args:
-            report: The shared report.
-
-        Returns:
-            Values by key, without the prefix.
-        """
-        (name,) = self._layer_names
+        ((name, spectrum),) = self.spectra(report).items()
         values = dict.fromkeys(self.quantities, math.nan)
-        exponent = report.layers[name].exponent(self.tail)
+        exponent = spectrum.exponent(self.tail)
         values |= self._forecast(name, exponent.value) | {"alpha_tail": exponent.value, "actual": self.actual}
-        if report.layers[name].failure is None and exponent.reason is not None and math.isnan(exponent.value):
+        if spectrum.failure is None and exponent.reason is not None and math.isnan(exponent.value):
             self.warn(f"at step {report.step}, {name}: NaN, because {exponent.reason}")
         self._forecasts.append({"step": float(report.step), "tokens": self.tokens, **values})
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
@@ -292,7 +256,7 @@ class TailForecaster(MeasuringCallback):
             return values
         alphas = torch.tensor([here[index] for index in known], dtype=torch.float64)
         tokens = torch.tensor([self._found.usable[index].tokens_to_target for index in known], dtype=torch.float64)
-        forecast, skill = forecast_tokens(alphas, tokens, alpha), leave_one_out(alphas, tokens)
+        forecast, skill = forecast_tokens(alphas, tokens, alpha), backtest(alphas, tokens)
         if skill.p_value > NO_SKILL:
             self.warn(
                 f"has no skill at {self.tokens:,.0f} tokens: its references forecast each other with a rank "
@@ -319,7 +283,7 @@ class TailForecaster(MeasuringCallback):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(key for key in trainer.callback_metrics if "loss" in key) or "no losses"
             raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
-        if trainer.sanity_checking or self._recorder is None:
+        if trainer.sanity_checking or self.session is None:
             return
         # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
         seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
@@ -328,9 +292,10 @@ class TailForecaster(MeasuringCallback):
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
             self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
-        facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self._layer_names[0]}
+        facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self.names[0]}
         facts |= {"actual": _known(self.actual), "forecasts": self._recorded()}
-        self._recorder.describe(forecast=self._recorder.described("forecast") | {self.prefix: facts})
+        recorder = self.session.recorder
+        recorder.describe(forecast=recorder.described("forecast") | {self.prefix: facts})
         self._stop_if_hopeless(trainer, loss)
 
     def _crossing(self) -> float:
@@ -354,17 +319,13 @@ class TailForecaster(MeasuringCallback):
                 f"more than stop_if_relative_above={self.stop_if_relative_above:g}"
             )
 
-    def draw(self, writer: Any, report: Report) -> None:
-        """Write the chart of forecast, interval and truth, once.
-
-        Args:
-            writer: A SummaryWriter.
-            report: The shared report.
-        """
+    @override
+    def draw(self, boards: list[Board], report: Report) -> None:
         start = f"{self.prefix}forecast"
         tokens = [f"{start}/{quantity}" for quantity in ("tokens_to_target", "low", "high", "actual")]
         charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": [f"{start}/skill", f"{start}/median_error"]}
-        tensorboard.add_charts(writer, "forecast", charts)
+        for board in boards:
+            board.charts("forecast", charts)
 
 
 def _known(value: float) -> float | None:

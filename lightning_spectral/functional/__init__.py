@@ -1,13 +1,14 @@
 """The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy's special functions."""
 
-from lightning_spectral.functional.floor import Sample, angle_floor, js_floor, overlap_floor
+from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
+from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.forecast import (
     MIN_REFERENCES,
     Forecast,
     Skill,
+    backtest,
     extrapolate_loss,
     forecast_tokens,
-    leave_one_out,
 )
 from lightning_spectral.functional.jackknife import Jackknife, jackknife
 from lightning_spectral.functional.moments import Moments, covariance, moments, pool
@@ -28,15 +29,18 @@ from lightning_spectral.functional.subspace import principal_angles, subspace_ov
 __all__ = [
     "MIN_REFERENCES",
     "Band",
+    "Estimate",
+    "Exponent",
     "Forecast",
     "GradientMoments",
     "Interval",
     "Jackknife",
     "Moments",
     "PowerLaw",
-    "Sample",
     "Skill",
+    "Spectrum",
     "angle_floor",
+    "backtest",
     "covariance",
     "covariance_spectrum",
     "eigenvalues",
@@ -49,7 +53,6 @@ __all__ = [
     "jackknife",
     "js_divergence",
     "js_floor",
-    "leave_one_out",
     "moments",
     "normalize",
     "overlap_floor",

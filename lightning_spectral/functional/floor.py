@@ -38,6 +38,7 @@ import torch
 from scipy.special import fdtri
 from torch import Tensor
 
+from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.functional.subspace import principal_angles
 
@@ -47,20 +48,7 @@ LEVEL = 0.95
 _TINY = 1e-300
 
 
-class Sample(NamedTuple):
-    """A spectrum as one report knows it, batched over leading axes."""
-
-    values: Tensor
-    """``(..., d)`` eigenvalues, descending."""
-    leave_one_out: Tensor
-    """``(..., G, d)`` eigenvalues without each group; G may be 0 where they are not known."""
-    vectors: Tensor | None = None
-    """``(..., d, k)`` leading eigenvectors as columns; only distances of subspaces need them."""
-    leave_one_out_vectors: Tensor | None = None
-    """``(..., G, d, k)`` leading eigenvectors without each group."""
-
-
-def js_floor(*samples: Sample) -> Tensor:
+def js_floor(*samples: Spectrum) -> Tensor:
     r"""Upper 95% limit of the Jensen-Shannon divergence of two samples of one process.
 
     Relative errors e of eigenvalues, normalised to p, come to :math:`\frac18 (\sum p e^2 - (\sum p e)^2)`: the parts c
@@ -77,13 +65,14 @@ def js_floor(*samples: Sample) -> Tensor:
         >>> import torch
         >>> halves = torch.tensor([[3.1, 1.0], [2.9, 1.0]])
         >>> expected = js_divergence(halves[0], halves[1]) / 2
-        >>> js_floor(Sample(torch.tensor([3.0, 1.0]), halves)) / expected  # F(1, 1): one pair says little of a scatter
+        >>> both = Spectrum(torch.tensor([3.0, 1.0]), halves)
+        >>> js_floor(both) / expected  # F(1, 1): one pair says little of a scatter
         tensor(161.4476, dtype=torch.float64)
     """
     return _limit([_js_noise(sample) for sample in samples]).clamp(max=math.log(2))
 
 
-def overlap_floor(*samples: Sample) -> Tensor:
+def overlap_floor(*samples: Spectrum) -> Tensor:
     r"""Lower 95% limit of the overlap of the leading eigenvectors of two samples of one process.
 
     To first order the squared rotation of direction i towards j is in proportion to
@@ -112,7 +101,7 @@ def overlap_floor(*samples: Sample) -> Tensor:
     return 1 - torch.minimum(inside, outside).clamp(max=min(rank, width - rank)) / rank
 
 
-def angle_floor(*samples: Sample) -> Tensor:
+def angle_floor(*samples: Spectrum) -> Tensor:
     r"""Upper 95% limit of the largest principal angle of the leading eigenvectors of two samples of one process.
 
     The degrees of freedom are those of the direction that turns most.
@@ -145,7 +134,7 @@ class _Noise(NamedTuple):
     num_groups: int
 
 
-def _js_noise(sample: Sample) -> _Noise:
+def _js_noise(sample: Spectrum) -> _Noise:
     first, second = _pairs(sample.leave_one_out)
     p = normalize(sample.values)
     square = p.square().sum(-1)
@@ -154,7 +143,7 @@ def _js_noise(sample: Sample) -> _Noise:
     return _Noise(_expected(sample, js_divergence(first, second)), _degrees(total, norm), _num_groups(sample))
 
 
-def _noise(sample: Sample, distances: Tensor, parts: Tensor) -> _Noise:
+def _noise(sample: Spectrum, distances: Tensor, parts: Tensor) -> _Noise:
     """From the distances ``(..., pairs)`` between estimates without each group, and the parts c ``(..., n)``."""
     degrees = _degrees(parts.sum(-1), torch.linalg.vector_norm(parts, dim=-1))
     return _Noise(_expected(sample, distances), degrees, _num_groups(sample))
@@ -165,7 +154,7 @@ def _degrees(total: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > 0, total / norm.clamp(min=_TINY), 1.0).clamp(min=1)
 
 
-def _num_groups(sample: Sample) -> int:
+def _num_groups(sample: Spectrum) -> int:
     return sample.leave_one_out.shape[-2]
 
 
@@ -175,23 +164,23 @@ def _pairs(estimates: Tensor, axis: int = -2) -> tuple[Tensor, Tensor]:
     return estimates.index_select(axis, first), estimates.index_select(axis, second)
 
 
-def _expected(sample: Sample, distances: Tensor) -> Tensor:
+def _expected(sample: Spectrum, distances: Tensor) -> Tensor:
     # The mean of no pair is NaN, and a sample without pairs is passed over.
     return (_num_groups(sample) - 1) ** 2 / max(_num_groups(sample), 1) * distances.mean(-1)
 
 
-def _vectors(sample: Sample) -> tuple[Tensor, Tensor]:
+def _vectors(sample: Spectrum) -> tuple[Tensor, Tensor]:
     if sample.vectors is None or sample.leave_one_out_vectors is None:
         raise ValueError("samples must have vectors and leave_one_out_vectors, got None: only js_floor does without")
     return sample.vectors, sample.leave_one_out_vectors
 
 
-def _angles(sample: Sample) -> Tensor:
+def _angles(sample: Spectrum) -> Tensor:
     """Principal angles ``(..., pairs, k)`` between the leading eigenvectors without each group."""
     return principal_angles(*_pairs(_vectors(sample)[1], axis=-3))
 
 
-def _rotations(sample: Sample) -> Tensor:
+def _rotations(sample: Spectrum) -> Tensor:
     """How far noise turns each leading eigenvector towards each other one, ``(..., k, d - k)`` up to a factor."""
     rank = _vectors(sample)[0].shape[-1]
     values = sample.values.to(torch.float64)

@@ -95,7 +95,7 @@ def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8
     return Forecast(float(centre.exp()), float((centre - reach).exp()), float((centre + reach).exp()))
 
 
-def leave_one_out(alpha: Tensor, tokens: Tensor) -> Skill:
+def backtest(alpha: Tensor, tokens: Tensor) -> Skill:
     r"""Forecast each reference from the others, and compare with what it took.
 
     *Rank correlation.* The mean of the others is low when the run left out is high, so forecasts of a family without
@@ -131,7 +131,7 @@ def leave_one_out(alpha: Tensor, tokens: Tensor) -> Skill:
     Example:
         >>> import torch
         >>> alpha = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
-        >>> skill = leave_one_out(alpha, torch.exp(14 + 2 * alpha))
+        >>> skill = backtest(alpha, torch.exp(14 + 2 * alpha))
         >>> round(skill.rank_correlation, 3), round(skill.p_value, 4), round(skill.median_error, 4)
         (1.0, 0.0028, 0.0)
     """

@@ -1,23 +1,21 @@
 """What the callbacks share: rows collected, reduced over ranks and decomposed, once per report."""
 
-from lightning_spectral.measurement.gradient_report import GradientReport, ParameterSpectrum, WeightSpectrum
+from lightning_spectral.measurement.activations import ActivationMeasurement, ActivationRequest
+from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
-from lightning_spectral.measurement.report import LayerSpectrum, Report
-from lightning_spectral.measurement.session import Session, session_of
-from lightning_spectral.measurement.shared import Measurement, Request
-from lightning_spectral.measurement.staged import StagedMeasurement
+from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.session import Session
 
 __all__ = [
+    "ActivationMeasurement",
+    "ActivationRequest",
     "GradientMeasurement",
     "GradientReport",
     "GradientRequest",
-    "LayerSpectrum",
     "Measurement",
-    "ParameterSpectrum",
+    "ParameterGradients",
     "Report",
     "Request",
+    "Scene",
     "Session",
-    "StagedMeasurement",
-    "WeightSpectrum",
-    "session_of",
 ]

@@ -1,66 +1,101 @@
-"""What all callbacks of one Trainer have in common: measurements, the keys they write, the time they took."""
+"""The conductor: takes each event of a loop once, and hands it to the recorder and to every measurement."""
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
-import torch
+from torch import Tensor
 
-from lightning_spectral.measurement.shared import Measurement, Request
+from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
 from lightning_spectral.measurement.stopwatch import Stopwatch
 
-T = TypeVar("T")
+
+class Recorder(Protocol):
+    """Who follows the events to keep a record, before the measurements do."""
+
+    def end_train_batch(self, batch: Any, loss: Tensor | None) -> None:
+        """A training batch has ended, with its loss if it has one."""
+
+    def start_validation(self) -> None:
+        """A validation run, not the sanity check, begins."""
+
+    def start_validation_batch(self, batch: Any, loader: int) -> None:
+        """A batch of a validation run begins."""
+
+    def add_report(self, measurement: Measurement, report: Report) -> None:
+        """A measurement has made a report."""
+
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+        """A validation run has ended, and its loss is known."""
+
+    def end_training(self, step: int) -> None:
+        """Training has ended."""
+
+    def end(self) -> None:
+        """The last member has left."""
 
 
-class Session:
-    """Lets callbacks that know nothing of each other share a measurement, and keeps two from writing one key."""
+R = TypeVar("R", bound=Recorder)
 
-    def __init__(self) -> None:
+
+class Session(Generic[R]):
+    """What all who take part in the watching of one loop have in common; they need not know of each other.
+
+    Members forward every event; who joined first leads, and only the leader's should be handed on (:meth:`is_led_by`).
+    Then all reports that an event brings about are made, and recorded, before the first member looks at one.
+
+    Args:
+        make_recorder: Makes the recorder, given the stopwatch.
+    """
+
+    def __init__(self, make_recorder: Callable[[Stopwatch], R]) -> None:
         self.stopwatch = Stopwatch()
         """Time spent in all measurements and reports so far, on this rank."""
-        self._measurements: weakref.WeakValueDictionary[Request, Measurement] = weakref.WeakValueDictionary()
+        self.recorder = make_recorder(self.stopwatch)
+        self.members: list[Any] = []
+        self._held: dict[int, tuple[Request, Measurement]] = {}
         self._owners: dict[str, weakref.ref[Any]] = {}
         self._done: set[str] = set()
-        self._shared: dict[Any, Any] = {}
 
-    def shared(self, kind: Callable[[Stopwatch], T]) -> T:
-        """The one object of a class that all callbacks of this Trainer have in common.
+    def join(self, member: Any) -> None:
+        """Take part."""
+        self.members.append(member)
 
-        Args:
-            kind: The class; made with the stopwatch, by the first who asks.
+    def is_led_by(self, member: Any) -> bool:
+        """Whether a member's events are those that count."""
+        return bool(self.members) and self.members[0] is member
 
-        Returns:
-            The object.
-        """
-        if kind not in self._shared:
-            self._shared[kind] = kind(self.stopwatch)
-        return self._shared[kind]
+    def leave(self, member: Any) -> None:
+        """Take part no longer; a measurement ends with the last member that holds it."""
+        self.members = [other for other in self.members if other is not member]
+        self._owners = {key: ref for key, ref in self._owners.items() if ref() not in (None, member)}
+        _, measurement = self._held.pop(id(member), (None, None))
+        if measurement is not None and measurement not in self.measurements:
+            measurement.remove()
+        if not self.members:
+            self.recorder.end()
 
-    def measurement(self, request: Request, device: torch.device) -> Measurement:
-        """The one measurement for a request; once its last member has left, the next to ask gets a new one.
-
-        Args:
-            request: What is to be measured, and when.
-            device: Where a new measurement keeps its sums.
-
-        Returns:
-            The shared measurement.
-        """
-        measurement = self._measurements.get(request)
-        # One that all have left may wait for the garbage collector, with what it knew of an earlier fit.
-        if measurement is None or not measurement.has_members:
-            self._measurements[request] = measurement = Measurement(request, device, self.stopwatch)
-        return measurement
-
-    def claim(self, keys: Iterable[str], owner: Any) -> None:
-        """Reserve the keys that a callback will write.
-
-        Args:
-            keys: Full names, prefix included.
-            owner: The callback.
+    def share(self, member: Any, request: Request, scene: Scene) -> Measurement:
+        """The one measurement for a request, which the member holds until it leaves.
 
         Raises:
-            ValueError: If another callback writes one of them.
+            ValueError: If the module does not allow it.
+        """
+        held = next((measurement for known, measurement in self._held.values() if known == request), None)
+        measurement = request.measure(scene) if held is None else held
+        self._held[id(member)] = request, measurement
+        return measurement
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """Each once, in the order in which they were asked for first."""
+        return list(dict.fromkeys(measurement for _, measurement in self._held.values()))
+
+    def claim(self, keys: Iterable[str], owner: Any) -> None:
+        """Reserve the full names of keys that a member will write.
+
+        Raises:
+            ValueError: If another member writes one of them.
         """
         for key in keys:
             other = self._owner(key)
@@ -70,55 +105,83 @@ class Session:
             self._owners[key] = weakref.ref(owner)
 
     def claim_shared(self, key: str, owner: Any) -> bool:
-        """Reserve a key that any callback may write and one should.
-
-        Args:
-            key: Full name, prefix included.
-            owner: The callback.
-
-        Returns:
-            Whether this owner is the one.
-        """
+        """Reserve a key that any member may write and one should; True if this owner is the one."""
         if self._owner(key) is None:
             self._owners[key] = weakref.ref(owner)
         return self._owner(key) is owner
-
-    def is_first(self, what: str) -> bool:
-        """Whether something that should happen once for all callbacks of a Trainer has not happened yet.
-
-        Args:
-            what: Its name.
-
-        Returns:
-            True the first time.
-        """
-        is_first = what not in self._done
-        self._done.add(what)
-        return is_first
-
-    def release(self, owner: Any) -> None:
-        """Give back all keys of a callback.
-
-        Args:
-            owner: The callback.
-        """
-        self._owners = {key: ref for key, ref in self._owners.items() if ref() not in (None, owner)}
 
     def _owner(self, key: str) -> Any:
         ref = self._owners.get(key)
         return None if ref is None else ref()
 
+    def is_first(self, what: str) -> bool:
+        """Whether something that should happen once for all members has not happened yet."""
+        is_first = what not in self._done
+        self._done.add(what)
+        return is_first
 
-_sessions: "weakref.WeakKeyDictionary[Any, Session]" = weakref.WeakKeyDictionary()
+    def start_training(self, step: int) -> None:
+        """Training begins, or resumes, at a step; the recorder is started by who knows what it is to say."""
+        for measurement in self.measurements:
+            measurement.start_training(step)
 
+    def start_train_batch(self, batch: Any, step: int) -> None:
+        """A training batch begins."""
+        for measurement in self.measurements:
+            measurement.start_train_batch(batch, step)
 
-def session_of(trainer: Any) -> Session:
-    """The session of a Trainer.
+    def before_backward(self, scale: Callable[[], float]) -> None:
+        """A backward pass begins, see :meth:`Measurement.before_backward`."""
+        for measurement in self.measurements:
+            measurement.before_backward(scale)
 
-    Args:
-        trainer: Any object that lives as long as the session should.
+    def after_backward(self, is_last: bool) -> None:
+        """A backward pass has ended."""
+        for measurement in self.measurements:
+            measurement.after_backward(is_last)
 
-    Returns:
-        The same session for the same trainer.
-    """
-    return _sessions.setdefault(trainer, Session())
+    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
+        """A training batch has ended; all reports that are due are made."""
+        self.recorder.end_train_batch(batch, loss)
+        for measurement in self.measurements:
+            before = measurement.report
+            measurement.end_train_batch(step)
+            self._record(measurement, before)
+
+    def start_validation(self, step: int, always: bool) -> None:
+        """A validation run begins; it is measured however early it comes, if always."""
+        self.recorder.start_validation()
+        for measurement in self.measurements:
+            measurement.start_validation(step, always)
+
+    def start_validation_batch(self, batch: Any, loader: int, step: int, is_check: bool) -> None:
+        """A validation batch begins, maybe of the sanity check."""
+        if not is_check:
+            self.recorder.start_validation_batch(batch, loader)
+        for measurement in self.measurements:
+            if measurement.loader == loader:
+                measurement.start_validation_batch(batch, step)
+
+    def end_validation_batch(self) -> None:
+        """A validation batch has ended."""
+        for measurement in self.measurements:
+            measurement.end_validation_batch()
+
+    def end_validation_rows(self, step: int) -> None:
+        """The last batch of a validation run has ended; all its reports are made."""
+        for measurement in self.measurements:
+            before = measurement.report
+            measurement.end_validation(step)
+            self._record(measurement, before)
+
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+        """A validation run has ended, and its loss is among the metrics."""
+        self.recorder.end_validation(step, metrics, num_loaders)
+
+    def end_training(self, step: int) -> None:
+        """Training has ended."""
+        self.recorder.end_training(step)
+
+    def _record(self, measurement: Measurement, before: Report | None) -> None:
+        if (report := measurement.report) is not None and report is not before:
+            self.recorder.add_report(measurement, report)

@@ -5,7 +5,6 @@ from lightning_spectral.runs.forecasting import FamilyForecast, forecast
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.record import Record, Row
 from lightning_spectral.runs.run import Matched, Run, open_runs
-from lightning_spectral.runs.spectrum import Spectrum
 from lightning_spectral.runs.verdict import Verdict
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "Row",
     "Run",
     "Shift",
-    "Spectrum",
     "Verdict",
     "compare",
     "forecast",

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from lightning_spectral.functional.floor import Sample, js_floor
+from lightning_spectral.functional.floor import js_floor
 from lightning_spectral.functional.spectrum import js_divergence
+from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import (
     Measured,
     bands_of,
@@ -80,7 +81,7 @@ class Comparison(NamedTuple):
     verdict: Verdict
     run_floor: Scatter
     """What seeds show, as it is used."""
-    left_out: dict[str, str]
+    left_out: dict[Key, str]
     """Spectra that cannot be compared, and why."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Comparison(NamedTuple):
             "gains": {name: gain._asdict() for name, gain in self.gains.items()},
             "shifts": [shift._asdict() for shift in self.shifts],
             "verdict": self.verdict._asdict(),
-            "left_out": self.left_out,
+            "left_out": {f"{key.kind}/{key.name}": reason for key, reason in self.left_out.items()},
             "run_floor": self.run_floor.as_dict(),
         }
 
@@ -145,7 +146,7 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
     gains = {quantity: _gain(quantity, measured) for quantity in BETTER}
     shifts, means = [], []
     for kind in kinds:
-        names = [key.partition("/")[2] for key in first[0].spectra if key.startswith(f"{kind}/")]
+        names = [key.name for key in first[0].spectra if key.kind == kind]
         if names:
             of_names = [shift for name in names for shift in _shifts(kind, name, measured)]
             means.append(_mean_shift(kind, of_names, measured))
@@ -209,17 +210,17 @@ class _Sides(NamedTuple):
     def both(self) -> tuple[list[Measured], list[Measured]]:
         return self.base, self.variant
 
-    def floor(self, key: str) -> float:
+    def floor(self, key: Key) -> float:
         return self.known.floor(key, len(self.base), len(self.variant))
 
-    def means(self, key: str) -> list[float]:
+    def means(self, key: Key) -> list[float]:
         return [float(np.mean([number(run, key) for run in side])) for side in self.both]
 
 
 def _gain(quantity: str, sides: _Sides) -> Gain:
-    first, second = sides.means(quantity)
+    first, second = sides.means(Key(quantity))
     difference = BETTER[quantity] * (second - first)
-    floor = sides.floor(quantity)
+    floor = sides.floor(Key(quantity))
     is_detected = not isnan(floor) and abs(difference) > max(floor, log(1 + MIN_GAIN))
     low, high = (exp(difference + sign * floor) - 1 for sign in (-1, 1))
     run_floor = exp(floor if difference >= 0 else -floor) - 1
@@ -230,7 +231,7 @@ def _shifts(kind: str, name: str, sides: _Sides) -> Iterator[Shift]:
     """How one layer's, or parameter's, spectrum moved."""
     yield _js_shift(kind, name, sides)
     for quantity in ("alpha_head", "alpha_tail", "rankme"):
-        key = f"{kind}/{name}/{quantity}"
+        key = Key(quantity, kind, name)
         first, second = sides.means(key)
         shift, run_floor, sampling_floor = second - first, sides.floor(key), _sampling_floor(key, sides)
         interval = (shift - run_floor, shift + run_floor)
@@ -239,12 +240,13 @@ def _shifts(kind: str, name: str, sides: _Sides) -> Iterator[Shift]:
 
 
 def _js_shift(kind: str, name: str, sides: _Sides) -> Shift:
-    spectra = [[run.spectra[f"{kind}/{name}"] for run in side] for side in sides.both]
+    key = Key("js", kind, name)
+    spectra = [[run.spectra[key] for run in side] for side in sides.both]
     shift = float(js_divergence(*(mean_spectrum([spectrum.values for spectrum in side]) for side in spectra)))
     # Between means over runs, the sampling of rows shows less than between two.
     share = (1 / len(sides.base) + 1 / len(sides.variant)) / 2
-    samples = [Sample(spectrum.values, spectrum.leave_one_out) for side in spectra for spectrum in side]
-    return _divergence(kind, name, shift, share * float(js_floor(*samples)), sides.floor(f"{kind}/{name}/js"))
+    sampling_floor = share * float(js_floor(*(spectrum for side in spectra for spectrum in side)))
+    return _divergence(key, shift, sampling_floor, sides)
 
 
 def _mean_shift(kind: str, shifts: Sequence[Shift], sides: _Sides) -> Shift:
@@ -254,12 +256,13 @@ def _mean_shift(kind: str, shifts: Sequence[Shift], sides: _Sides) -> Shift:
         float(np.mean(numbers))
         for numbers in zip(*((one.shift, one.sampling_floor) for one in divergences), strict=True)
     )
-    return _divergence(kind, "", shift, sampling_floor, sides.floor(f"{kind}/js"))
+    return _divergence(Key("js", kind), shift, sampling_floor, sides)
 
 
-def _divergence(kind: str, name: str, shift: float, sampling_floor: float, run_floor: float) -> Shift:
+def _divergence(key: Key, shift: float, sampling_floor: float, sides: _Sides) -> Shift:
+    run_floor = sides.floor(key)
     is_detected = _lies_beyond(shift, run_floor, sampling_floor)
-    return Shift(kind, name, "js", nan, nan, shift, nan, nan, sampling_floor, run_floor, is_detected)
+    return Shift(key.kind, key.name, "js", nan, nan, shift, nan, nan, sampling_floor, run_floor, is_detected)
 
 
 def _lies_beyond(shift: float, run_floor: float, sampling_floor: float) -> bool:
@@ -267,11 +270,11 @@ def _lies_beyond(shift: float, run_floor: float, sampling_floor: float) -> bool:
     return not isnan(run_floor) and shift > run_floor and not shift <= sampling_floor
 
 
-def _sampling_floor(key: str, sides: _Sides) -> float:
+def _sampling_floor(key: Key, sides: _Sides) -> float:
     """95% limit of the difference of two sides' means by the sampling of rows alone."""
     variance, degrees = 0.0, 0
     for side in sides.both:
         for run in side:
-            variance += run.exponents[key][1] ** 2 / len(side) ** 2
-            degrees += max(len(run.spectra[key.rpartition("/")[0]].leave_one_out) - 1, 0)
+            variance += run.estimates[key].stderr ** 2 / len(side) ** 2
+            degrees += max(len(run.spectra[key._replace(quantity="js")].leave_one_out) - 1, 0)
     return float(stdtrit(degrees, 0.975)) * sqrt(variance) if degrees else nan

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, forecast_tokens
 from lightning_spectral.functional.powerlaw import resolve_band
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
+from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.references import KIND, alpha_at
-from lightning_spectral.runs.run import VALUES, Run
-from lightning_spectral.runs.spectrum import Spectrum
+from lightning_spectral.runs.run import Run, kind_of
 from lightning_spectral.runs.spread import spread
 
 if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
@@ -54,7 +55,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.supxlabel("rank", fontsize="small")
-    figure.supylabel(VALUES[kind.partition("-")[0]].replace("_", " ")[:-1], fontsize="small")
+    figure.supylabel(KINDS[kind_of(kind)].value, fontsize="small")
     bar = figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8)
     bar.set_ticks(spread(steps), labels=[f"{step:,}" for step in spread(steps)])
     bar.minorticks_off()
@@ -160,7 +161,7 @@ def _draw_matched_spectra(
         lambda run, style: _draw_spectrum(axes, run.at_loss(comparison.loss).spectrum(kind, name), share=True, **style),
     )
     _log_log(axes)
-    axes.set(xlabel="rank", ylabel=f"share of the sum of {VALUES[kind].replace('_', ' ')}")
+    axes.set(xlabel="rank", ylabel=f"share of the sum of {KINDS[kind].value}s")
     (shift,) = (one for one in comparison.shifts if (one.kind, one.name, one.quantity) == (kind, name, "js"))
     axes.set_title(f"{name} at the matched loss: JS {shift.shift:.2g} nats", fontsize="small")
     axes.legend(fontsize="small", loc="lower left")

@@ -219,12 +219,12 @@ def _point(
     runs: list[Run], tokens: list[float], batches: list[float], layer: str, band: Band, target: float, at: float
 ) -> Point:
     def head(run: Run, there: float) -> float:
-        return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"])[0]
+        return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"]).value
 
     measures = [
         _tail_of(layer, band),
         Measure("alpha_head", head, _reported),
-        Measure("RankMe", lambda run, there: run.spectrum_at(KIND, layer, there).rankme()[0], _reported),
+        Measure("RankMe", lambda run, there: run.spectrum_at(KIND, layer, there).rankme().value, _reported),
         Measure("early loss", loss_at, _validated),
         Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda _: [at]),
     ]
@@ -312,7 +312,7 @@ def _skill(forecasts: Sequence[Forecast], truth: Tensor, is_relative: bool) -> t
     """Rank correlation and median relative error of forecasts, each made without the run itself, and their number.
 
     A forecast of "never" is one, and as wrong as can be. Those that rest on the other runs are taken relative to their
-    mean, as in `leave_one_out`, without which they would go against the truth.
+    mean, as in `backtest`, without which they would go against the truth.
     """
     values = _vector([forecast.value for forecast in forecasts])
     known = ~values.isnan()

@@ -6,33 +6,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_spectral.functional.estimate import Estimate, Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.runs.history import Point
+from lightning_spectral.runs.kinds import KINDS, Key
 from lightning_spectral.runs.run import Run
-from lightning_spectral.runs.spectrum import Spectrum
 
-KINDS = ("activation", "gradient")
-"""Kinds of spectra that are compared."""
 BANDS: dict[str, Band] = {"head": (1, 10), "tail": (0.125, 0.5)}
 """Bands of runs that recorded none: those of the callbacks."""
-
-_MUST_AGREE = {
-    "activation": ("stage", "layers", "num_tokens", "normalize", "mask"),
-    "gradient": ("stage", "parameters", "num_samples", "loss_reduction"),
-}
-"""Settings without which two spectra of a kind do not compare."""
 
 
 class Measured(NamedTuple):
     """One run at the matched loss."""
 
     run: Run
-    logs: dict[str, float]
+    logs: dict[Key, float]
     """Natural logarithms of ``tokens`` and ``seconds`` to the loss, and of the ``throughput`` on the way."""
-    exponents: dict[str, tuple[float, float]]
-    """``{kind}/{name}/{alpha_head, alpha_tail, rankme}``, each with its standard error by sampling."""
-    spectra: dict[str, Spectrum]
-    """By ``{kind}/{name}``."""
+    estimates: dict[Key, Estimate]
+    """``alpha_head``, ``alpha_tail`` and ``rankme`` of each spectrum, with standard errors by sampling."""
+    spectra: dict[Key, Spectrum]
+    """Each under the key of its ``js``."""
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
@@ -55,11 +48,11 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
                 f"{run.history.loss_name} in {run}: give all of them validation data"
             )
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
-    kinds = [kind for kind in KINDS if all(run.steps(kind) for run in runs)]
+    kinds = [kind for kind, row in KINDS.items() if row.is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
         for run in runs:
             one, other = first.settings(kind), run.settings(kind)
-            for name in _MUST_AGREE[kind]:
+            for name in KINDS[kind].must_agree:
                 _refuse_difference(f"{kind} spectra of {name}", first, run, one.get(name), other.get(name))
             # Rows of all other methods are the same.
             by_hooks = [settings.get("method") == "hooks" for settings in (one, other)]
@@ -74,7 +67,7 @@ def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any)
         )
 
 
-def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[str, str]]:
+def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[Key, str]]:
     """Leave out spectra that some run has not.
 
     Args:
@@ -86,7 +79,7 @@ def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[str, str
     Raises:
         ValueError: If spectra are of different numbers of rows or of different widths.
     """
-    left_out: dict[str, str] = {}
+    left_out: dict[Key, str] = {}
     first = every[0]
     for key in first.spectra:
         known = []
@@ -102,12 +95,13 @@ def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[str, str
             elif spectrum is not None:
                 known.append((measured.run, spectrum))
         for run, spectrum in known[1:]:
-            _refuse_difference(f"{key} on rows", known[0][0], run, known[0][1].count, spectrum.count)
-            _refuse_difference(f"{key} of width", known[0][0], run, len(known[0][1].values), len(spectrum.values))
+            what = f"{key.kind}/{key.name}"
+            _refuse_difference(f"{what} on rows", known[0][0], run, known[0][1].count, spectrum.count)
+            _refuse_difference(f"{what} of width", known[0][0], run, len(known[0][1].values), len(spectrum.values))
     keys = [key for key in first.spectra if key not in left_out]
     return [
         measured._replace(
-            exponents={key: value for key, value in measured.exponents.items() if key.rpartition("/")[0] in keys},
+            estimates={key: value for key, value in measured.estimates.items() if key._replace(quantity="js") in keys},
             spectra={key: measured.spectra[key] for key in keys},
         )
         for measured in every
@@ -190,14 +184,16 @@ def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[s
         "throughput": run.history.throughput(Point(point.step, point.tokens, point.seconds)),
         "seconds": point.seconds,
     }
-    exponents, spectra = {}, {}
+    estimates, spectra = {}, {}
     for kind in kinds:
         for name in run.names(kind):
-            spectrum = spectra[f"{kind}/{name}"] = point.spectrum(kind, name)
+            spectrum = spectra[Key("js", kind, name)] = point.spectrum(kind, name)
             for part, band in bands[kind].items():
-                exponents[f"{kind}/{name}/alpha_{part}"] = spectrum.exponent(band)
-            exponents[f"{kind}/{name}/rankme"] = spectrum.rankme()
-    return Measured(run, {key: log(value) if value > 0 else nan for key, value in numbers.items()}, exponents, spectra)
+                exponent = spectrum.exponent(band)
+                estimates[Key(f"alpha_{part}", kind, name)] = Estimate(exponent.value, exponent.stderr)
+            estimates[Key("rankme", kind, name)] = spectrum.rankme()
+    logs = {Key(name): log(value) if value > 0 else nan for name, value in numbers.items()}
+    return Measured(run, logs, estimates, spectra)
 
 
 def _short(value: Any) -> str:

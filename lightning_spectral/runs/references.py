@@ -182,7 +182,7 @@ def alpha_at(run: Run, series: str, layer: str, band: Band, tokens: float) -> fl
     Returns:
         Interpolated between the reports on both sides, by log tokens; NaN where there are none.
     """
-    return run.spectrum_at(series, layer, tokens).exponent(band)[0]
+    return run.spectrum_at(series, layer, tokens).exponent(band).value
 
 
 def loss_at(run: Run, tokens: float) -> float:

@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from math import isnan, log, nan
 from pathlib import Path
@@ -11,14 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
 from lightning_spectral.runs.history import History
+from lightning_spectral.runs.interpolation import between
+from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
-from lightning_spectral.runs.spectrum import Spectrum, between
 
-VALUES = {"activation": "eigenvalues", "gradient": "singular_values", "weight": "singular_values"}
-"""What a spectrum of each kind consists of."""
-_COUNTS = {"activation": "num_tokens", "gradient": "num_samples", "weight": ""}
-_MEASURED_WITH = {"activation": "activation", "gradient": "gradient", "weight": "gradient"}
 _SAME = 1e-12
 """Token counts that differ by less, relatively, are one: a loss that was reached at a report."""
 
@@ -107,7 +106,7 @@ class Run:
     @property
     def kinds(self) -> list[str]:
         """Kinds of spectra that were recorded."""
-        return [kind for kind in VALUES if self._find_series(kind) is not None]
+        return [kind for kind, row in KINDS.items() if row.values and self._find_series(kind) is not None]
 
     def series(self, kind: str) -> str:
         """The series that a kind means: of several the one on validation rows, which compare between steps and runs.
@@ -136,18 +135,18 @@ class Run:
         Returns:
             Their names, sorted.
         """
-        return sorted(name for name in self._reports if _part(name) == kind)
+        return sorted(name for name in self._reports if kind_of(name) == kind)
 
     def _find_series(self, kind: str) -> str | None:
-        if kind in self._reports and _part(kind) in VALUES:
+        if kind in self._reports and kind_of(kind) in KINDS:
             return kind
-        found = [
-            name
-            for name in self._reports
-            if name.partition("-")[0] == _MEASURED_WITH.get(kind)
-            and (kind != "weight" or self.settings(name).get("weights"))
-        ]
+        recorded_by = KINDS[kind].series if kind in KINDS else None
+        found = [name for name in self.all_series(recorded_by) if self._holds(name, kind)] if recorded_by else []
         return min(found, key=lambda name: (self.settings(name).get("stage") != "validate", name), default=None)
+
+    def _holds(self, series: str, kind: str) -> bool:
+        """Whether a measurement records its own kind, or was asked for another beside it: ``weights``, for example."""
+        return kind_of(series) == kind or bool(self.settings(series).get(f"{kind}s"))
 
     def settings(self, kind: str) -> dict[str, Any]:
         """How a kind was measured.
@@ -186,7 +185,7 @@ class Run:
             ValueError: If there are no reports of that kind.
         """
         path = self._path(kind, max(self._reports[self.series(kind)]))
-        start = f"{_part(kind)}/"
+        start = f"{kind_of(kind)}/"
         with _arrays(path) as arrays:
             keys = [key.removeprefix(start) for key in arrays.files if key.startswith(start)]
             return list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
@@ -205,12 +204,13 @@ class Run:
         Raises:
             ValueError: If it is not there, or the report's file is broken.
         """
-        part, path = _part(kind), self._path(kind, step)
-        start = f"{part}/{name}/"
+        part, path = kind_of(kind), self._path(kind, step)
+        start, row = f"{part}/{name}/", KINDS[part]
         with _arrays(path) as arrays:
             found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
-            if VALUES[part] in found:
-                return _spectrum(part, name, step, float(arrays["tokens"]), found)
+            if row.values in found:
+                where = {"name": name, "step": step, "tokens": float(arrays["tokens"])}
+                return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)
         raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
 
     def tokens_at(self, kind: str, step: int) -> float:
@@ -262,7 +262,7 @@ class Run:
             reason = "the loss was never reached" if isnan(tokens) else f"{tokens:,.0f} tokens lie outside its reports"
             last = self.spectrum(kind, name, steps[-1])
             missing = torch.full_like(last.values, nan)
-            return Spectrum(last.kind, name, nan, tokens, missing, last.leave_one_out[:0], last.count, reason)
+            return replace(last, values=missing, leave_one_out=NO_GROUPS, step=nan, tokens=tokens, failure=reason)
         second = self.spectrum(kind, name, steps[after])
         if at[after] <= tokens * (1 + _SAME):
             return second
@@ -291,28 +291,6 @@ class Run:
             Step, tokens and seconds, interpolated, and spectra on demand; NaN where :meth:`tokens_to` is.
         """
         return Matched(self, loss, *self.history.first_at(loss))
-
-
-def _spectrum(kind: str, name: str, step: int, tokens: float, found: dict[str, np.ndarray]) -> Spectrum:
-    values, *others = (
-        torch.from_numpy(np.asarray(found[field], dtype=np.float64)) if field in found else None
-        for field in (VALUES[kind], "leave_one_out", "vectors", "leave_one_out_vectors")
-    )
-    assert values is not None
-    without, vectors, without_vectors = others
-    return Spectrum(
-        kind,
-        name,
-        step,
-        tokens,
-        values,
-        torch.empty(0, len(values), dtype=torch.float64) if without is None else without,
-        int(found.get(_COUNTS[kind], 0)),
-        str(found.get("failure", "")) or None,
-        vectors,
-        without_vectors,
-        int(found.get("num_rows_without", 0)),
-    )
 
 
 def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> list[Run]:
@@ -355,9 +333,10 @@ def folders_of_runs(pattern: str) -> list[Path]:
     return [folder for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
 
 
-def _part(kind: str) -> str:
-    """First part of the names of a kind's, or a series', arrays."""
-    return kind.partition("-")[0]
+def kind_of(name: str) -> str:
+    """The kind that a kind, or a series, is of."""
+    series = Series.parse(name)
+    return name if series is None else series.kind
 
 
 @contextmanager

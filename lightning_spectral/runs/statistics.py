@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_spectral.functional.spectrum import js_divergence, normalize
+from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import Measured
 
 LEVEL = 0.975
@@ -31,14 +32,14 @@ class Variance(NamedTuple):
 class Scatter(NamedTuple):
     """How runs that should be alike differ, quantity by quantity."""
 
-    variances: dict[str, Variance]
+    variances: dict[Key, Variance]
     """Of those that are known; others are missing."""
     families: list[str]
     """Of the runs they are of."""
     runs: list[str]
     """Their ids, so that none is counted twice."""
 
-    def floor(self, key: str, num_base: int, num_variant: int) -> float:
+    def floor(self, key: Key, num_base: int, num_variant: int) -> float:
         """The largest difference of two sides that seeds alone show.
 
         Args:
@@ -55,7 +56,7 @@ class Scatter(NamedTuple):
         variance, degrees = self.variances[key]
         t = float(stdtrit(degrees, (1 + LEVEL) / 2))
         squared = t * t * variance * (1 / num_base + 1 / num_variant)
-        return squared if key.endswith("/js") else sqrt(squared)
+        return squared if key.quantity == "js" else sqrt(squared)
 
     def and_of(self, other: "Scatter") -> "Scatter":
         """Pooled with that of other runs.
@@ -80,7 +81,7 @@ class Scatter(NamedTuple):
         Returns:
             JSON-like.
         """
-        return self._asdict() | {"variances": {key: value._asdict() for key, value in self.variances.items()}}
+        return self._asdict() | {"variances": {key.text: value._asdict() for key, value in self.variances.items()}}
 
 
 def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
@@ -94,20 +95,20 @@ def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
     """
     runs = [measured.run for side in sides for measured in side]
     degrees = sum(len(side) - 1 for side in sides)
-    variances: dict[str, Variance] = {}
+    variances: dict[Key, Variance] = {}
     if degrees:
         first = sides[0][0]
         sums = {
             key: sum(_squared_deviations([number(run, key) for run in side]) for side in sides)
-            for key in (*first.logs, *first.exponents)
+            for key in (*first.logs, *first.estimates)
         }
         of_spectra = {
             key: sum(_squared_distances([run.spectra[key].values for run in side]) for side in sides)
             for key in first.spectra
         }
-        sums |= {f"{key}/js": value for key, value in of_spectra.items()}
-        for kind in {key.split("/")[0] for key in of_spectra}:
-            sums[f"{kind}/js"] = float(np.mean([of_spectra[key] for key in of_spectra if key.startswith(f"{kind}/")]))
+        sums |= of_spectra
+        for kind in {key.kind for key in of_spectra}:
+            sums[Key("js", kind)] = float(np.mean([of_spectra[key] for key in of_spectra if key.kind == kind]))
         variances = {key: Variance(value / degrees, degrees) for key, value in sums.items() if not isnan(value)}
     return Scatter(variances, list(dict.fromkeys(run.family for run in runs)), [run.id for run in runs])
 
@@ -127,7 +128,8 @@ def read_scatter(path: Path) -> Scatter:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["run_floor"]
         variances = {
-            str(key): Variance(float(one["value"]), int(one["degrees"])) for key, one in found["variances"].items()
+            Key.parse(text): Variance(float(one["value"]), int(one["degrees"]))
+            for text, one in found["variances"].items()
         }
         return Scatter(variances, list(map(str, found["families"])), list(map(str, found["runs"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -136,17 +138,9 @@ def read_scatter(path: Path) -> Scatter:
         ) from error
 
 
-def number(run: Measured, key: str) -> float:
-    """One number of a run.
-
-    Args:
-        run: The run.
-        key: Of its logarithms or exponents.
-
-    Returns:
-        The number.
-    """
-    return run.logs[key] if key in run.logs else run.exponents[key][0]
+def number(run: Measured, key: Key) -> float:
+    """One number of a run, of its logarithms or estimates."""
+    return run.logs[key] if key in run.logs else run.estimates[key].value
 
 
 def mean_spectrum(spectra: Sequence[Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def print_comparison(comparison: Comparison) -> None:
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
     for key, reason in comparison.left_out.items():
-        out.print(f"without {key.replace('/', ' ', 1)}, in {reason}")
+        out.print(f"without {key.kind} {key.name}, in {reason}")
     out.print(f"[bold]verdict[/bold]  {comparison.verdict.text}")
     out.print(f"rule     {comparison.verdict.rule}", style="dim")
 
@@ -105,7 +105,7 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
 
 def _evolution(run: Run, kind: str) -> Table:
     settings = run.settings(kind)
-    has_bases = kind == "activation" and "rank" in settings
+    has_bases = "rank" in settings
     numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
     table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
     for row in evolution(run, kind, spread(run.steps(kind))):
@@ -139,7 +139,7 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
         first = run.spectrum(kind, name, run.steps(kind)[0])
         for step in steps:
             spectrum = run.spectrum(kind, name, step)
-            (tail, stderr), (head, _) = (spectrum.exponent(bands[part]) for part in ("tail", "head"))
+            tail, head = (spectrum.exponent(bands[part]) for part in ("tail", "head"))
             overlap = nan
             if spectrum.vectors is not None and first.vectors is not None:
                 overlap = float(subspace_overlap(spectrum.vectors, first.vectors))
@@ -148,10 +148,10 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
                 "name": name,
                 "step": step,
                 "tokens": spectrum.tokens,
-                "alpha_tail": tail,
-                "alpha_tail_stderr": stderr,
-                "alpha_head": head,
-                "rankme": spectrum.rankme()[0],
+                "alpha_tail": tail.value,
+                "alpha_tail_stderr": tail.stderr,
+                "alpha_head": head.value,
+                "rankme": spectrum.rankme().value,
                 "overlap": overlap,
             }
 

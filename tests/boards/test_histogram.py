@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_spectral.boards import EIGENVALUE_EDGES, SINGULAR_VALUE_EDGES, log10_histogram
+from lightning_spectral.boards import log10_histogram
+from lightning_spectral.runs.kinds import KINDS
 
 
-@pytest.mark.parametrize("edges", [EIGENVALUE_EDGES, SINGULAR_VALUE_EDGES], ids=["eigenvalues", "singular values"])
-def test_a_bin_holds_what_lies_left_of_its_edge(spectrum: Tensor, edges: list[float]) -> None:
-    histogram = log10_histogram(spectrum, edges)
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+def test_a_bin_holds_what_lies_left_of_its_edge(spectrum: Tensor, kind: str) -> None:
+    lowest, highest = KINDS[kind].edges
+    histogram = log10_histogram(spectrum, lowest, highest)
     assert histogram is not None
+    edges = [round(lowest + index / 5, 1) for index in range(round(5 * (highest - lowest)) + 1)]
+    assert histogram.edges == edges
     outer = [-np.inf, *edges[:-1], np.inf]
     with np.errstate(divide="ignore"):
         logs = np.log10(spectrum.numpy())
@@ -24,7 +28,7 @@ def test_a_bin_holds_what_lies_left_of_its_edge(spectrum: Tensor, edges: list[fl
 
 
 def test_all_bins_are_equally_wide() -> None:
-    histogram = log10_histogram(torch.ones(1), EIGENVALUE_EDGES)
+    histogram = log10_histogram(torch.ones(1), -7.0, 4.0)
     assert histogram is not None
     np.testing.assert_allclose(np.diff(histogram.bounds), 0.2)
     assert len(histogram.bounds) == len(histogram.counts) + 1
@@ -34,4 +38,4 @@ def test_all_bins_are_equally_wide() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0, torch.nan], [torch.inf]], ids=["none", "NaN", "inf"])
 def test_there_is_none_of_what_cannot_be_counted(values: list[float]) -> None:
-    assert log10_histogram(torch.tensor(values), EIGENVALUE_EDGES) is None
+    assert log10_histogram(torch.tensor(values), -7.0, 4.0) is None

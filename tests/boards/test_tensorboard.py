@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor
 
-from lightning_spectral.boards import EIGENVALUE_EDGES, boards_of, log10_histogram
+from lightning_spectral.boards import boards_of, log10_histogram
 
 
 @pytest.fixture
@@ -23,14 +23,14 @@ def read(logger: TensorBoardLogger) -> EventAccumulator:
 
 
 def test_a_histogram_keeps_its_bins(logger: TensorBoardLogger, spectrum: Tensor) -> None:
-    histogram = log10_histogram(spectrum, EIGENVALUE_EDGES)
+    histogram = log10_histogram(spectrum, -7.0, 4.0)
     (board,) = boards_of([logger])
     board.histogram("activation/blocks.0", histogram, step=20)
     (event,) = read(logger).Histograms("activation/blocks.0")
     held = event.histogram_value
     assert event.step == 20
     assert held.bucket == histogram.counts.tolist()
-    assert held.bucket_limit == EIGENVALUE_EDGES
+    assert held.bucket_limit == [round(-7 + index / 5, 1) for index in range(56)]
     assert (held.min, held.max) == (histogram.lowest, histogram.highest)
     assert (held.num, held.sum) == (len(spectrum), histogram.logs.sum())
     assert held.sum_squares == (histogram.logs**2).sum()

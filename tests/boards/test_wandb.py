@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from lightning_spectral.boards import EIGENVALUE_EDGES, boards_of, log10_histogram, spectrum_figure
+from lightning_spectral.boards import boards_of, log10_histogram, spectrum_figure
 
 
 def records(data: bytes) -> Iterator[Any]:
@@ -69,7 +69,7 @@ def held(
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         logger = WandbLogger(save_dir=home, offline=True, prefix="mine", id="abc")
         (board,) = boards_of([logger])
-        board.histogram("activation/blocks.0", log10_histogram(spectrum, EIGENVALUE_EDGES), step=20)
+        board.histogram("activation/blocks.0", log10_histogram(spectrum, -7.0, 4.0), step=20)
         board.figure(
             "activation/figure",
             spectrum_figure("step 20", {"blocks.0": spectrum.sort(descending=True).values}, {}),
@@ -84,7 +84,7 @@ def held(
 
 
 def test_a_histogram_keeps_its_bins(held: Held, spectrum: Tensor) -> None:
-    histogram = log10_histogram(spectrum, EIGENVALUE_EDGES)
+    histogram = log10_histogram(spectrum, -7.0, 4.0)
     row = held.row("mine-activation/blocks.0/values")
     assert row["mine-activation/blocks.0/values"] == histogram.counts.tolist()
     np.testing.assert_allclose(row["mine-activation/blocks.0/bins"], histogram.bounds)

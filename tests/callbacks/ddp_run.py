@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_spectral import ActivationSpectrum, HeadDrift, TailForecaster
+from lightning_spectral import ActivationSpectrum, HeadDrift, RunRecord, TailForecaster
 
 WIDTH, NUM_BLOCKS, LENGTH = 12, 3, 5
 TRAIN_BATCHES = {0: [3, 4, 2, 4, 1, 4], 1: [4, 1, 4, 2, 3, 2]}
@@ -118,14 +118,13 @@ def main(folder: Path) -> None:
         normalize=False,
         tail=(2, 10),
         stop_if_relative_above=1e9,
-        family="F",
     )
     reports: dict[str, list[dict]] = {name: [] for name in spectra}
     for name, callback in spectra.items():
 
         def keep(report, name=name, measured=callback.measured):
-            layers = report.layers.items()
-            spectrum = {layer: (found.num_tokens, found.eigenvalues) for layer, found in layers}
+            layers = report.spectra["activation"].items()
+            spectrum = {layer: (found.count, found.values) for layer, found in layers}
             reports[name].append({"step": report.step, "layers": spectrum})
             return measured(report)
 
@@ -136,7 +135,7 @@ def main(folder: Path) -> None:
         accelerator="cpu",
         max_epochs=1,
         use_distributed_sampler=False,
-        callbacks=[recorder, counter, *spectra.values(), drift, forecaster],
+        callbacks=[recorder, counter, *spectra.values(), drift, forecaster, RunRecord(family="F")],
         logger=CSVLogger(folder, version=0),
         default_root_dir=folder,
         enable_checkpointing=False,

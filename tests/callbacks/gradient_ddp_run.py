@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_spectral import GradientSpectrum
-from lightning_spectral.callbacks.gradient_spectrum import GradientReport
+from lightning_spectral.measurement import GradientReport
 
 WIDTH, NUM_SAMPLES, STEPS = 6, 7, 4
 TRAIN_BATCHES = {0: [3, 2, 4, 2], 1: [2, 3, 1, 2]}
@@ -148,7 +148,7 @@ def main(folder: Path) -> None:
     fussy = [Kept(f"{stage}/", method="loop", stage=stage) for stage in ("train", "validate")]
     fussy_trainer, fussed = fit(folder, fussy, Fussy)
     found = {
-        "fussy": {s.prefix: s.report.parameters["net.0.weight"].failure for s in fussy},
+        "fussy": {s.prefix: s.report.spectra["gradient"]["net.0.weight"].failure for s in fussy},
         "fussy metrics": {key: float(value) for key, value in fussy_trainer.callback_metrics.items()},
         "fussy identical": all(map(torch.equal, plain.parameters(), fussed.parameters())),
         "identical": all(map(torch.equal, plain.parameters(), watched.parameters())),
@@ -156,8 +156,8 @@ def main(folder: Path) -> None:
         "before": recorder.before,
         "after": recorder.after,
         "validation": recorder.validation,
-        "spectra": {s.prefix: s.report.parameters["net.0.weight"].singular_values for s in spectra},
-        "broken": broken.report.parameters["net.0.weight"].failure,
+        "spectra": {s.prefix: s.report.spectra["gradient"]["net.0.weight"].values for s in spectra},
+        "broken": broken.report.spectra["gradient"]["net.0.weight"].failure,
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if "seconds" not in key},
     }
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")

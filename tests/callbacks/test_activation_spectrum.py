@@ -210,7 +210,7 @@ class Reports(ActivationSpectrum):
         return values
 
     def row_counts(self) -> dict[int, float]:
-        (name, *_) = self._layer_names or ["network.blocks.0"]
+        (name, *_) = self.names or ["network.blocks.0"]
         return {step: values[f"activation/{name}/num_tokens"] for step, values in self.reports.items()}
 
 

@@ -24,7 +24,7 @@ class Reports(ActivationSpectrum):
         self.rows: dict[int, float] = {}
 
     def measured(self, report):
-        self.rows[report.step] = report.layers[self._layer_names[0]].num_tokens
+        self.rows[report.step] = report.spectra["activation"][self.names[0]].count
         return super().measured(report)
 
 

@@ -28,7 +28,7 @@ class Counted(GradientSpectrum):
         self.found: list[tuple[int, set[tuple[int, str | None]], str]] = []
 
     def measured(self, report: Any) -> dict[str, float]:
-        spectra = {(parameter.num_samples, parameter.failure) for parameter in report.parameters.values()}
+        spectra = {(parameter.count, parameter.failure) for parameter in report.spectra["gradient"].values()}
         self.found.append((report.step, spectra, report.method))
         return super().measured(report)
 

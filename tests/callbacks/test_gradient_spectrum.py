@@ -267,14 +267,14 @@ def test_rows_let_go_of_layer_by_layer_give_the_same_report(
     monkeypatch.setattr(RowStore, "take_early", take_early)
     found, expected = (Kept(method="hooks", row_dtype=row_dtype) for _ in range(2))
     trained = fit(tmp_path, found)
-    names = list(found.reports[0].parameters)
+    names = list(found.reports[0].spectra["gradient"])
     assert sorted(early) == sorted(names)
     monkeypatch.setattr(BackwardReader, "begin", lambda reader, rows, on_complete=None: begin(reader, rows))
     twin = fit(tmp_path, expected)
     assert len(early) == len(names)
-    for name, spectrum in found.reports[0].parameters.items():
-        assert torch.equal(spectrum.singular_values, expected.reports[0].parameters[name].singular_values)
-        assert spectrum.singular_values.any()
+    for name, spectrum in found.reports[0].spectra["gradient"].items():
+        assert torch.equal(spectrum.values, expected.reports[0].spectra["gradient"][name].values)
+        assert spectrum.values.any()
     pairs = zip(trained.lightning_module.parameters(), twin.lightning_module.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
@@ -288,11 +288,12 @@ def test_accumulation_and_clipping_leave_rows_by_hooks_alone(tmp_path: Path, cha
 
     hooks, loop = Kept(method="hooks", prefix="h/"), Kept(method="loop")
     fit(tmp_path, hooks, loop, model=Still(), **changes)
-    for name, spectrum in loop.reports[0].parameters.items():
-        found = hooks.reports[0].parameters[name]
-        assert found.num_samples == spectrum.num_samples == 16
-        torch.testing.assert_close(found.singular_values, spectrum.singular_values, rtol=1e-4, atol=1e-7)
-        assert found.grad_norm == pytest.approx(spectrum.grad_norm, rel=1e-4)
+    for name, spectrum in loop.reports[0].spectra["gradient"].items():
+        found = hooks.reports[0].spectra["gradient"][name]
+        assert found.count == spectrum.count == 16
+        torch.testing.assert_close(found.values, spectrum.values, rtol=1e-4, atol=1e-7)
+        norms = [run.reports[0].parameters[name].grad_norm for run in (hooks, loop)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_steps_without_a_loss_give_no_rows(tmp_path: Path) -> None:
@@ -304,8 +305,8 @@ def test_steps_without_a_loss_give_no_rows(tmp_path: Path) -> None:
     spectrum = Kept(method="hooks", num_samples=100)
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         fit(tmp_path, spectrum, model=Skipping())
-    parameters = spectrum.reports[0].parameters.values()
-    assert {(parameter.num_samples, parameter.failure) for parameter in parameters} == {(16, None)}
+    parameters = spectrum.reports[0].spectra["gradient"].values()
+    assert {(parameter.count, parameter.failure) for parameter in parameters} == {(16, None)}
 
 
 def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: Path) -> None:
@@ -334,9 +335,9 @@ def test_rows_may_be_kept_elsewhere_and_shorter(
 ) -> None:
     plain, other = Kept(method=method), Kept(method=method, prefix="other/", **changes)
     fit(tmp_path, plain, other)
-    for name, spectrum in plain.reports[0].parameters.items():
-        found = other.reports[0].parameters[name].singular_values
-        torch.testing.assert_close(found, spectrum.singular_values, rtol=tolerance, atol=0)
+    for name, spectrum in plain.reports[0].spectra["gradient"].items():
+        found = other.reports[0].spectra["gradient"][name].values
+        torch.testing.assert_close(found, spectrum.values, rtol=tolerance, atol=0)
 
 
 def test_gradients_of_zero_are_nan_with_the_reason(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_gradients_of_zero_are_nan_with_the_reason(tmp_path: Path) -> None:
                 block.mlp[2].requires_grad_(False)
 
     spectrum = Kept("*.mlp.0.weight")
-    zero = "mlp.0.weight: NaN, because all its gradients are exactly zero"
+    zero = "mlp.0.weight: NaN, because all its values are exactly zero"
     with pytest.warns(UserWarning, match=zero) as caught:
         trainer = fit(tmp_path, spectrum, model=Blocked(), max_steps=8)
     # Once, not for each parameter, band and report.
@@ -402,7 +403,9 @@ def test_auto_warns_once_of_the_cause_and_loops(tmp_path: Path) -> None:
         fit(tmp_path, spectrum, model=Branching(), max_steps=8)
     assert sum("loops over samples" in str(warning.message) for warning in caught) == 1
     assert [report.method for report in spectrum.reports] == ["loop", "loop"]
-    assert all(parameter.failure is None for report in spectrum.reports for parameter in report.parameters.values())
+    assert all(
+        parameter.failure is None for report in spectrum.reports for parameter in report.spectra["gradient"].values()
+    )
 
 
 def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +423,7 @@ def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytes
         fit(tmp_path, spectrum)
     # What was learned from the first batch holds for the second.
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
-    assert all(parameter.failure is None for parameter in spectrum.reports[0].parameters.values())
+    assert all(parameter.failure is None for parameter in spectrum.reports[0].spectra["gradient"].values())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -502,9 +505,9 @@ def doubled(module: Any, batch: Any) -> Tensor:
 def test_loss_fn_is_what_is_differentiated(tmp_path: Path) -> None:
     plain, double = Kept(), Kept(loss_fn="tests.callbacks.test_gradient_spectrum.doubled", prefix="2/")
     fit(tmp_path, plain, double)
-    for name, spectrum in plain.reports[0].parameters.items():
-        found = double.reports[0].parameters[name].singular_values
-        torch.testing.assert_close(found, 2 * spectrum.singular_values, rtol=1e-5, atol=0)
+    for name, spectrum in plain.reports[0].spectra["gradient"].items():
+        found = double.reports[0].spectra["gradient"][name].values
+        torch.testing.assert_close(found, 2 * spectrum.values, rtol=1e-5, atol=0)
 
 
 def test_manual_optimisation_is_measured_by_hooks_and_by_a_loss_fn(tmp_path: Path) -> None:
@@ -512,7 +515,7 @@ def test_manual_optimisation_is_measured_by_hooks_and_by_a_loss_fn(tmp_path: Pat
     trainer = fit(tmp_path, hooks, vmap, model=Alternating(), max_steps=8)
     assert trainer.callback_metrics["h/gradient/failed"] == 0
     assert trainer.callback_metrics["gradient/failed"] == 0
-    assert hooks.reports[0].parameters[NAMES[0]].num_samples == 16
+    assert hooks.reports[0].spectra["gradient"][NAMES[0]].count == 16
 
 
 def test_table_shows_the_first_report_and_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

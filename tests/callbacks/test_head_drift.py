@@ -56,7 +56,7 @@ def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, model: Lightn
 
 def expected_distances(layer: Any, reference: Any, rank: int = 4) -> list[float]:
     angles = scipy.linalg.subspace_angles(layer.vectors.numpy(), reference.vectors.numpy())
-    js = js_divergence(layer.eigenvalues, reference.eigenvalues)
+    js = js_divergence(layer.values, reference.values)
     return [float(np.mean(np.cos(angles) ** 2)), float(angles[0]), float(js)]
 
 
@@ -90,7 +90,7 @@ def test_each_report_is_compared_with_its_reference(tmp_path: Path, reference: s
     fit(tmp_path, drift)
     assert list(drift.logged) == [4, 8, 12]
     for name in LAYERS:
-        layers = [report.layers[name] for report in drift.reports]
+        layers = [report.spectra["activation"][name] for report in drift.reports]
         for index, (layer, values) in enumerate(zip(layers, drift.logged.values(), strict=True)):
             found = [values[f"drift/{name}/{distance}"] for distance in DISTANCES]
             if index:
@@ -330,7 +330,7 @@ def test_failed_measurement_is_no_reference(tmp_path: Path, reference: str, step
     assert all(math.isfinite(x) for x in drift.values("overlap")[1:])
     assert float(trainer.callback_metrics["drift/failed"]) == 1
     if step == 8:
-        layers = [report.layers["network.blocks.2"] for report in drift.reports]
+        layers = [report.spectra["activation"]["network.blocks.2"] for report in drift.reports]
         found = [drift.values(distance, "network.blocks.2")[2] for distance in DISTANCES]
         assert found == pytest.approx(expected_distances(layers[2], layers[0]), rel=1e-9)
 
@@ -354,7 +354,7 @@ def test_a_recorded_run_is_compared_at_the_nearest_tokens(tmp_path: Path) -> Non
     # Its reports are at steps 3, 6, 9 and 12, of equally many tokens each; those of steps 4, 8 and 12 are nearest to:
     for step, report, nearest in zip((4, 8, 12), drift.reports, (0, 2, 3), strict=True):
         for layer in LAYERS:
-            found, reference = report.layers[layer], recorded.reports[nearest].layers[layer]
+            found, reference = (one.spectra["activation"][layer] for one in (report, recorded.reports[nearest]))
             expected = expected_distances(found, replace(reference, vectors=reference.vectors[:, :4]), rank=4)
             logged = [drift.logged[step][f"drift/{layer}/{distance}"] for distance in DISTANCES]
             np.testing.assert_allclose(logged, expected, rtol=1e-6, atol=1e-12)

@@ -231,10 +231,10 @@ def test_failed_solves_are_nan_and_training_goes_on(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("where", ["measured", "draw", "decompose"])
 def test_whatever_else_goes_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory\nand a trace")
 
-    owner = "lightning_spectral.measurement.shared" if where == "decompose" else ActivationSpectrum
+    owner = "lightning_spectral.measurement.activations" if where == "decompose" else ActivationSpectrum
     monkeypatch.setattr(owner if isinstance(owner, type) else __import__(owner, fromlist=["x"]), where, fail)
     spectrum = ActivationSpectrum(every_n_steps=4)
     with pytest.warns(UserWarning, match="out of memory") as caught:
@@ -393,7 +393,7 @@ def test_buffers_go_with_the_fit_and_not_with_the_garbage(tmp_path: Path) -> Non
 
     class Look(Callback):
         def on_train_end(self, *_: Any) -> None:
-            (_, sums), *_ = spectrum._measurement._collector._buffers.values()
+            (_, sums), *_ = spectrum.measurement._collector._buffers.values()
             self.buffer = weakref.ref(sums.outer)
 
     look = Look()

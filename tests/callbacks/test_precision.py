@@ -32,9 +32,9 @@ def test_eigenvalues_meet_the_promised_precision(
         tmp_path, max_steps=4, limit_val_batches=0, precision=precision, callbacks=[recorder, spectrum]
     )
     trainer.fit(LanguageModel(), token_loader(batch_size=8), token_loader())
-    for name, layer in spectrum.report.layers.items():
+    for name, layer in spectrum.report.spectra["activation"].items():
         rows = np.concatenate(recorder.samples(name, "train", range(4)))
         expected = covariance_spectrum(rms_normalized(rows) if normalize else rows)
-        assert layer.num_tokens == len(rows)
+        assert layer.count == len(rows)
         large = expected > above * expected[0]
-        np.testing.assert_allclose(layer.eigenvalues.numpy()[large], expected[large], rtol=1e-5)
+        np.testing.assert_allclose(layer.values.numpy()[large], expected[large], rtol=1e-5)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_spectral import ActivationSpectrum, Run, TailForecaster
+from lightning_spectral import ActivationSpectrum, Run, RunRecord, TailForecaster
 from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
 from tests.models import LENGTH, LanguageModel, tiny_trainer, token_loader
@@ -44,7 +44,7 @@ class Kept(TailForecaster):
     """Keeps reports and what it logs, by step."""
 
     def __init__(self, references: Any = (), **kwargs: Any) -> None:
-        defaults = {"target_loss": 1.0, "monitor": "falling_loss", "every_n_steps": 4, "num_tokens": 512, "family": "F"}
+        defaults = {"target_loss": 1.0, "monitor": "falling_loss", "every_n_steps": 4, "num_tokens": 512}
         super().__init__(references=references, **(defaults | {"num_groups": 2} | kwargs))
         self.logged: dict[int, dict[str, float]] = {}
         self.reports: list[Report] = []
@@ -58,10 +58,10 @@ class Kept(TailForecaster):
         return [values[f"forecast/{quantity}"] for values in self.logged.values()]
 
 
-def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
+def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, family: str | None = "F", **kwargs: Any) -> Trainer:
     seed_everything(0, verbose=False)
     defaults = {"max_steps": 12, "val_check_interval": 4, "limit_val_batches": 16}
-    trainer = tiny_trainer(folder, callbacks=list(callbacks), **(defaults | kwargs))
+    trainer = tiny_trainer(folder, callbacks=[*callbacks, RunRecord(family=family)], **(defaults | kwargs))
     trainer.fit(Falling(), token_loader(400), token_loader(64, seed=1), ckpt_path=ckpt_path)
     return trainer
 
@@ -93,7 +93,8 @@ def test_forecast_follows_the_references_law(tmp_path: Path) -> None:
         *(forecaster.values(quantity) for quantity in ("alpha_tail", "tokens_to_target", "low", "high", "relative")),
         strict=True,
     ):
-        assert alpha == pytest.approx(float(power_law(report.layers[LAYER].eigenvalues, (0.125, 0.5)).exponent))
+        values = report.spectra["activation"][LAYER].values
+        assert alpha == pytest.approx(float(power_law(values, (0.125, 0.5)).exponent))
         assert forecast == pytest.approx(law(alpha), rel=1e-6)
         assert (low, high) == (pytest.approx(forecast, rel=1e-4), pytest.approx(forecast, rel=1e-4))
         assert relative == pytest.approx(forecast / law(min(ALPHAS)), rel=1e-6)
@@ -185,9 +186,9 @@ def test_truth_is_logged_and_recorded_once_the_target_is_reached(tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast")
 def test_finished_runs_are_references_for_the_next(tmp_path: Path) -> None:
     for number in range(4):
-        fit(tmp_path / "runs" / str(number), Kept(target_loss=2.1, family=None))
-    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1, family=None)
-    fit(tmp_path / "runs" / "4", later)
+        fit(tmp_path / "runs" / str(number), Kept(target_loss=2.1), family=None)
+    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1)
+    fit(tmp_path / "runs" / "4", later, family=None)
     assert later.values("num_references") == [4.0] * 3
     # All are the same run: there is no line through one point, and the best of the family is known.
     assert np.isnan(later.values("tokens_to_target")).all()
@@ -212,7 +213,7 @@ def test_it_shares_the_measurement_of_an_activation_spectrum(tmp_path: Path) -> 
     fit(tmp_path, spectrum, forecaster)
     assert Run(tmp_path).steps("activation") == [4, 8, 12]
     assert len(list((tmp_path / "spectra").glob("*.npz"))) == 3
-    assert len(forecaster.reports[0].layers) == 5
+    assert len(forecaster.reports[0].spectra["activation"]) == 5
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -261,9 +262,9 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: dict, changes: dict, m
 def test_another_series_of_a_reference_serves(tmp_path: Path) -> None:
     spectrum = {"stage": "validate", "every_n_steps": 4, "num_tokens": 256, "num_groups": 2}
     for number in range(4):
-        fit(tmp_path / "runs" / str(number), ActivationSpectrum(**spectrum), Kept(target_loss=2.1, family=None))
-    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1, family=None)
-    fit(tmp_path / "later", later)
+        fit(tmp_path / "runs" / str(number), ActivationSpectrum(**spectrum), Kept(target_loss=2.1), family=None)
+    later = Kept(f"{tmp_path}/runs/*", target_loss=2.1)
+    fit(tmp_path / "later", later, family=None)
     assert later.values("num_references") == [4.0] * 3
     assert {reference.series for reference in later._found.usable} == {"activation-validate-2"}
 

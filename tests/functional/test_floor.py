@@ -1,5 +1,6 @@
 """Sampling floors: a slow twin, and processes that do not change, which must stay within 95 times in 100."""
 
+import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import scipy.stats
 import torch
 
 from lightning_spectral.functional import (
-    Sample,
+    Spectrum,
     angle_floor,
     js_divergence,
     js_floor,
@@ -51,7 +52,7 @@ class Process(NamedTuple):
         return (rows * np.sqrt(self.eigenvalues) + self.mean).reshape(self.num_groups, -1, len(self.eigenvalues))
 
 
-def sample_of(groups: np.ndarray, rank: int) -> Sample:
+def sample_of(groups: np.ndarray, rank: int) -> Spectrum:
     """What a report knows, from `(..., G, rows, d)`."""
     groups = torch.tensor(groups)
     counts, sums, outers = groups.shape[-2], groups.sum(-2), groups.mT @ groups
@@ -61,10 +62,10 @@ def sample_of(groups: np.ndarray, rank: int) -> Sample:
     outer = torch.einsum("kg,...gde->...kde", members, outers) / num_rows[..., None]
     values, vectors = torch.linalg.eigh(outer - mean[..., :, None] * mean[..., None, :])
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)[..., :rank]
-    return Sample(values[..., 0, :], values[..., 1:, :], vectors[..., 0, :, :], vectors[..., 1:, :, :])
+    return Spectrum(values[..., 0, :], values[..., 1:, :], vectors[..., 0, :, :], vectors[..., 1:, :, :])
 
 
-def drawn(process: Process, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[Sample, Sample]:
+def drawn(process: Process, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[Spectrum, Spectrum]:
     """Pairs of samples of one process, batched."""
     rng = np.random.default_rng(seed)
     first, second = (sample_of(np.stack([process.draw(rng) for _ in range(num_draws)]), process.rank) for _ in range(2))
@@ -152,7 +153,8 @@ def test_a_rotation_beyond_the_floor_is_seen(angle):
     first, second = drawn(process)
     turn = np.eye(32)
     turn[np.ix_([2, 9], [2, 9])] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    turned = second._replace(
+    turned = dataclasses.replace(
+        second,
         vectors=torch.tensor(turn) @ second.vectors,
         leave_one_out_vectors=torch.tensor(turn) @ second.leave_one_out_vectors,
     )
@@ -218,18 +220,24 @@ def test_with_two_groups_the_expectation_is_half_the_distance_of_the_halves():
     nu = float((1 - p.square().sum()) / norm)
     expected = _reference.js_divergence(*halves) / 2 * scipy.stats.f.ppf(0.95, nu, nu)
     assert float(js_floor(sample)) == pytest.approx(expected, rel=1e-9)
-    assert float(js_floor(Sample(sample.values, sample.leave_one_out))) == float(js_floor(sample))
+    assert float(js_floor(Spectrum(sample.values, sample.leave_one_out))) == float(js_floor(sample))
 
 
 def test_a_batch_equals_a_loop():
     first, second = drawn(PROCESSES["few rows"], num_draws=3)
     for floor in FLOORS:
-        single = [floor(*(Sample(*(part[i] for part in s)) for s in (first, second))) for i in range(3)]
+        single = [floor(*(one_of(s, i) for s in (first, second))) for i in range(3)]
         torch.testing.assert_close(floor(first, second), torch.stack(single), rtol=1e-9, atol=1e-9)
 
 
-def some_groups(sample: Sample, num_groups: int) -> Sample:
-    return sample._replace(
+def one_of(batch: Spectrum, index: int) -> Spectrum:
+    parts = (batch.values, batch.leave_one_out, batch.vectors, batch.leave_one_out_vectors)
+    return Spectrum(*(part[index] for part in parts))
+
+
+def some_groups(sample: Spectrum, num_groups: int) -> Spectrum:
+    return dataclasses.replace(
+        sample,
         leave_one_out=sample.leave_one_out[..., :num_groups, :],
         leave_one_out_vectors=sample.leave_one_out_vectors[..., :num_groups, :, :],
     )
@@ -247,7 +255,7 @@ def test_fewer_than_two_groups_have_no_floor_and_are_passed_over_beside_more(flo
 
 
 def test_limits_are_those_that_distances_have():
-    wild = Sample(
+    wild = Spectrum(
         torch.tensor([4.0, 3.0, 2.0]),
         torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
         torch.eye(3)[:, :2],
@@ -262,18 +270,18 @@ def test_limits_are_those_that_distances_have():
 @pytest.mark.parametrize("rank", [2, 4])
 def test_no_scatter_is_no_floor_above_zero(values, rank):
     vectors = torch.eye(4)[:, :rank]
-    sample = Sample(torch.tensor(values), torch.tensor([values] * 3), vectors, vectors.expand(3, 4, rank))
+    sample = Spectrum(torch.tensor(values), torch.tensor([values] * 3), vectors, vectors.expand(3, 4, rank))
     assert [float(floor(sample, sample)) for floor in FLOORS] == pytest.approx([0, 1, 0], abs=1e-7)
 
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_what_is_not_known_has_no_floor(floor):
     unknown = torch.full((3, 4, 2), torch.nan)
-    sample = Sample(unknown[0, :, 0], unknown[..., 0], unknown[0], unknown)
+    sample = Spectrum(unknown[0, :, 0], unknown[..., 0], unknown[0], unknown)
     assert floor(sample).isnan()
 
 
 @pytest.mark.parametrize("floor", [overlap_floor, angle_floor])
 def test_subspaces_need_vectors(floor):
     with pytest.raises(ValueError, match=r"^samples must have vectors and leave_one_out_vectors, got None: "):
-        floor(Sample(torch.ones(3), torch.ones(2, 3)))
+        floor(Spectrum(torch.ones(3), torch.ones(2, 3)))

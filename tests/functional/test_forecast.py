@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_spectral.functional import (
+    backtest,
     extrapolate_loss,
     forecast_tokens,
-    leave_one_out,
     partial_spearman,
     spearman,
     spearman_interval,
@@ -118,7 +118,7 @@ def test_neither_order_nor_runs_without_a_number_matter(alpha, bad, data):
     if first[0].var() < 1e-6:  # a line through what is hardly a spread magnifies rounding
         return
     assert forecast_tokens(*second, 1.0) == pytest.approx(forecast_tokens(*first, 1.0), rel=1e-5)
-    skill, shuffled = leave_one_out(*first), leave_one_out(*second)
+    skill, shuffled = backtest(*first), backtest(*second)
     assert shuffled.p_value == pytest.approx(skill.p_value, rel=1e-9, nan_ok=True)
     assert shuffled.predictions.shape == (len(mixed),)
     dropped = torch.tensor([pair in bad for pair in mixed])
@@ -127,7 +127,7 @@ def test_neither_order_nor_runs_without_a_number_matter(alpha, bad, data):
 
 def test_each_run_is_forecast_from_the_others(runs):
     alpha, tokens = runs
-    skill = leave_one_out(alpha, tokens)
+    skill = backtest(alpha, tokens)
     for run in range(9):
         others = torch.arange(9) != run
         expected = forecast_tokens(alpha[others], tokens[others], float(alpha[run])).value
@@ -142,7 +142,7 @@ def test_each_run_is_forecast_from_the_others(runs):
 @pytest.mark.parametrize("slope", [-2.0, 2.0])
 @pytest.mark.parametrize("num_runs", [4, 8, 9])
 def test_a_law_without_noise_is_all_skill(rng, num_runs, slope):
-    skill = leave_one_out(*family(rng, num_runs, slope=slope, noise=0))
+    skill = backtest(*family(rng, num_runs, slope=slope, noise=0))
     assert skill.rank_correlation == pytest.approx(1)
     assert skill.median_error == pytest.approx(0, abs=1e-9)
     # Of n! arrangements two are as extreme, where all are tried; t is cut off there.
@@ -151,7 +151,7 @@ def test_a_law_without_noise_is_all_skill(rng, num_runs, slope):
 
 @pytest.mark.parametrize("num_runs", [5, 8, 12])
 def test_a_family_without_relation_has_no_skill(rng, num_runs):
-    skills = [leave_one_out(*family(rng, num_runs, slope=0)) for _ in range(600)]
+    skills = [backtest(*family(rng, num_runs, slope=0)) for _ in range(600)]
     correlations = np.array([skill.rank_correlation for skill in skills])
     # The skew that the docstring owns up to: near zero in the middle, a little below in the mean.
     assert -0.25 < np.median(correlations) < 0.1
@@ -161,7 +161,7 @@ def test_a_family_without_relation_has_no_skill(rng, num_runs):
 
 @pytest.mark.parametrize("num_runs", [4, 5, 7, 9, 15, 30])
 def test_without_relation_p_values_fall_below_their_level_no_more_often_than_it_says(rng, num_runs):
-    p_values = np.array([leave_one_out(*family(rng, num_runs, slope=0)).p_value for _ in range(600)])
+    p_values = np.array([backtest(*family(rng, num_runs, slope=0)).p_value for _ in range(600)])
     assert 0.06 <= np.mean(p_values < 0.1) <= 0.13
     assert np.mean(p_values < 0.05) <= 0.08
 
@@ -170,7 +170,7 @@ def test_forecasts_not_taken_relative_to_the_others_would_go_against_the_truth(r
     plain = []
     for _ in range(200):
         alpha, tokens = family(rng, 8, slope=0)
-        plain.append(spearman(leave_one_out(alpha, tokens).predictions, tokens))
+        plain.append(spearman(backtest(alpha, tokens).predictions, tokens))
     assert np.mean(plain) < -0.3
 
 
@@ -185,17 +185,17 @@ def test_small_p_values_equal_scipys_permutation_test(rng, num_runs, ties):
         return scipy.stats.spearmanr(x, tokens).statistic
 
     expected = scipy.stats.permutation_test((alpha.numpy(),), rho, permutation_type="pairings", n_resamples=np.inf)
-    assert leave_one_out(alpha, tokens).p_value == pytest.approx(expected.pvalue, abs=1e-12)
+    assert backtest(alpha, tokens).p_value == pytest.approx(expected.pvalue, abs=1e-12)
 
 
 def test_large_p_values_equal_scipys(rng):
     alpha, tokens = family(rng, 20)
-    assert leave_one_out(alpha, tokens).p_value == pytest.approx(scipy.stats.spearmanr(alpha, tokens).pvalue, rel=1e-9)
+    assert backtest(alpha, tokens).p_value == pytest.approx(scipy.stats.spearmanr(alpha, tokens).pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize("num_runs", [0, 1, 3])
 def test_fewer_than_four_references_have_no_skill(runs, num_runs):
-    skill = leave_one_out(runs[0][:num_runs], runs[1][:num_runs])
+    skill = backtest(runs[0][:num_runs], runs[1][:num_runs])
     assert all(map(math.isnan, skill[:3]))
     assert skill.predictions.shape == (num_runs,)
     assert skill.predictions.isnan().all()
@@ -204,8 +204,8 @@ def test_fewer_than_four_references_have_no_skill(runs, num_runs):
 def test_a_run_whose_others_are_all_alike_has_no_forecast(runs):
     alpha = torch.ones(9)
     alpha[3] = 2
-    assert leave_one_out(alpha, runs[1]).predictions.isnan().nonzero().flatten().tolist() == [3]
-    assert math.isnan(leave_one_out(torch.ones(9), runs[1]).p_value)
+    assert backtest(alpha, runs[1]).predictions.isnan().nonzero().flatten().tolist() == [3]
+    assert math.isnan(backtest(torch.ones(9), runs[1]).p_value)
 
 
 NUMBERS = st.lists(st.integers(-3, 3), min_size=4, max_size=15)
@@ -400,9 +400,7 @@ def test_no_target_is_not_reached():
     assert math.isnan(extrapolate_loss(tokens, tokens**-0.5, math.nan))
 
 
-@pytest.mark.parametrize(
-    "function", [lambda x, y: forecast_tokens(x, y, 1.0), leave_one_out], ids=["forecast", "skill"]
-)
+@pytest.mark.parametrize("function", [lambda x, y: forecast_tokens(x, y, 1.0), backtest], ids=["forecast", "skill"])
 @pytest.mark.parametrize("bad", [0.0, -5.0])
 def test_tokens_that_are_not_positive_are_refused(function, bad):
     with pytest.raises(ValueError, match=f"tokens must be positive, got {bad}: leave such runs or points out"):
@@ -416,7 +414,7 @@ def test_points_at_no_tokens_are_refused():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x, y: forecast_tokens(x, y, 1.0), leave_one_out, spearman, spearman_interval],
+    [lambda x, y: forecast_tokens(x, y, 1.0), backtest, spearman, spearman_interval],
     ids=["forecast", "skill", "spearman", "interval"],
 )
 @pytest.mark.parametrize("shapes", [((4,), (5,)), ((2, 4), (2, 4)), ((), ())], ids=str)

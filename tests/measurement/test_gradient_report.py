@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spectral.measurement.gradient_report import (
-    GradientReport,
-    ParameterSpectrum,
-    WeightSpectrum,
-    decompose_grams,
-    missing,
-)
+from lightning_spectral.functional import Spectrum
+from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
 from tests._reference import gradient_moments, jackknife, power_law
 
 NUM_SAMPLES, NUM_GROUPS = 26, 4
@@ -30,13 +25,13 @@ def rows() -> dict[str, np.ndarray]:
 
 def spectra_of(
     rows: dict[str, np.ndarray], num_groups: int = NUM_GROUPS, dtype: torch.dtype = torch.float64
-) -> dict[str, ParameterSpectrum]:
+) -> dict[str, ParameterGradients]:
     grams = {name: torch.tensor(part @ part.T) for name, part in rows.items()}
     sizes = {name: part.shape[1] for name, part in rows.items()}
     num_samples = len(next(iter(rows.values())))
-    spectra = decompose_grams(grams, sizes, torch.arange(num_samples) % num_groups, num_groups, dtype)
-    assert [spectrum.name for spectrum in spectra] == list(rows)
-    return {spectrum.name: spectrum for spectrum in spectra}
+    found = decompose_grams(grams, sizes, torch.arange(num_samples) % num_groups, num_groups, dtype)
+    assert list(found) == [one.spectrum.name for one in found.values()] == list(rows)
+    return found
 
 
 def svd(rows: np.ndarray) -> np.ndarray:
@@ -47,12 +42,12 @@ def svd(rows: np.ndarray) -> np.ndarray:
 def test_singular_values_of_all_rows_of_centred_rows_and_without_each_group(
     rows: dict[str, np.ndarray], name: str
 ) -> None:
-    part, spectrum = rows[name], spectra_of(rows)[name]
+    part, (spectrum, centred, _, _) = rows[name], spectra_of(rows)[name]
     num_values = min(part.shape)
-    assert (spectrum.num_samples, len(spectrum.singular_values)) == (NUM_SAMPLES, num_values)
-    np.testing.assert_allclose(spectrum.singular_values, svd(part), rtol=1e-9)
+    assert (spectrum.count, len(spectrum.values)) == (NUM_SAMPLES, num_values)
+    np.testing.assert_allclose(spectrum.values, svd(part), rtol=1e-9)
     # Centring takes one rank away, and leaves an exact zero.
-    np.testing.assert_allclose(spectrum.centred, svd(part - part.mean(0)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(centred, svd(part - part.mean(0)), rtol=1e-9, atol=1e-9)
     groups = np.arange(NUM_SAMPLES) % NUM_GROUPS
     for group, without in enumerate(spectrum.leave_one_out):
         expected = np.zeros(min(NUM_SAMPLES - NUM_SAMPLES // NUM_GROUPS, part.shape[1]))
@@ -76,7 +71,7 @@ def test_norm_and_moments_are_those_of_the_rows(rows: dict[str, np.ndarray], nam
 def test_error_bar_is_the_jackknifes_over_ranks_of_the_full_spectrum(
     rows: dict[str, np.ndarray], name: str, band: tuple, ranks: tuple[int, int]
 ) -> None:
-    exponent = spectra_of(rows)[name].exponent(band)
+    exponent = spectra_of(rows)[name].spectrum.exponent(band)
     groups = [rows[name][group::NUM_GROUPS] for group in range(NUM_GROUPS)]
     value, r2 = power_law(svd(rows[name]), *ranks)
     _, stderr = jackknife(lambda some: power_law(svd(some), *ranks)[0], groups)
@@ -88,11 +83,11 @@ def test_error_bar_is_the_jackknifes_over_ranks_of_the_full_spectrum(
 def test_centred_exponent_is_that_of_the_rows_about_their_mean(rows: dict[str, np.ndarray]) -> None:
     part = rows["weight"]
     expected, _ = power_law(svd(part - part.mean(0)), 3, 13)
-    assert spectra_of(rows)["weight"].centred_exponent((0.125, 0.5)) == pytest.approx(expected)
+    assert spectra_of(rows)["weight"].centred.exponent((0.125, 0.5)).value == pytest.approx(expected)
 
 
 def test_a_bias_has_an_exponent_over_ranks_it_has_and_an_error_bar(rows: dict[str, np.ndarray]) -> None:
-    bias = spectra_of(rows)["bias"]
+    bias = spectra_of(rows)["bias"].spectrum
     groups = [rows["bias"][group::NUM_GROUPS] for group in range(NUM_GROUPS)]
     exponent = bias.exponent((1, 5))
     assert exponent.value == pytest.approx(power_law(svd(rows["bias"]), 1, 5)[0])
@@ -103,34 +98,34 @@ def test_a_bias_has_an_exponent_over_ranks_it_has_and_an_error_bar(rows: dict[st
     ("band", "reason"),
     [
         ((1, 10), "must end at or before rank 5, the last there is, got (1, 10)"),
-        ((0.125, 0.5), "band (0.125, 0.5) holds 2 positive singular values of the 3 needed"),
-        ((0.1, 0.2), "band (0.1, 0.2) holds 0 positive singular values of the 3 needed"),
+        ((0.125, 0.5), "band (0.125, 0.5) of 5 values spans 2, and a line needs 3: widen it"),
+        ((0.1, 0.2), "band (0.1, 0.2) of 5 values spans 1, and a line needs 3: widen it"),
     ],
 )
 def test_a_bias_too_short_for_a_band_says_so(rows: dict[str, np.ndarray], band: tuple, reason: str) -> None:
     bias = spectra_of(rows)["bias"]
-    exponent = bias.exponent(band)
+    exponent = bias.spectrum.exponent(band)
     assert math.isnan(exponent.value)
     assert math.isnan(exponent.stderr)
     assert reason in exponent.reason
-    assert math.isnan(bias.centred_exponent(band))
+    assert math.isnan(bias.centred.exponent(band).value)
 
 
 @pytest.mark.parametrize(
     ("num_samples", "num_groups", "band", "reason"),
     [
-        (26, 1, (1, 10), "a group of samples is empty, or there are fewer than 2"),
-        (3, 4, (1, 3), "a group of samples is empty, or there are fewer than 2"),
-        (26, 4, (1, 21), "without one group band (1, 21) reaches beyond the 20 samples left"),
+        (26, 1, (1, 10), "a group of samples received no rows, or there are fewer than 2"),
+        (3, 4, (1, 3), "a group of samples received no rows, or there are fewer than 2"),
+        (26, 4, (1, 21), "without one group rank 21 lies beyond the 20 samples left"),
         # Two of the groups have a sample more: without one of them the 20th value is not there.
-        (26, 4, (1, 20), "without one group band (1, 20) loses positive singular values"),
+        (26, 4, (1, 20), "without one group band (1, 20) loses positive values"),
     ],
 )
 def test_without_an_error_bar_there_still_is_a_value(
     rows: dict[str, np.ndarray], num_samples: int, num_groups: int, band: tuple, reason: str
 ) -> None:
     part = rows["weight"][:num_samples]
-    exponent = spectra_of({"weight": part}, num_groups)["weight"].exponent(band)
+    exponent = spectra_of({"weight": part}, num_groups)["weight"].spectrum.exponent(band)
     assert exponent.value == pytest.approx(power_law(svd(part), *band)[0])
     assert math.isnan(exponent.stderr)
     assert exponent.reason.startswith("no error bar")
@@ -142,11 +137,12 @@ def test_one_bad_parameter_costs_the_others_nothing(rows: dict[str, np.ndarray],
     rows["other"][3, 4] = spoil
     with np.errstate(invalid="ignore"):
         spectra = spectra_of(rows)
-    assert spectra["other"].failure == spectra["other"].exponent((1, 10)).reason == "the gradients hold NaN or infinity"
-    assert not spectra["other"].is_zero
+    bad = spectra["other"].spectrum
+    assert bad.failure == bad.exponent((1, 10)).reason == "the gradients hold NaN or infinity"
+    assert not bad.is_zero
     for name in ("weight", "bias"):
-        assert spectra[name].failure is None
-        np.testing.assert_allclose(spectra[name].singular_values, svd(rows[name]), rtol=1e-9)
+        assert spectra[name].spectrum.failure is None
+        np.testing.assert_allclose(spectra[name].spectrum, svd(rows[name]), rtol=1e-9)
 
 
 def test_an_eigensolver_that_fails_is_the_reason(rows: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,17 +150,17 @@ def test_an_eigensolver_that_fails_is_the_reason(rows: dict[str, np.ndarray], mo
         raise torch.linalg.LinAlgError("no convergence")
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
-    assert {spectrum.failure for spectrum in spectra_of(rows).values()} == {"the eigensolver did not converge"}
+    assert {one.spectrum.failure for one in spectra_of(rows).values()} == {"the eigensolver did not converge"}
 
 
 def test_gradients_of_zero_are_no_failure_and_have_a_norm(rows: dict[str, np.ndarray]) -> None:
     rows["other"][:] = 0
-    spectrum = spectra_of(rows)["other"]
+    spectrum, centred, norm, _ = spectra_of(rows)["other"]
     assert spectrum.is_zero
     assert spectrum.failure is None
-    assert spectrum.grad_norm == 0
-    assert "all its gradients are exactly zero" in spectrum.exponent((1, 10)).reason
-    assert math.isnan(spectrum.centred_exponent((1, 10)))
+    assert norm == 0
+    assert "all its values are exactly zero" in spectrum.exponent((1, 10)).reason
+    assert math.isnan(centred.exponent((1, 10)).value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -173,40 +169,40 @@ def test_values_below_the_rounding_of_the_rows_are_zero(dtype: torch.dtype) -> N
     generator = np.random.default_rng(2)
     low = torch.tensor(generator.normal(size=(NUM_SAMPLES, 5)) @ generator.normal(size=(5, 4000)))
     kept = low.to(dtype).double().numpy()
-    found = spectra_of({"weight": kept}, dtype=dtype)["weight"].singular_values
+    found = spectra_of({"weight": kept}, dtype=dtype)["weight"].spectrum.values
     np.testing.assert_allclose(found[:5], svd(low.numpy())[:5], rtol=torch.finfo(dtype).eps)
     assert not found[5:].any()
 
 
 def test_one_sample_has_a_value_and_no_noise(rows: dict[str, np.ndarray]) -> None:
-    spectrum = spectra_of({"weight": rows["weight"][:1]})["weight"]
-    assert spectrum.singular_values.tolist() == pytest.approx([np.linalg.norm(rows["weight"][0])])
-    assert math.isnan(float(spectrum.moments.noise_scale))
+    spectrum, _, _, moments = spectra_of({"weight": rows["weight"][:1]})["weight"]
+    assert spectrum.values.tolist() == pytest.approx([np.linalg.norm(rows["weight"][0])])
+    assert math.isnan(float(moments.noise_scale))
     assert spectrum.exponent((0.125, 0.5)).reason is not None
 
 
 def test_what_is_missing_is_nan_with_its_reason() -> None:
-    spectrum = missing("weight", 7, "no memory left", True)
-    assert (spectrum.num_samples, spectrum.failed_here, spectrum.is_zero) == (7, True, False)
-    assert math.isnan(spectrum.grad_norm)
-    assert math.isnan(float(spectrum.moments.noise_scale))
+    spectrum, centred, norm, moments = ParameterGradients.missing("weight", 7, "no memory left", True)
+    assert (spectrum.count, spectrum.failed_here, spectrum.is_zero) == (7, True, False)
+    assert math.isnan(norm)
+    assert math.isnan(float(moments.noise_scale))
     assert spectrum.exponent((1, 10)).reason == "no memory left"
-    assert math.isnan(spectrum.centred_exponent((1, 10)))
+    assert math.isnan(centred.exponent((1, 10)).value)
 
 
 def test_noise_scale_of_a_report_is_that_of_the_rows_side_by_side(rows: dict[str, np.ndarray]) -> None:
-    spectra = spectra_of(rows)
+    found = spectra_of(rows)
     squared_norm, trace = gradient_moments(np.concatenate(list(rows.values()), axis=1))
-    assert GradientReport(4, "loop", (4, 4), spectra).noise_scale == pytest.approx(trace / squared_norm)
-    spectra["other"] = missing("other", 0, "no sample was seen", False)
-    assert math.isnan(GradientReport(4, "loop", (4, 4), spectra).noise_scale)
+    assert GradientReport.of(4, found, {}, "loop", (4, 4)).noise_scale == pytest.approx(trace / squared_norm)
+    found["other"] = ParameterGradients.missing("other", 0, "no sample was seen", False)
+    assert math.isnan(GradientReport.of(4, found, {}, "loop", (4, 4)).noise_scale)
 
 
 def test_weights_have_an_exponent_without_an_error_bar() -> None:
     values = np.arange(1, 31) ** -0.6
-    exponent = WeightSpectrum(torch.tensor(values)).exponent((0.1, 0.5))
+    exponent = Spectrum(torch.tensor(values)).exponent((0.1, 0.5))
     assert exponent.value == pytest.approx(0.6)
     assert math.isnan(exponent.stderr)
-    spoilt = WeightSpectrum(torch.full((30,), torch.nan, dtype=torch.float64)).exponent((0.1, 0.5))
+    spoilt = Spectrum(torch.full((30,), torch.nan, dtype=torch.float64)).exponent((0.1, 0.5))
     assert math.isnan(spoilt.value)
-    assert spoilt.reason == "the weights hold NaN or infinity"
+    assert spoilt.reason == "its values are not finite"

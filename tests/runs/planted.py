@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import seed_everything
 
-from lightning_spectral import ActivationSpectrum, GradientSpectrum
+from lightning_spectral import ActivationSpectrum, GradientSpectrum, RunRecord
 from lightning_spectral.nanogpt import NanoGPT, TextData
 from tests.models import tiny_trainer
 
@@ -71,9 +71,9 @@ def train(folder: Path, name: str, seed: int, wait: Callable[[bool], None], **kw
     if not text.exists():
         write_text(text)
     data = TextData(str(text), block_size=32, batch_size=16, seed=seed)
-    spectrum = ActivationSpectrum(stage="validate", every_n_steps=20, num_tokens=4096, tags={"setting": name})
+    spectrum = ActivationSpectrum(stage="validate", every_n_steps=20, num_tokens=4096)
     gradients = GradientSpectrum(stage="validate", every_n_steps=20, num_samples=32, method="hooks")
-    callbacks = [spectrum, gradients]
+    callbacks = [spectrum, gradients, RunRecord(tags={"setting": name})]
     path = folder / name / str(seed)
     defaults = {
         "max_steps": NUM_STEPS,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spectral.functional import Moments, moments
-from lightning_spectral.measurement.report import LayerSpectrum, decompose
+from lightning_spectral.functional import Moments, Spectrum, moments
+from lightning_spectral.measurement.decomposition import decompose
 
 NUM_LAYERS, NUM_GROUPS, NUM_ROWS, WIDTH, NUM_VECTORS = 3, 4, 25, 7, 3
 
@@ -16,8 +16,11 @@ def rows() -> np.ndarray:
     return np.random.default_rng(0).normal(10, spread, (NUM_LAYERS, NUM_GROUPS, NUM_ROWS, WIDTH))
 
 
-def spectra_of(rows: np.ndarray, **kwargs: int) -> list[LayerSpectrum]:
-    return decompose([f"layer{index}" for index in range(len(rows))], moments(torch.tensor(rows)), {}, **kwargs)
+def spectra_of(rows: np.ndarray, **kwargs: int) -> list[Spectrum]:
+    names = [f"layer{index}" for index in range(len(rows))]
+    found = decompose(names, moments(torch.tensor(rows)), {}, **kwargs)
+    assert list(found) == [spectrum.name for spectrum in found.values()] == names
+    return list(found.values())
 
 
 def eigh(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,11 +31,11 @@ def eigh(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("num_vectors", [0, NUM_VECTORS])
 def test_spectra_with_and_without_each_group(rows: np.ndarray, num_vectors: int) -> None:
     for layer, spectrum in zip(rows, spectra_of(rows, num_vectors=num_vectors), strict=True):
-        np.testing.assert_allclose(spectrum.eigenvalues, eigh(layer)[0], rtol=1e-9)
+        np.testing.assert_allclose(spectrum.values, eigh(layer)[0], rtol=1e-9)
         for group in range(NUM_GROUPS):
             np.testing.assert_allclose(spectrum.leave_one_out[group], eigh(np.delete(layer, group, 0))[0], rtol=1e-9)
-        assert spectrum.num_tokens == NUM_GROUPS * NUM_ROWS
-        assert spectrum.num_rows_without == (NUM_GROUPS - 1) * NUM_ROWS
+        assert spectrum.count == NUM_GROUPS * NUM_ROWS
+        assert spectrum.count_without == (NUM_GROUPS - 1) * NUM_ROWS
 
 
 def test_leading_vectors_with_and_without_each_group(rows: np.ndarray) -> None:
@@ -48,7 +51,7 @@ def test_leading_vectors_with_and_without_each_group(rows: np.ndarray) -> None:
 def test_vectors_leave_the_values_as_they_are(rows: np.ndarray, num_rows: int) -> None:
     few = rows[:, :, :num_rows]
     for plain, other in zip(spectra_of(few), spectra_of(few, num_vectors=NUM_VECTORS), strict=True):
-        for expected, found in ((plain.eigenvalues, other.eigenvalues), (plain.leave_one_out, other.leave_one_out)):
+        for expected, found in ((plain.values, other.values), (plain.leave_one_out, other.leave_one_out)):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14 * float(expected.max()))
             assert torch.equal(found == 0, expected == 0)
             assert bool((expected == 0).any()) == (num_rows == 1)
@@ -70,10 +73,10 @@ def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
     rows[1, 2, 3, 4] = np.inf
     good, bad, other = spectra_of(rows)
     assert bad.failure == "the rows hold NaN or infinity"
-    assert bad.eigenvalues.isnan().all()
+    assert bad.values.isnan().all()
     for layer, spectrum in ((rows[0], good), (rows[2], other)):
         assert spectrum.failure is None
-        np.testing.assert_allclose(spectrum.eigenvalues, eigh(layer)[0], rtol=1e-9)
+        np.testing.assert_allclose(spectrum.values, eigh(layer)[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize(("num_rows", "has_error"), [(2, False), (3, True)])
@@ -94,9 +97,8 @@ def test_an_empty_group_leaves_no_error_bar(rows: np.ndarray, num_vectors: int) 
     scatter = parts.scatter.clone()
     count, mean = parts.num_rows.clone(), parts.mean.clone()
     count[0, 1], mean[0, 1], scatter[0, 1] = 0, 0, 0
-    (spectrum,) = decompose(["layer"], Moments(count, mean, scatter), {}, num_vectors)
+    spectrum = decompose(["layer"], Moments(count, mean, scatter), {}, num_vectors=num_vectors)["layer"]
     assert spectrum.leave_one_out.shape == (0, WIDTH)
     assert num_vectors == 0 or spectrum.leave_one_out_vectors.shape == (0, WIDTH, NUM_VECTORS)
-    assert spectrum.num_groups == NUM_GROUPS - 1
     assert np.isnan(spectrum.exponent((1, 5)).stderr)
-    assert "only 3 group(s)" in spectrum.exponent((1, 5)).reason
+    assert "a group of samples received no rows" in spectrum.exponent((1, 5)).reason

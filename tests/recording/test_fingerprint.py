@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_spectral.measurement.fingerprint import Fingerprint
+from lightning_spectral.recording.fingerprint import Fingerprint
 
 CPU = torch.device("cpu")
 SAMPLES = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))

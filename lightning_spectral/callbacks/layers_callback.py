@@ -1,0 +1,75 @@
+"""What every callback on the shared measurement of activations has in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from typing_extensions import override
+
+from lightning_spectral.callbacks.spectral_callback import SpectralCallback
+from lightning_spectral.capture.layers import resolve_layers
+from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest
+from lightning_spectral.measurement.arguments import check_patterns
+
+
+class LayersCallback(SpectralCallback):
+    """Has the layers that its arguments name watched.
+
+    A subclass says what it writes for each (``quantities``); it may choose among the layers (:meth:`choose_layers`),
+    and refuse their widths (:meth:`check_widths`).
+
+    Args:
+        layers: Patterns, see :func:`lightning_spectral.capture.resolve_layers`.
+        request: What is measured, and when.
+        prefix: Put before every key.
+    """
+
+    quantities: tuple[str, ...] = ()
+    """Last parts of the keys, for each layer."""
+    num_vectors = 0
+    """How many leading eigenvectors are needed."""
+    measurement: ActivationMeasurement | None
+
+    def __init__(self, layers: str | Sequence[str] | None, request: ActivationRequest, prefix: str) -> None:
+        check_patterns(layers=layers)
+        super().__init__(request, prefix)
+        self.layers = layers
+        self.request = request
+        self._has_checked_widths = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self.layers, stage=self.stage, prefix=self.prefix)
+
+    @override
+    def keys(self) -> list[str]:
+        keys = [f"{self.kind}/{name}/{quantity}" for name in self.names for quantity in self.quantities]
+        return [*keys, f"{self.kind}/failed"]
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"layers": [] if self.measurement is None else self.measurement.layers}
+
+    def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        """Modules to measure, by name; raises ValueError for a pattern that matches nothing, or no stack of blocks."""
+        return resolve_layers(pl_module, self.layers)
+
+    def check_widths(self, widths: dict[str, int]) -> None:
+        """Refuse, by a ValueError, settings that do not fit the layers, as soon as their widths are known."""
+
+    @override
+    def watch(self, pl_module: LightningModule) -> list[str]:
+        layers = self.choose_layers(pl_module)
+        assert self.measurement is not None
+        self.measurement.watch(layers, self.num_vectors)
+        self._has_checked_widths = False
+        return list(layers)
+
+    @override
+    def check_early(self) -> None:
+        widths = {} if self.measurement is None else self.measurement.widths
+        if widths and not self._has_checked_widths:
+            self._has_checked_widths = True
+            self.check_widths({name: widths[name] for name in self.names if name in widths})

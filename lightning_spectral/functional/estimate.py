@@ -1,0 +1,249 @@
+"""A spectrum as one report knows it, with and without each group of rows, and what is estimated from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import nan
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.functional.jackknife import jackknife
+from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, power_law, resolve_band
+from lightning_spectral.functional.spectrum import rankme
+
+
+class Exponent(NamedTuple):
+    """A band's power-law exponent with what is known of its error; plain floats, NaN where there is none."""
+
+    value: float
+    stderr: float
+    """Standard error of ``value``, by the delete-a-group jackknife."""
+    corrected: float
+    """``value`` less its first-order bias of few rows; NaN for spectra whose bias is none of first order."""
+    r2: float
+    num_values: int
+    """Positive values that were fitted."""
+    band: tuple[int, int] | None
+    """First and last rank, 1-based and inclusive; None where the spectrum has no such ranks."""
+    reason: str | None
+    """Why a number above is NaN; None if there is nothing to say."""
+
+
+class Estimate(NamedTuple):
+    """A number with its standard error by the delete-a-group jackknife; NaN where there is none."""
+
+    value: float
+    stderr: float
+
+
+NO_GROUPS = torch.empty(0, 0, dtype=torch.float64)
+"""What a spectrum without error bars has in the place of values without each group."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Eigenvalues or singular values of one set of rows, alive in a report or read back; to NumPy an array of them.
+
+    Only the first four fields may be batched over leading axes, as sampling floors take them.
+
+    Args:
+        values: ``(n,)`` float64, descending, on the CPU; NaN if the measurement failed.
+        leave_one_out: ``(G, m)`` values without each of G groups of rows; G = 0 for no error bars.
+        vectors: ``(n, k)`` leading eigenvectors as columns, where they were asked for.
+        leave_one_out_vectors: ``(G, n, k)`` those without each group.
+        count: Rows behind the values, over all ranks; 0 for a matrix that has none, such as a weight.
+        count_without: Rows left without the largest group, of spectra that rows must span; None for others.
+        failure: Why there are no values; None if there are.
+        failed_here: Whether the failure is one that other ranks may not know of.
+        corrects_bias: Whether the bias of exponents falls with the number of rows, so that the jackknife mends it: true
+            of covariances, not of the singular values of as many rows as there are.
+        name: Layer or parameter.
+        step: Optimizer steps at the report.
+        tokens: Training tokens at the report, where they were counted.
+
+    Example:
+        >>> spectrum = Spectrum(torch.arange(1, 101.0) ** -1.5)
+        >>> round(spectrum.exponent((10, 50)).value, 6), spectrum.exponent((10, 50)).band
+        (1.5, (10, 50))
+    """
+
+    values: Tensor
+    leave_one_out: Tensor = NO_GROUPS
+    vectors: Tensor | None = None
+    leave_one_out_vectors: Tensor | None = None
+    count: int = 0
+    count_without: int | None = None
+    failure: str | None = None
+    failed_here: bool = False
+    corrects_bias: bool = True
+    name: str = ""
+    step: float = nan
+    tokens: float = nan
+    _fits: dict[Band, Exponent] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def missing(cls, failure: str, failed_here: bool = False, **facts: Any) -> "Spectrum":
+        """What stands for one that could not be measured: no values, and the reason."""
+        return cls(torch.empty(0, dtype=torch.float64), failure=failure, failed_here=failed_here, **facts)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        values = self.values.numpy()
+        return values.astype(dtype) if dtype is not None else values.copy() if copy else values
+
+    def exponent(self, band: Band) -> Exponent:
+        """Power-law exponent over a band of ranks, with jackknife error and bias correction; fitted once per band.
+
+        Ranks are those of the full spectrum: without a group the same ranks are fitted.
+
+        Args:
+            band: Two ranks or two fractions, see :func:`lightning_spectral.functional.power_law`.
+
+        Returns:
+            The fit; what is not to be had is NaN, with the reason.
+        """
+        if band not in self._fits:
+            self._fits[band] = self._fit(band)
+        return self._fits[band]
+
+    def _fit(self, band: Band) -> Exponent:
+        ranks = None
+        reason = self.failure
+        if reason is None:
+            try:
+                ranks = resolve_band(band, len(self.values))
+            except ValueError as error:
+                reason = str(error)
+        if ranks is None:
+            return Exponent(nan, nan, nan, nan, 0, None, reason)
+        lo, hi = ranks
+        if hi - lo + 1 < MIN_VALUES:
+            reason = f"band {band} of {len(self.values)} values spans {max(hi - lo + 1, 0)}, and a line needs"
+            return Exponent(nan, nan, nan, nan, 0, None, f"{reason} {MIN_VALUES}: widen it")
+        plain = power_law(self.values, ranks)
+        num_values = int(plain.num_values)
+        reason = self._why_no_value(band, hi, num_values)
+        if reason is not None:
+            return Exponent(nan, nan, nan, nan, num_values, None, reason)
+        reason = self._why_no_error(hi)
+        corrected = stderr = torch.tensor(nan)
+        if reason is None:
+            without = power_law(self.leave_one_out, ranks)
+            if bool((without.num_values != plain.num_values).any()):
+                reason = f"no error bar: without one group band {band} loses positive values: {self._remedy(hi)}"
+            else:
+                corrected, stderr = jackknife(plain.exponent, without.exponent)
+        if not self.corrects_bias:
+            corrected = torch.tensor(nan)
+        return Exponent(
+            float(plain.exponent), float(stderr), float(corrected), float(plain.r2), num_values, ranks, reason
+        )
+
+    def _why_no_value(self, band: Band, hi: int, num_values: int) -> str | None:
+        if not bool(self.values.isfinite().all()):
+            return "its values are not finite"
+        if self.is_zero:
+            return "all its values are exactly zero, as those of gradients behind a zero-initialised layer are at first"
+        if num_values < MIN_VALUES:
+            return f"band {band} holds {num_values} positive values of the {MIN_VALUES} needed: {self._remedy(hi)}"
+        return None
+
+    def _why_no_error(self, hi: int) -> str | None:
+        """Why estimates without each group are none, or are of another stretch of the spectrum."""
+        num_groups, num_left = self.leave_one_out.shape
+        if num_groups < 2:
+            return "no error bar: a group of samples received no rows, or there are fewer than 2"
+        if hi > num_left:
+            return f"no error bar: without one group rank {hi} lies beyond the {num_left} samples left: take more"
+        width = len(self.values)
+        if self.count_without is not None and self.count_without - 1 < min(width, self.count - 1):
+            return f"no error bar: without one group {self.count_without} rows do not span {width} channels: take more"
+        return None
+
+    def _remedy(self, hi: int) -> str:
+        # Zero are the values that the rows do not span, and those below the rounding of the products.
+        return "it needs more rows" if self.count <= hi + 1 else "a wider dtype resolves smaller ones"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every value is exactly zero."""
+        return self.failure is None and not bool(self.values.any())
+
+    def rankme(self) -> Estimate:
+        """Effective rank, see :func:`lightning_spectral.functional.rankme`; NaN without values."""
+        if self.failure is not None or not len(self.values):
+            return Estimate(nan, nan)
+        plain = rankme(self.values)
+        return Estimate(float(plain), float(jackknife(plain, rankme(self.leave_one_out)).stderr))
+
+    def leading(self, num_vectors: int) -> "Spectrum":
+        """A copy with so many eigenvectors at the most, and memory of its own: those of a report are parts of more."""
+        cut: dict[str, Any] = {
+            name: None if part is None else part[..., :num_vectors].clone() for name, part in self._bases.items()
+        }
+        return replace(self, values=self.values.clone(), leave_one_out=self.leave_one_out.clone(), **cut)
+
+    @property
+    def _bases(self) -> dict[str, Tensor | None]:
+        return {"vectors": self.vectors, "leave_one_out_vectors": self.leave_one_out_vectors}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors, numbers and strings."""
+        return {name: value for name, value in vars(self).items() if name != "_fits"}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Spectrum":
+        """The inverse of :meth:`state`, on the CPU."""
+        here: dict[str, Any] = {name: part.cpu() if isinstance(part, Tensor) else part for name, part in state.items()}
+        return cls(**here)
+
+    def arrays(self, values: str, count: str | None) -> dict[str, Any]:
+        """What a record keeps, NumPy arrays by field.
+
+        Args:
+            values: Name of the field of values, ``"eigenvalues"`` for example.
+            count: Name of the field of rows; None for a spectrum of no rows, which has no groups either.
+
+        Returns:
+            Those that there are.
+        """
+        tensors = {values: self.values, "leave_one_out": None if count is None else self.leave_one_out}
+        # Of a basis seven digits are plenty, and it is the largest part of a record.
+        tensors |= {name: None if part is None else part.float() for name, part in self._bases.items()}
+        numbers = {} if count is None else {count: self.count}
+        if self.count_without is not None:
+            numbers["num_rows_without"] = self.count_without
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+        facts = {name: torch.tensor(number).numpy() for name, number in numbers.items()}
+        return arrays | facts | {"failure": self.failure or ""}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], values: str, count: str | None, **facts: Any) -> "Spectrum":
+        """The inverse of :meth:`arrays`.
+
+        Args:
+            arrays: What it gave; a field may be missing, but that of values.
+            values: As there.
+            count: As there.
+            facts: Further fields, such as ``name`` and ``step``.
+
+        Returns:
+            The spectrum, in float64.
+        """
+
+        def tensor(name: str) -> Tensor | None:
+            return torch.as_tensor(arrays[name]).to(torch.float64) if name in arrays else None
+
+        found = tensor(values)
+        assert found is not None
+        without = tensor("leave_one_out")
+        return cls(
+            found,
+            NO_GROUPS if without is None else without,
+            tensor("vectors"),
+            tensor("leave_one_out_vectors"),
+            count=0 if count is None else int(arrays.get(count, 0)),
+            count_without=int(arrays["num_rows_without"]) if "num_rows_without" in arrays else None,
+            failure=str(arrays.get("failure", "")) or None,
+            **facts,
+        )

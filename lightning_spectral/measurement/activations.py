@@ -1,0 +1,175 @@
+"""The measurement of activations: rows of layers collected as they pass, pooled over ranks and decomposed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_spectral.capture.activations import ActivationReader
+from lightning_spectral.capture.batch import num_samples, token_mask
+from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.moments import Moments
+from lightning_spectral.measurement.arguments import check_choice, check_positive
+from lightning_spectral.measurement.collector import Collector
+from lightning_spectral.measurement.decomposition import decompose
+from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.stopwatch import Stopwatch, settle
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+NEVER_RAN = "it never ran, or had run compiled before it was watched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRequest(Request):
+    """Rows of layers: equal requests share one measurement of the union of their layers."""
+
+    kind: ClassVar[str] = "activation"
+
+    num_tokens: int
+    normalize: bool
+    dtype: Literal["float32", "float64"]
+    mask: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(num_tokens=self.num_tokens)
+        check_choice(dtype=(self.dtype, tuple(DTYPES)))
+        if not (self.mask is None or isinstance(self.mask, str)):
+            raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {self.mask!r}")
+
+    @override
+    def measure(self, scene: Scene) -> "ActivationMeasurement":
+        return ActivationMeasurement(self, scene.device, scene.stopwatch)
+
+
+class ActivationMeasurement(Measurement):
+    """Collects rows while the model runs and turns them into a report at each due step.
+
+    Args:
+        request: What to measure.
+        device: Where the sums are kept; the CPU is used where the device has no float64.
+        stopwatch: Counts the time that measuring takes.
+    """
+
+    def __init__(self, request: ActivationRequest, device: torch.device, stopwatch: Stopwatch) -> None:
+        super().__init__(request, request.num_tokens, stopwatch)
+        self.request = request
+        self.widths: dict[str, int] = {}
+        """Width of each layer that has run; known after the first batch, of training or of the sanity check."""
+        self._num_vectors = 0
+        self._has_seen_mask = False
+        self._reader = ActivationReader(self._read)
+        self._collector = Collector(
+            names=self._reader.names,
+            num_tokens=request.num_tokens,
+            num_groups=request.num_groups,
+            normalize=request.normalize,
+            dtype=DTYPES[request.dtype],
+            device=torch.device("cpu") if device.type == "mps" else device,
+        )
+
+    def watch(self, layers: Mapping[str, nn.Module], num_vectors: int = 0) -> None:
+        """Watch layers, by name, before the first batch; those already watched are not hooked again.
+
+        Args:
+            layers: Modules by name.
+            num_vectors: How many leading eigenvectors are needed in each report, 0 for none.
+        """
+        self._num_vectors = max(self._num_vectors, num_vectors)
+        for name, layer in layers.items():
+            if name not in self._reader.names:
+                self._reader.add(name, layer)
+
+    @override
+    def remove(self) -> None:
+        self._reader.remove()
+        # The reader's way back to here is a cycle: the buffers should not wait for the garbage collector.
+        self._collector.release()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all that is watched."""
+        return list(self._reader.names)
+
+    @override
+    def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
+        # Until the widths are known a batch is looked at even if it is not collected: bad input should show early.
+        if self.is_collecting or not self.widths:
+            with self.stopwatch.running():
+                mask = self._mask_of(batch) if has_right_stage else None
+                self._collector.begin_batch(num_samples(batch), mask)
+        self._reader.is_open = self.is_collecting or not self.widths
+
+    @override
+    def close(self) -> None:
+        self._reader.is_open = False
+
+    @override
+    def before_backward(self, scale: Callable[[], float]) -> None:
+        # Activation checkpointing repeats forwards in a backward pass.
+        self._reader.is_open = False
+
+    @override
+    def after_backward(self, is_last: bool) -> None:
+        # After the last the next forward pass is somebody else's, of a sampling callback, say.
+        self._reader.is_open = self.is_collecting and not is_last
+
+    @override
+    def agree_on_rows(self) -> float:
+        return self._collector.agree()
+
+    def _mask_of(self, batch: Any) -> Tensor | None:
+        if self.request.mask is None:
+            return None
+        try:
+            mask = token_mask(batch, self.request.mask)
+        except ValueError as error:
+            if not self._has_seen_mask:
+                raise
+            # One odd batch among many costs a report, not the run.
+            self._collector.failures.update(dict.fromkeys(self._reader.names, str(error)))
+            return None
+        self._has_seen_mask = True
+        return mask
+
+    def _read(self, name: str, output: Tensor) -> None:
+        self.widths[name] = output.shape[-1]
+        if self.is_collecting:
+            with self.stopwatch.running():
+                self._collector.add(name, output)
+
+    @override
+    def make_report(self, step: int) -> None:
+        settle(self._collector.device)
+        with self.stopwatch.running():
+            failures = self._collector.failures
+            spectra = {name: self._missing(name, step, failures.get(name, NEVER_RAN)) for name in self._reader.names}
+            for names, parts, offered in self._collector.pool():
+                if self.steps_collected:
+                    self.schedule.rows_per_step = offered / self.steps_collected
+                spectra |= self._decompose(names, parts, step)
+            self.report = Report(step, {self.kind: spectra})
+            self.reset()
+
+    def _decompose(self, names: list[str], parts: Moments, step: int) -> dict[str, Spectrum]:
+        # What float32 products can resolve: their rounding is about 1e-8 of the largest eigenvalue.
+        rtol = torch.finfo(torch.float32).eps if self.request.dtype == "float32" else None
+        try:
+            return decompose(names, parts, self._collector.failures, step, self._num_vectors, rtol)
+        except RuntimeError as error:  # out of memory, most likely; past the collectives, so that no rank waits
+            reason = str(error).partition("\n")[0]
+            return {name: self._missing(name, step, reason) for name in names}
+
+    @staticmethod
+    def _missing(name: str, step: int, failure: str) -> Spectrum:
+        return Spectrum.missing(failure, name=name, step=step, count_without=0)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._collector.reset()

@@ -1,0 +1,95 @@
+"""Rows of per-sample gradients read off the backward passes of training itself, at weights that move with its steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts
+from lightning_spectral.capture.batch import num_samples
+from lightning_spectral.capture.contraction import LayerRows
+from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
+from lightning_spectral.measurement.measurement import Scene
+from lightning_spectral.measurement.pass_gradients import NO_SAMPLES
+
+
+class BackwardGradients(GradientMeasurement):
+    """Each backward pass before a report leaves its samples' rows.
+
+    Args:
+        request: What to measure.
+        scene: For what.
+
+    Raises:
+        ValueError: For parameters of other layers than can be read.
+    """
+
+    method = "hooks"
+
+    def __init__(self, request: GradientRequest, scene: Scene) -> None:
+        super().__init__(request, scene)
+        check_contracts(scene.module, self.parameters)
+        self.chunk_size = request.chunk_size
+        self._grams: dict[str, Tensor] = {}
+        self._rows: LayerRows | None = None
+        self._had_backward = False
+        self._reader = BackwardReader(scene.stopwatch.running)
+        for name, parameter in self.parameters.items():
+            self._reader.add(name, parameter, scene.module)
+
+    @override
+    def remove(self) -> None:
+        self._reader.remove()
+        super().remove()
+
+    @override
+    def collect(self, batch: Any, step: int) -> None:
+        size = num_samples(batch)
+        if size is None:
+            raise ValueError(NO_SAMPLES)
+        self._offered += size
+        if self._store.room > 0 and len(self._failures) < len(self.parameters):
+            wanted = min(size, self._store.room)
+            mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
+            self._rows = LayerRows(size, self._store.open(wanted), mean_of)
+            self._had_backward = False
+            is_last = wanted == self._store.room and self._world == 1
+            self._reader.begin(self._rows, self._reduce if is_last else None)
+            self._span = [*self._span[:1], step]
+
+    @torch.no_grad()
+    def _reduce(self, name: str) -> None:
+        """Let go of rows that no other will join: layer by layer, they never are all there at a time."""
+        rows = self._store.take_early(name)
+        self._grams[name] = self._gram(rows, [len(rows)])
+
+    @override
+    def early_gram(self, name: str) -> Tensor | None:
+        return self._grams.pop(name, None)
+
+    @override
+    def before_backward(self, scale: Callable[[], float]) -> None:
+        self._had_backward = True
+        if self._rows is not None:
+            samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
+            self._rows.scale = samples / scale()
+
+    @override
+    def close(self) -> None:
+        if self._rows is None:
+            return
+        with self.stopwatch.running():
+            rows, self._rows = self._reader.end(), None
+            assert rows is not None
+            if not (rows.seen or rows.failures or self._had_backward):
+                return  # a training step that gave no loss
+            unseen = {name: NO_GRADIENT for name in self.parameters if name not in rows.seen}
+            self._failures |= unseen | rows.failures
+            self._store.commit()
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._grams = {}

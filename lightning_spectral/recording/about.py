@@ -1,0 +1,100 @@
+"""What the record of a run says of it: what the user said, and what can be seen of model, Trainer and machine."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_spectral.recording.family import describe_model, family_name
+from lightning_spectral.runs.record import FOLDER
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a user says of a run beyond what can be seen of it.
+
+    Args:
+        family: Name that comparable runs share; None for one made of the model's class and configuration.
+        tags: Anything JSON-like, by name.
+        tokens_per_sample: See :func:`lightning_spectral.capture.batch.num_tokens`.
+        loss: Key of the validation loss; None for the rule of thumb.
+        vectors: Whether eigenvectors are kept.
+        upload: Whether the record goes up to loggers that take artifacts.
+        enabled: Whether there is to be a record.
+
+    Raises:
+        ValueError: Naming the argument that a record could not hold.
+    """
+
+    family: str | None = None
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    tokens_per_sample: int | str | None = None
+    loss: str | None = None
+    vectors: bool = True
+    upload: bool = False
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        for name, text in (("family", self.family), ("loss", self.loss)):
+            if not (text is None or (isinstance(text, str) and text)):
+                raise ValueError(f"{name} must be a name, or None for that of the rule, got {text!r}")
+        if not (isinstance(self.tags, Mapping) and all(isinstance(key, str) for key in self.tags)):
+            raise ValueError(f"tags must be a dictionary with names as keys, got {self.tags!r}")
+        tokens = self.tokens_per_sample
+        is_count = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0
+        if not (tokens is None or is_count or isinstance(tokens, str)):
+            raise ValueError(f"tokens_per_sample must be a positive int, a key of the batch or None, got {tokens!r}")
+        for name in ("vectors", "upload", "enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        try:
+            json.dumps(dict(self.tags))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"tags must hold what JSON can, got {self.tags!r}: {error}") from error
+
+
+def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> dict[str, Any]:
+    """What there is to say of a run before its first step: JSON-like facts by name."""
+    model = describe_model(pl_module)
+    is_cuda = pl_module.device.type == "cuda"
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    names = ("lightning-spectral", "lightning", "torch")
+    return {
+        "family": notes.family or family_name(model),
+        "tags": dict(notes.tags),
+        "model": model,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "device": torch.cuda.get_device_name(pl_module.device) if is_cuda else pl_module.device.type,
+        "seed": int(seed) if seed.isdigit() else None,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except ModuleNotFoundError:  # lightning.pytorch is also shipped as pytorch-lightning
+        return None
+
+
+def record_folder(trainer: Trainer) -> Path:
+    """Where the record of a run belongs: in the log directory, on the rank that knows it."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / FOLDER
+    logger = trainer.loggers[0]
+    if (log_dir := getattr(logger, "log_dir", None)) is not None:
+        return Path(log_dir) / FOLDER
+    # Without a directory for each run, as Lightning's ModelCheckpoint does.
+    run = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / run / FOLDER

@@ -1,0 +1,299 @@
+"""Keeps the record of a run: counts tokens and seconds, and writes history and reports as they come."""
+
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.measurement.measurement import Measurement, Report
+from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
+from lightning_spectral.recording.about import Notes
+from lightning_spectral.recording.counter import BatchCounter
+from lightning_spectral.recording.fingerprint import Fingerprint
+from lightning_spectral.runs.kinds import KINDS, Series
+from lightning_spectral.runs.record import Record, Row, find_record, read_about
+from lightning_spectral.warner import Warner
+
+_OF_VALIDATION = re.compile(r"(^|[/_.])(val|valid|validation)([/_.]|$)")
+
+
+class Start(NamedTuple):
+    """What a recorder must know of a run that begins, or is resumed."""
+
+    step: int
+    family: str
+    describe: Callable[[], dict[str, Any]]
+    """Makes the description of the run; on the rank that writes."""
+    folder: Callable[[], Path] | None
+    """The record's own folder; None on ranks, and in runs, that write none."""
+    settings: Sequence[tuple[Measurement, Mapping[str, Any]]]
+    """How each member measures, in the order in which they joined: of one measurement the first to speak counts."""
+    rank: int
+    world: int
+    device: torch.device
+    """Where the process group can reduce."""
+    batches_per_step: int
+
+
+class RunRecorder:
+    """Follows the events of one loop. All ranks count, one writes; nothing that goes wrong in writing stops the run.
+
+    Args:
+        stopwatch: Counts the time that measuring takes, which is not training time.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self._clock = TrainingClock(stopwatch)
+        self._counter = BatchCounter(None, torch.device("cpu"))
+        self._warner = Warner("RunRecord")
+        self._notes: Notes | None = None
+        self._state: dict[str, Any] | None = None
+        self._record: Record | None = None
+        self._series: dict[Measurement, Series] = {}
+        self._fingerprint: Fingerprint | None = None
+        self._device = torch.device("cpu")
+        self._batches_per_step = 1
+        self._is_training = self._is_validating = False
+        self.family = ""
+        """Name that runs of this one's kind share; known from the start of training on."""
+
+    @property
+    def notes(self) -> Notes:
+        """What the user says of the run."""
+        return Notes() if self._notes is None else self._notes
+
+    def note(self, notes: Notes) -> None:
+        """Hear what the user says of the run; once.
+
+        Raises:
+            ValueError: If it was said before.
+        """
+        if self._notes is not None:
+            raise ValueError("RunRecord must be given once to a Trainer, got two: say all in one")
+        self._notes = notes
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells this run from all others; on the rank that writes, and after a resume on all."""
+        return None if self._state is None else self._state["id"]
+
+    @property
+    def folder(self) -> Path | None:
+        """The record's own folder, where one is written."""
+        return None if self._record is None else self._record.folder
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a training run is under way, of which tokens are counted."""
+        return self._is_training
+
+    def described(self, name: str) -> dict[str, Any]:
+        """A copy of a table of what the record says of the run; empty where there is none of that name."""
+        return {} if self._record is None else dict(self._record.about.get(name, {}))
+
+    def describe(self, **facts: Any) -> None:
+        """Add JSON-like facts to what the record says of the run."""
+        if (record := self._record) is not None:
+            with self._stopwatch.running():
+                self._try(lambda: record.describe(**facts))
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens over all ranks when they last agreed on them; NaN outside training."""
+        return self._counter.tokens if self._is_training else nan
+
+    def agree(self) -> None:
+        """Bring ``tokens`` up to date; a collective, which all ranks come to at the same points."""
+        if self._is_training:
+            self._counter.agree()
+
+    def start(self, start: Start) -> None:
+        """Training begins, or resumes."""
+        before = self._state if start.step > 0 and self._state is not None else {}
+        if start.step > 0 and not before:
+            self._warner.warn(
+                f"cannot tell how many tokens the first {start.step} steps took: the checkpoint is of a run without "
+                "these callbacks. Tokens and seconds of this run are NaN"
+            )
+            before = {"tokens": nan, "seconds": nan}
+        self.family, self._device, self._batches_per_step = start.family, start.device, start.batches_per_step
+        tokens, losses = before.get("tokens", 0.0), before.get("losses")
+        self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses)
+        self._fingerprint = Fingerprint(start.rank, start.world)
+        self._is_training, self._is_validating = True, False
+        self._name_series(start, {})
+        self._state = {"id": before.get("id", uuid.uuid4().hex), "folder": before.get("folder")}
+        if start.folder is not None and self.notes.enabled:
+            folder = start.folder
+            with self._stopwatch.running():
+                self._try(lambda: self._open(start, folder().absolute()))
+        self._clock.start(before.get("seconds", 0.0))
+
+    def _open(self, start: Start, folder: Path) -> None:
+        assert self._state is not None
+        run_id, before = self._state["id"], self._state["folder"]
+        source = None if before is None else Path(before)
+        self._state["folder"] = str(folder)
+        known = find_record(run_id, folder, source) if start.step > 0 else None
+        series = self._name_series(start, {} if known is None else read_about(known)["series"])
+        about = start.describe() | {"id": run_id, "series": series}
+        self._record = (
+            Record.begin(folder, about) if start.step == 0 else Record.resume(folder, about, source, start.step)
+        )
+
+    def _name_series(self, start: Start, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Name the measurements, and describe them: a known series of the same settings goes on, whatever the order."""
+        series: dict[str, dict[str, Any]] = {}
+        self._series.clear()
+        for measurement, settings in start.settings:
+            name = self._series.get(measurement)
+            if name is None:
+                most = len(start.settings) + len(known) + 1
+                names = [Series(measurement.kind, measurement.stage, number) for number in range(1, most + 1)]
+                same = [n for n in names if n.text not in series and _is_same(known.get(n.text), settings)]
+                free = [n for n in names if n.text not in known and n.text not in series]
+                name = self._series[measurement] = (same or free)[0]
+            series[name.text] = {**settings, **series.get(name.text, {})}
+        return series
+
+    def end_train_batch(self, batch: Any, loss: Tensor | None) -> None:
+        """Count a batch; raises ValueError if the first does not hold what ``tokens_per_sample`` names."""
+        if not self._is_training:
+            return
+        try:
+            self._counter.add(batch, loss)
+        except Exception as error:  # whatever a batch may be made of
+            is_bad_input = isinstance(error, ValueError) and isinstance(self._counter.per_sample, str)
+            if self._counter.num_batches == 1 and is_bad_input:
+                raise
+            self._warner.warn(f"could not count the tokens of a batch: {error}", on_this_rank=True)
+
+    def start_validation(self) -> None:
+        """A validation run begins."""
+        if self._is_training:
+            self._clock.pause()
+            self._is_validating = True
+
+    def start_validation_batch(self, batch: Any, loader: int) -> None:
+        """A validation batch begins."""
+        if self._is_validating and self._fingerprint is not None:
+            with self._stopwatch.running():
+                self._fingerprint.add(batch, loader)
+
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+        """A validation run has ended, and its loss is known."""
+        if not self._is_training:
+            return
+        # On all ranks: to read the metrics may be to compute them, together.
+        key = self._loss_key(metrics)
+        self._add_row(step, nan if key is None else float(metrics[key]))
+        if self._fingerprint is not None:
+            data = self._fingerprint.agree(num_loaders, self._device)
+            self._fingerprint = None
+            self.describe(validation_data=data, val_loss=key)
+        self._is_validating = False
+        self._clock.start()
+
+    def _loss_key(self, metrics: Mapping[str, Tensor]) -> str | None:
+        key = self.notes.loss
+        if key is not None and key not in metrics:
+            known = ", ".join(name for name in metrics if "loss" in name.lower()) or "no losses"
+            self._warner.warn(f"finds no loss={key!r} among what is logged: there are {known}")
+            return None
+        loader = next((measurement.loader for measurement in self._series), 0)
+        return validation_loss(metrics, loader) if key is None else key
+
+    def end_training(self, step: int) -> None:
+        """Training has ended: what came after the last line gets one of its own."""
+        if self._is_training:
+            self.agree()
+            if self._counter.has_losses:
+                self._add_row(step, nan)
+            self._clock.pause()
+
+    def add_report(self, measurement: Measurement, report: Report) -> None:
+        """Write a report."""
+        if not self._is_training:
+            return
+        self.agree()
+        if (record := self._record) is not None:
+            meta = {"step": report.step, "tokens": self.tokens, "seconds": self._clock.seconds}
+            series = self._series[measurement]
+            with self._stopwatch.running():
+                self._try(lambda: record.write_report(series.text, report.step, self._arrays(report) | meta))
+        if not self._is_validating:  # the line of the validation run follows, with its loss
+            self._add_row(report.step, nan)
+
+    def _arrays(self, report: Report) -> dict[str, Any]:
+        arrays = {
+            f"{kind}/{name}/{field}": array
+            for kind, spectra in report.spectra.items()
+            for name, spectrum in spectra.items()
+            for field, array in spectrum.arrays(KINDS[kind].values, KINDS[kind].count).items()
+            if self.notes.vectors or not field.endswith("vectors")
+        }
+        return arrays | report.arrays_beside()
+
+    def _add_row(self, step: int, val_loss: float) -> None:
+        self.agree()
+        train_loss = self._counter.take_loss()
+        if (record := self._record) is None:
+            return
+        row = Row(step, self.tokens, self._clock.seconds, train_loss, val_loss)
+        with self._stopwatch.running():
+            self._try(lambda: record.append(row))
+            if "batch_tokens" not in record.about and not isnan(self._counter.tokens_per_batch):
+                batch_tokens = self._counter.tokens_per_batch * self._batches_per_step
+                self._try(lambda: record.describe(batch_tokens=batch_tokens))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """A run is worth more than its record."""
+        try:
+            write()
+        except Exception as error:
+            if isinstance(error, ValueError):
+                self._record = None  # somebody else's folder: leave it alone
+            self._warner.warn(f"could not write the record of the run: {error}")
+
+    def end(self) -> None:
+        """The last member has left: a later run of the same loop goes on from here."""
+        self._state = self.state_dict()
+        self._clock.pause()
+        self._is_training, self._record, self._notes = False, None, None
+        self._series.clear()
+        self._warner.clear()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a resumed run needs to go on with its record: plain numbers and strings; None before training.
+
+        Tokens since the last line are this rank's times the number of ranks, which is exact where ranks have batches of
+        one size.
+        """
+        if self._state is None or not self._is_training:
+            return self._state
+        counted = {"tokens": self._counter.estimate, "losses": self._counter.losses}
+        return {**self._state, **counted, "seconds": self._clock.seconds}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take up what :meth:`state_dict` gave when the checkpoint that is being resumed was written."""
+        self._state = self._state if state is None else state
+
+
+def validation_loss(metrics: Mapping[str, Any], loader: int) -> str | None:
+    """Key of the loss of a validation run: ``val_loss``, or another of validation, of the loader that is measured."""
+    keys = [key for key in metrics if _OF_VALIDATION.search(key.lower()) and "loss" in key.lower()]
+    of_loader = [key for key in keys if key.endswith(f"/dataloader_idx_{loader}")] or keys
+    usual = [key for key in of_loader if re.match(r"(val|valid|validation)[_/.]loss($|/dataloader)", key.lower())]
+    return min(usual or of_loader, key=lambda key: (len(key), key), default=None)
+
+
+def _is_same(known: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of one measurement, as JSON would have it."""
+    unlike = {"layers", "parameters", "head", "tail", "rank"}
+    return known is not None and all(known.get(name) == value for name, value in settings.items() if name not in unlike)

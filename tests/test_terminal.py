@@ -1,0 +1,36 @@
+"""Tables as they stand on a terminal, and in a log file."""
+
+import math
+
+import pytest
+
+from lightning_spectral.terminal import console, new_table, number, print_table, show_number, with_error
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [(1234567.0, 0, "1,234,567"), (0.12345, 3, "0.123"), (-0.5, 1, "-0.5"), (math.nan, 2, "-"), (math.inf, 1, "inf")],
+)
+def test_numbers(value: float, digits: int, shown: str) -> None:
+    assert show_number(value, digits) == shown
+
+
+def test_first_and_last_report_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"alpha": with_error("alpha", 2), "rows": number("rows", 0)}
+    first = {"step": 100, "rows": {"b.0.weight": {"alpha": 1.5, "alpha_stderr": 0.25, "rows": 4096.0}}}
+    last = {"step": 200, "rows": {"b.0.weight": {"alpha": math.nan, "alpha_stderr": math.nan, "rows": 0.0}}}
+    print_table("a title", "layer", columns, first, last)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert printed[0] == ["a", "title"]
+    assert printed[1] == ["layer", "step", "alpha", "rows"]
+    assert printed[3:] == [["b.0", "100", "1.50", "+/-", "0.25", "4,096"], ["200", "-", "+/-", "-", "0"]]
+    print_table("a title", "layer", columns, first, first)
+    assert capsys.readouterr().out.count("b.0") == 1
+
+
+def test_a_log_file_is_wide_enough_for_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console().width == 120
+    table = new_table("", ["name"], ["number"])
+    table.add_row("x" * 200, "123,456,789")
+    console().print(table)
+    assert "123,456,789" in capsys.readouterr().out
