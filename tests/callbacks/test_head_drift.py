@@ -271,7 +271,7 @@ def test_second_fit_has_a_reference_of_its_own(tmp_path: Path) -> None:
     fit(tmp_path, drift)
     fit(tmp_path, drift, model=LanguageModel(Network(16)))
     assert drift.values("overlap")[0] == 1
-    assert drift._bases[LAYERS[0]].sample.vectors.shape == (16, 4)
+    assert drift._bases[LAYERS[0]].vectors.shape == (16, 4)
 
 
 def test_rank_beyond_the_width_is_refused_in_the_first_batch(tmp_path: Path) -> None:
