@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.limit import LIMIT
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = LIMIT) -> list[Any]:
     """Call a function once in each of several processes that form a gloo group, as torchrun would have set them up.
 
     A process costs a few seconds (it imports torch and the function's module): check many things in one run.

@@ -18,6 +18,7 @@ from benchmarks.training import Schedule, costs
 from benchmarks.turns import Run, Segments, side_by_side
 from benchmarks.watching import binned
 from lightning_spectral.nanogpt import NanoGPT, TextData
+from tests.limit import LIMIT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -31,7 +32,7 @@ def run(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(result.read_text())
@@ -43,7 +44,7 @@ def test_reference_runs_are_made_once(tmp_path: Path) -> None:
     words = [sys.executable, str(script), str(tmp_path / "runs"), *sizes.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     first, second = (
-        subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=True).stdout
+        subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
         for _ in range(2)
     )
     assert first.split()[:3] == ["1", "of", "1:"]

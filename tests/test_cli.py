@@ -12,6 +12,7 @@ import pytest
 
 import _lightning_spectral_command as script
 from lightning_spectral import cli
+from tests.limit import LIMIT
 from tests.runs.made_up import made_up
 from tests.test_readme import readme_command
 
@@ -94,7 +95,7 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT,
     )
     assert run.returncode == 0, run.stderr
     assert "blocks.2" in run.stdout

@@ -21,6 +21,7 @@ from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows
 from benchmarks.findings.runs import POINTS, Family, Setting
 from benchmarks.harness import environment
 from lightning_spectral.functional import Spectrum, partial_spearman
+from tests.limit import LIMIT
 
 LAYERS = ("gpt.blocks.0", "gpt.blocks.1")
 
@@ -185,7 +186,7 @@ def test_a_run_is_made_by_the_command_line_and_only_once(tmp_path: Path, monkeyp
     small = ("--model.num_layers=2", "--model.width=16", "--trainer.callbacks.num_tokens=1024")
     family = Family(tmp_path)
     words = [sys.executable, "-m", "lightning_spectral", *family.words(setting), *small]
-    subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=200)
+    subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=LIMIT)
     run = family.open(setting)
     assert run.steps("activation") == [2, 4]
     assert [run.tokens_at("activation", step) for step in (2, 4)] == [16_384, 32_768]

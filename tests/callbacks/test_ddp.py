@@ -12,6 +12,7 @@ import torch
 
 from lightning_spectral import Run
 from tests.callbacks import ddp_run
+from tests.limit import LIMIT
 from tests.runs.made_up import made_up
 
 
@@ -27,7 +28,7 @@ def ranks(folder: Path) -> list[dict]:
         made_up(path, tokens, 1, 1 + tokens / 100, layer="blocks.1", num_tokens=10_000, normalize=False)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
-        [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

@@ -11,6 +11,7 @@ import torch
 
 from tests.callbacks import gradient_ddp_run
 from tests.callbacks.gradient_ddp_run import METHODS, NUM_SAMPLES
+from tests.limit import LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, TailForecaster
 from lightning_spectral.nanogpt import GPT, GPTConfig, NanoGPT, TextData, write_shard
 from lightning_spectral.nanogpt.config import RECIPES, recipe_switches
+from tests.limit import LIMIT
 from tests.models import tiny_trainer
 from tests.runs.planted import write_text
 
@@ -98,7 +99,7 @@ def test_example_of_d12_runs_on_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_spectral", "fit", "--config", str(REPOSITORY / "examples" / "d12.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr[-4000:]
     run = Run(tmp_path / "lightning_logs" / "version_0")

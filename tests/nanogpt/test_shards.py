@@ -247,13 +247,13 @@ def test_large_shards_are_not_read(tmp_path):
         write_shard(path, [7])
         break_header(path, 2, 10**9)
         os.truncate(path, HEADER_BYTES + 2 * 10**9)  # sparse: two gigabytes that take no space
-    start = time.perf_counter()
+    start = time.process_time()  # a crowded machine does not count
     data = ShardData(str(tmp_path), block_size=64)
     batch = next(iter(data.train_dataloader()))
     assert batch["input_ids"].flatten().tolist() == [7] + [0] * 511
     assert data.num_train_tokens == (10**9 - 1) // 64 * 64
     assert len(pickle.dumps(data.train_blocks)) < 10_000, "a spawned worker gets names, not tokens"
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 1
 
 
 def test_maps_are_read_only(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_spectral import Run
+from tests.limit import LIMIT
 from tests.runs import kill_run
 
 NUM_KILLS = 20
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attempts(folder: Path) -> list[dict]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, kill_run.__file__, str(folder), str(NUM_KILLS)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
