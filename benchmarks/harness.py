@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.compact_json import compact
+
 console = Console(width=140, file=sys.stdout)
 """Where results go, even while the standard output of what is measured is put aside."""
 
@@ -209,7 +211,7 @@ def main(benchmark: ModuleType) -> None:
             "result": result,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        arguments.json.write_text(compact(json.dumps(written)) + "\n")
 
 
 def _without_files(words: list[str]) -> list[str]:

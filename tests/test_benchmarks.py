@@ -1,6 +1,7 @@
 """The benchmarks run, on settings too small to say anything of speed."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from benchmarks import report
+from benchmarks.compact_json import compact
 from benchmarks.harness import Target, environment
 from benchmarks.training import Schedule, costs
 from benchmarks.turns import Run, Segments, side_by_side
@@ -36,6 +38,44 @@ def run(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(result.read_text())
+
+
+def test_json_keeps_arrays_of_numbers_in_one_line() -> None:
+    facts = {
+        "a": [1.5, -2, 1e-300, None, True],
+        "b": [[0.1 + 0.2, 1], []],
+        "c": {"d [": ["x, y", "\u00e9]"], "e": {}, "f": [{"g": [3]}]},
+    }
+    text = compact(json.dumps(facts))
+    assert json.loads(text) == facts
+    assert (
+        text
+        == """{
+ "a": [1.5, -2, 1e-300, null, true],
+ "b": [
+  [0.30000000000000004, 1],
+  []
+ ],
+ "c": {
+  "d [": ["x, y", "\\u00e9]"],
+  "e": {},
+  "f": [
+   {
+    "g": [3]
+   }
+  ]
+ }
+}"""
+    )
+    assert compact(text) == text
+    assert compact(json.dumps([math.nan, math.inf])) == "[NaN, Infinity]"
+
+
+def test_committed_results_are_laid_out_so() -> None:
+    paths = list((BENCHMARKS / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        assert path.read_text() == compact(path.read_text()) + "\n", path
 
 
 def test_reference_runs_are_made_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.compact_json import compact
 from benchmarks.findings.tables import show_and_write
 
 CRITERIA = {
@@ -82,7 +83,7 @@ def write_report(cells: list[dict[str, Any]], environment: dict[str, Any], folde
     found = recommend(cells)
     written: dict[str, Any] = {"environment": environment, "recommendation": found, "cells": cells}
     written["worse_corrected"] = [_named(cell) for cell in worse_corrected(cells)]
-    (folder / "control.json").write_text(json.dumps(written, indent=1) + "\n")
+    (folder / "control.json").write_text(compact(json.dumps(written)) + "\n")
     draw(cells, folder / "control.png")
     verdict = f"{_told(found)} {_against(cells)}"
     rows = [

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks.compact_json import compact
 from benchmarks.findings.runs import BATCH_SIZES
 from benchmarks.findings.tables import show_and_write
 from lightning_spectral.runs.to_json import to_json
@@ -38,7 +39,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     names = {name: [run["name"] for run in runs] for name, runs in sets.items()}
     facts = {"environment": environment, "runs": [_plain(run) for run in every], "sets": names, "found": found}
-    (folder / "geometry.json").write_text(to_json(facts) + "\n")
+    (folder / "geometry.json").write_text(compact(to_json(facts)) + "\n")
     draw(sets, found, folder / "geometry.png")
     tests = {name: found[name] for name in sets}
     sections: list[tuple[str, str | list[dict[str, str]]]] = [

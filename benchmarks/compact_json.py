@@ -1,0 +1,27 @@
+"""JSON for people and for git: nested parts indented, an array of numbers in one line."""
+
+import json
+from typing import Any
+
+
+def compact(text: str) -> str:
+    """The same JSON, laid out anew.
+
+    Args:
+        text: JSON, in which NaN and infinities may stand as Python writes them.
+
+    Returns:
+        Objects, and arrays that hold objects or arrays, with a line for each part, indented by a blank a level; arrays
+        of numbers, words or null in one line each.
+    """
+    return _laid_out(json.loads(text), "\n")
+
+
+def _laid_out(value: Any, line: str) -> str:
+    deeper = f"{line} "
+    if isinstance(value, dict) and value:
+        parts = [f"{json.dumps(key)}: {_laid_out(part, deeper)}" for key, part in value.items()]
+        return "{" + deeper + f",{deeper}".join(parts) + line + "}"
+    if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        return "[" + deeper + f",{deeper}".join(_laid_out(part, deeper) for part in value) + line + "]"
+    return json.dumps(value)
