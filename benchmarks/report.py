@@ -1,8 +1,8 @@
 """All benchmarks' results of one day as one report: what was asked, what was found, and what was not measured.
 
-    python -m benchmarks.report benchmarks/results/2026-11-25
+    python -m benchmarks.report benchmarks/results/2026-11-26
 
-writes ``report.md`` and ``environment.json`` beside the results, and the table into ``benchmarks/README.md``.
+writes ``report.md`` and ``environment.json`` beside the results.
 """
 
 import argparse
@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import COLUMNS, Target
-
-README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 NOT_MEASURED = [
     "Anything on a GPU (point 8): step time at full size in bfloat16, kernel gaps, the share of time in the hooks, and "
@@ -31,7 +28,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """Write the report of a folder of results, and its table into the README.
+    """Write the report of a folder of results.
 
     Args:
         folder: Holds a ``.json`` of each benchmark.
@@ -39,12 +36,7 @@ def write(folder: Path) -> None:
     results = load(folder)
     environment = results[0]["environment"]
     (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    text = [f"# Benchmarks of {environment['date']}\n", summary(environment), "", table(results)]
-    text += ["Not measured:\n", *(f"- {line}" for line in NOT_MEASURED)]
-    (folder / "report.md").write_text("\n".join(text) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}{block(folder, results)}{END}{after}")
+    (folder / "report.md").write_text(told(results))
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -63,10 +55,14 @@ def summary(environment: dict[str, Any]) -> str:
     return f"{where}, {environment['memory_gib']:g} GiB, Python {environment['python']}, {packages}."
 
 
-def block(folder: Path, results: list[dict[str, Any]]) -> str:
-    """What stands in the README between its two marks."""
+def told(results: list[dict[str, Any]]) -> str:
+    """The report in Markdown: machine, table, and what is missing."""
     environment = results[0]["environment"]
-    return f"Of {environment['date']}, {summary(environment)}\n\n{table(results)}"
+    missing = "\n".join(f"- {line}" for line in NOT_MEASURED)
+    return (
+        f"# Benchmarks of {environment['date']}\n\n{summary(environment)}\n\n{table(results)}\n"
+        f"Not measured:\n\n{missing}\n"
+    )
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -79,7 +75,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [" | ".join(("", *COLUMNS, "command", "")).strip(), "|" + " --- |" * (len(COLUMNS) + 1)]
     for _, cells in sorted(rows, key=lambda row: row[0]):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -159,34 +159,28 @@ def test_imports_are_timed_in_fresh_interpreters(tmp_path: Path) -> None:
     assert 0 < found["result"]["added"][0] < found["result"]["lightning_and_torch"][0]
 
 
-def test_a_report_holds_every_target_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
-    monkeypatch.setattr(report, "README", readme)
-    folder = tmp_path / "results"
-    folder.mkdir()
+def test_a_report_holds_every_target_with_its_command(tmp_path: Path) -> None:
     found = {
         "late": Target("6", "growth", 1.2, 1.15, True, note="a | b"),
         "early": Target("1", "speed", 1.0, 0.99, False),
     }
     for name, target in found.items():
         written = {"command": f"python -m {name}", "environment": environment(), "targets": [asdict(target)]}
-        (folder / f"{name}.json").write_text(json.dumps(written))
-    report.write(folder)
-    lines = readme.read_text().splitlines()
-    assert (lines[0], lines[-1]) == ("before", "after")
-    table = [line for line in lines if line.startswith("| ")][2:]
-    assert table == [
+        (tmp_path / f"{name}.json").write_text(json.dumps(written))
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == [
         "| 1 | speed | at least 0.99 | 1 | yes |  |  | `python -m early` |",
         "| 6 | growth | at most 1.15 | 1.2 | no |  | a \\| b | `python -m late` |",
     ]
-    assert "Not measured" in (folder / "report.md").read_text()
-    assert json.loads((folder / "environment.json").read_text()) == environment()
+    assert "Not measured" in text
+    assert json.loads((tmp_path / "environment.json").read_text()) == environment()
 
 
-def test_the_table_of_benchmarks_is_that_of_the_newest_results() -> None:
-    newest = max(path for path in (BENCHMARKS / "results").iterdir() if (path / "report.md").exists())
-    assert report.block(newest, report.load(newest)) in report.README.read_text()
+def test_the_committed_report_is_that_of_its_results_and_the_readme_points_to_it() -> None:
+    newest = max(path.parent for path in (BENCHMARKS / "results").glob("*/report.md"))
+    assert report.told(report.load(newest)) == (newest / "report.md").read_text()
+    assert f"(results/{newest.name}/report.md)" in (BENCHMARKS / "README.md").read_text()
 
 
 def test_per_sample_runs_and_its_memory_is_of_the_order_of_the_formula(tmp_path: Path) -> None:
