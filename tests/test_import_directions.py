@@ -1,6 +1,8 @@
 """Imports run one way through the house, so that a part can be read, tested and replaced without those above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,6 @@ def test_imports_of_ours_run_one_way(part: str) -> None:
 
 @pytest.mark.parametrize("part", FOREIGN)
 def test_foreign_imports_are_few(part: str) -> None:
-    import sys
-
     for path in files_of(part):
         roots = {name.split(".")[0] for name in imported_modules(path)} - {"lightning_spectral"}
         assert roots <= FOREIGN[part] | sys.stdlib_module_names, path
@@ -69,3 +69,23 @@ def test_foreign_imports_are_few(part: str) -> None:
 def test_every_part_is_in_the_table() -> None:
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert parts - {"__init__", "__main__", "cli", "py"} == set(ALLOWED)
+
+
+IMPORT = """
+import sys
+import lightning.pytorch, scipy, torch, torchmetrics
+
+# Torchmetrics has it already; is it asked for anew?
+for name in [name for name in sys.modules if name.startswith("scipy.stats")]:
+    del sys.modules[name]
+vars(scipy).pop("stats", None)
+import lightning_spectral
+
+assert "scipy.stats" not in sys.modules
+lightning_spectral.functional.spearman(torch.arange(4.0), torch.arange(4.0))
+assert "scipy.stats" in sys.modules
+"""
+
+
+def test_scipys_statistics_are_imported_by_those_who_need_them() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], cwd=PACKAGE.parent, check=True)

@@ -1,4 +1,4 @@
-"""The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy's special functions."""
+"""The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy."""
 
 from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
