@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.findings.promises import INTERCEPT, SLOPE, family
 from lightning_spectral.functional import (
     backtest,
     extrapolate_loss,
@@ -18,15 +19,6 @@ from lightning_spectral.functional import (
     spearman,
     spearman_interval,
 )
-
-INTERCEPT, SLOPE, NOISE = 14.0, 2.0, 0.3
-
-
-def family(rng, num_runs, slope=SLOPE, noise=NOISE):
-    """Runs with ln tokens = c + s alpha + noise."""
-    alpha = 1 + 0.2 * rng.standard_normal(num_runs)
-    tokens = np.exp(INTERCEPT + slope * alpha + noise * rng.standard_normal(num_runs))
-    return torch.tensor(alpha), torch.tensor(tokens)
 
 
 @pytest.fixture
@@ -147,23 +139,6 @@ def test_a_law_without_noise_is_all_skill(rng, num_runs, slope):
     assert skill.median_error == pytest.approx(0, abs=1e-9)
     # Of n! arrangements two are as extreme, where all are tried; t is cut off there.
     assert skill.p_value == pytest.approx(2 / math.factorial(num_runs))
-
-
-@pytest.mark.parametrize("num_runs", [5, 8, 12])
-def test_a_family_without_relation_has_no_skill(rng, num_runs):
-    skills = [backtest(*family(rng, num_runs, slope=0)) for _ in range(600)]
-    correlations = np.array([skill.rank_correlation for skill in skills])
-    # The skew that the docstring owns up to: near zero in the middle, a little below in the mean.
-    assert -0.25 < np.median(correlations) < 0.1
-    assert -0.2 < correlations.mean() < 0
-    assert np.mean([skill.p_value < 0.1 for skill in skills]) <= 0.13
-
-
-@pytest.mark.parametrize("num_runs", [4, 5, 7, 9, 15, 30])
-def test_without_relation_p_values_fall_below_their_level_no_more_often_than_it_says(rng, num_runs):
-    p_values = np.array([backtest(*family(rng, num_runs, slope=0)).p_value for _ in range(600)])
-    assert 0.06 <= np.mean(p_values < 0.1) <= 0.13
-    assert np.mean(p_values < 0.05) <= 0.08
 
 
 def test_forecasts_not_taken_relative_to_the_others_would_go_against_the_truth(rng):
