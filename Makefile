@@ -21,7 +21,7 @@ lint: $(BIN)/installed
 	$(BIN)/mypy
 
 test: $(BIN)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) $(DEMO_DIR)

@@ -22,7 +22,7 @@ from benchmarks.watching import binned
 from lightning_spectral.nanogpt import NanoGPT, TextData
 from tests.limit import LIMIT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(folder: Path, module: str, settings: str) -> tuple[str, dict[str, Any]]:
