@@ -111,8 +111,8 @@ def test_a_report_of_a_process_is_that_of_all_its_rows() -> None:
     sequences = rows("independent", eigenvalues("power", 16), 8, torch.Generator().manual_seed(1)) + 5
     found = control.measured(sequences, normalize=False)
     expected = np.linalg.eigvalsh(np.cov(sequences.reshape(-1, 16).numpy(), rowvar=False, bias=True))[::-1]
-    scaled = expected / expected.sum() * float(found.eigenvalues.sum())
-    np.testing.assert_allclose(found.eigenvalues, scaled, rtol=1e-9)
+    scaled = expected / expected.sum() * float(found.values.sum())
+    np.testing.assert_allclose(found.values, scaled, rtol=1e-9)
     assert found.leave_one_out.shape == (4, 16)
 
 
