@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +22,9 @@ from lightning_spectral import (
     Run,
     RunRecord,
     Spectrum,
+    boards,
 )
+from lightning_spectral.boards import Board
 from lightning_spectral.measurement import stopwatch
 from lightning_spectral.recording import recorder
 from tests.models import LENGTH, PROBES, Alternating, LanguageModel, Perceptron, tiny_trainer, token_loader
@@ -475,3 +477,95 @@ def test_a_logger_that_fails_does_not_stop_training(tmp_path: Path) -> None:
     ):
         trainer = fit(tmp_path, spectra(), logger=Down(tmp_path), max_steps=4)
     assert trainer.global_step == 4
+
+
+def test_a_record_alone_holds_the_history(tmp_path: Path) -> None:
+    seen = Seen()
+    fit(tmp_path, RunRecord(family="mine"), seen)
+    run = Run(tmp_path)
+    assert (run.family, run.kinds) == ("mine", [])
+    assert run.history.step.tolist() == [4, 8, 12]
+    np.testing.assert_array_equal(run.history.val_loss, list(seen.val_losses.values()))
+    assert run.tokens_to(float(run.history.val_loss[1])) == run.history.tokens[1]
+
+
+def test_nothing_is_recorded_where_nothing_is_to_be(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, spectra(), RunRecord(enabled=False))
+    assert not list(tmp_path.rglob("spectra"))
+    assert trainer.callback_metrics[f"activation/{BLOCK}/rankme"] > 1
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_eigenvectors_are_kept_if_they_are_to_be(tmp_path: Path, vectors: bool) -> None:
+    drift = HeadDrift(every_n_steps=4, num_tokens=64, num_groups=2, rank=3)
+    fit(tmp_path, drift, RunRecord(vectors=vectors), limit_val_batches=4)
+    spectrum = Run(tmp_path).spectrum("activation", BLOCK, 8)
+    assert (spectrum.vectors is not None) == (spectrum.leave_one_out_vectors is not None) == vectors
+    assert len(spectrum.leave_one_out) == 2
+
+
+def test_eigenvectors_take_less_than_half_of_what_they_took(tmp_path: Path) -> None:
+    drift = HeadDrift("*.blocks.0", every_n_steps=4, num_tokens=64, num_groups=2, rank=32)
+    sizes = {}
+    for vectors in (True, False):
+        folder = tmp_path / str(vectors)
+        fit(folder, drift, RunRecord(vectors=vectors), limit_val_batches=4)
+        sizes[vectors] = next(folder.rglob("*-000000008.npz")).stat().st_size
+    assert sizes[True] - sizes[False] < 3 * 32 * 32 * 8 / 2 + 500  # two headers
+
+
+@pytest.mark.parametrize("loss", ["train_loss", "val_loss"])
+def test_the_loss_that_is_named_is_recorded(tmp_path: Path, loss: str) -> None:
+    seen = Seen()
+    trainer = fit(tmp_path, spectra(), RunRecord(loss=loss), seen)
+    run = Run(tmp_path)
+    assert run.about["val_loss"] == loss
+    assert run.history.val_loss[-1] == float(trainer.callback_metrics[loss])
+
+
+def test_a_loss_that_is_not_logged_is_told_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"RunRecord finds no loss='nll' among what is logged: there are .*val_loss"):
+        fit(tmp_path, spectra(), RunRecord(loss="nll"))
+    assert np.isnan(Run(tmp_path).history.val_loss).all()
+
+
+class Shelf(NoLogDir):
+    """A logger whose board takes artifacts."""
+
+
+class ShelfBoard(Board):
+    logger_class = "Shelf"
+    held: ClassVar[list[tuple[str, list[str]]]] = []
+
+    def artifact(self, folder: Path, name: str) -> None:
+        self.held.append((name, sorted(path.name for path in folder.iterdir())))
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_the_record_goes_up_at_the_end_if_it_is_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upload: bool
+) -> None:
+    monkeypatch.setattr(boards, "BOARDS", (ShelfBoard,))
+    monkeypatch.setattr(ShelfBoard, "held", [])
+    fit(tmp_path, spectra(), RunRecord(upload=upload), logger=Shelf(tmp_path), max_steps=4)
+    files = ["activation-validate-000000004.npz", "history.csv", "run.json"]
+    assert ShelfBoard.held == ([("spectra", files)] if upload else [])
+
+
+def test_an_upload_that_fails_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: Any) -> None:
+        raise ConnectionError("the service is down")
+
+    monkeypatch.setattr(boards, "BOARDS", (ShelfBoard,))
+    monkeypatch.setattr(ShelfBoard, "artifact", down)
+    with pytest.warns(UserWarning, match="RunRecord could not upload .*the service is down"):
+        fit(tmp_path, spectra(), RunRecord(upload=True), logger=Shelf(tmp_path), max_steps=4)
+
+
+def test_a_run_record_leaves_training_as_it_is(tmp_path: Path) -> None:
+    weights = [
+        fit(tmp_path / str(len(callbacks)), *callbacks).lightning_module.state_dict()
+        for callbacks in ((), (RunRecord(tags={"a": 1}, loss="val_loss"),))
+    ]
+    for name, plain in weights[0].items():
+        assert torch.equal(plain, weights[1][name]), name
