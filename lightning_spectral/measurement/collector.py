@@ -20,12 +20,7 @@ RMS_EPS = 1e-6
 def inverse_rms(samples: Tensor, dtype: torch.dtype) -> Tensor:
     r"""What a parameter-free RMSNorm multiplies rows by, :math:`(\frac1d \sum_j x_j^2 + \epsilon)^{-1/2}`.
 
-    Args:
-        samples: ``(..., d)``, any floating dtype.
-        dtype: Type of the result, no narrower than that of the samples.
-
-    Returns:
-        ``(..., 1)``.
+    ``(..., 1)`` of samples ``(..., d)`` of any floating type, in ``dtype``, which is no narrower than theirs.
     """
     squares = torch.linalg.vector_norm(samples, dim=-1, keepdim=True, dtype=dtype).square_()
     return squares.div_(samples.shape[-1]).add_(RMS_EPS).rsqrt_()
@@ -118,11 +113,9 @@ class Collector:
         self._progress: dict[str, _Progress] = defaultdict(_Progress)
 
     def begin_batch(self, num_samples: int | None, mask: Tensor | None) -> None:
-        """Say what the outputs that follow belong to.
+        """Say what the outputs that follow belong to: a batch of so many samples, None if unknown.
 
-        Args:
-            num_samples: Samples in the batch, None if unknown.
-            mask: Boolean tensor, True where a token counts, or None for all.
+        The boolean mask is True where a token counts, None for all.
         """
         self._num_samples = num_samples
         self._mask = mask
@@ -130,12 +123,7 @@ class Collector:
         self._real_tokens = [] if mask is None else mask.reshape(len(mask), mask.shape[1:].numel()).sum(1).tolist()
 
     def add(self, name: str, output: Tensor) -> None:
-        """Take in one layer's output; a failure is noted in ``failures``, never raised.
-
-        Args:
-            name: The layer.
-            output: ``(..., d)``, any floating dtype.
-        """
+        """Take in a layer's output, ``(..., d)``, any floating dtype; a failure goes to ``failures``, never raised."""
         progress = self._progress[name]
         progress.offered += output.shape[:-1].numel() if self._mask is None else sum(self._real_tokens)
         if progress.is_full or name in self.failures:
@@ -222,8 +210,7 @@ class Collector:
     def agree(self) -> float:
         """Let all ranks know every layer's width, so that their buffers match; a collective.
 
-        Returns:
-            Rows offered to all ranks together.
+        It returns the number of rows offered to all ranks together.
         """
         widths = [self._width(name) for name in self.names]
         of_ranks = gather_numbers([self.offered, *widths], self.device)
@@ -271,8 +258,7 @@ class Collector:
     def pool(self) -> Iterator[tuple[list[str], Moments, float]]:
         """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
 
-        Yields:
-            The layers of one width, their moments ``(layers, groups)``, and the rows offered to all ranks together.
+        The layers of a width, their moments ``(layers, groups)``, and the rows offered to all ranks together.
         """
         if not self.is_agreed:
             self.agree()

@@ -7,16 +7,10 @@ from torch import Tensor
 
 
 class RowStore:
-    """Rows of several parameters, up to a number of samples.
+    """Rows of several parameters, of P numbers each as ``sizes`` says by name, up to ``capacity`` samples.
 
-    A parameter's memory is taken when its first rows are about to be written, and given back when they are taken.
-
-    Args:
-        sizes: Numbers P of each parameter.
-        capacity: Samples at the most.
-        dtype: In which rows are kept.
-        device: Where rows are kept.
-        compute_device: Where rows are made.
+    Rows are made on ``compute_device``, and kept in ``dtype`` on ``device``. A parameter's memory is taken when its
+    first rows are about to be written, and given back when they are taken.
     """
 
     def __init__(
@@ -44,13 +38,9 @@ class RowStore:
         return self.capacity - self.count
 
     def open(self, num_samples: int) -> Mapping[str, Tensor]:
-        """Where to write the rows of some samples, in float32 or float64 on the device that makes them.
+        """Where to write the rows of b samples, ``(b, P)`` by name; b is no more than there is ``room`` for.
 
-        Args:
-            num_samples: b, no more than there is ``room`` for.
-
-        Returns:
-            ``(b, P)`` by name: the store itself where type and device agree.
+        In float32 or float64 on the device that makes them: the store itself where type and device agree.
         """
         self._open = _Open(self, num_samples)
         return self._open
@@ -79,13 +69,9 @@ class RowStore:
             target.copy_(rows)
 
     def take_early(self, name: str) -> Tensor:
-        """The rows of one parameter before :meth:`commit`, with those that were written since :meth:`open`.
+        """As :meth:`take`, before :meth:`commit`, with the rows that were written since :meth:`open`.
 
-        Args:
-            name: The parameter, of which nothing more may be written.
-
-        Returns:
-            See :meth:`take`.
+        Nothing more may be written of that parameter.
         """
         assert self._open is not None
         stop = self.count + self._open.num_samples
@@ -93,14 +79,7 @@ class RowStore:
         return self._kept.pop(name)[:stop]
 
     def take(self, name: str) -> Tensor:
-        """The rows of one parameter; the store lets go of them.
-
-        Args:
-            name: The parameter.
-
-        Returns:
-            ``(count, P)``; empty where nothing was ever written.
-        """
+        """The rows of a parameter, ``(count, P)``, empty if none was ever written; the store lets go of them."""
         kept = self._kept.pop(name, None)
         if kept is None:
             return torch.empty(0, self.sizes[name], dtype=self.dtype, device=self._device)

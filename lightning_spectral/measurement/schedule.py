@@ -8,11 +8,7 @@ class TrainSchedule:
 
     A report is due when ``global_step // every_n_steps`` grows. The steps that are collected for it are the last
     ``min(every_n_steps, ceil(num_tokens / rows per step))``, so that runs of different batch size are measured on
-    equally many rows.
-
-    Args:
-        every_n_steps: Optimizer steps between reports.
-        num_tokens: Rows wanted per report, over all ranks.
+    equally many rows, of which ``num_tokens`` are wanted over all ranks.
     """
 
     def __init__(self, every_n_steps: int, num_tokens: int) -> None:
@@ -26,22 +22,14 @@ class TrainSchedule:
         self._step = 0
 
     def start(self, step: int) -> None:
-        """Begin, or resume, after a number of steps; what was due before is not reported again.
-
-        Args:
-            step: The trainer's ``global_step``.
-        """
+        """Begin, or resume, at a ``global_step``; what was due before is not reported again."""
         self._reported = step // self.every_n_steps
         self._step = step
 
     def collects(self, step: int) -> bool:
-        """Whether a batch that begins now belongs to the next report.
+        """Whether a batch that begins now, at a ``global_step``, belongs to the next report.
 
-        Args:
-            step: The trainer's ``global_step`` before the batch.
-
-        Returns:
-            True inside the window, and in the very first step, whose rows set the window.
+        True inside the window, and in the very first step, whose rows set the window.
         """
         if self.rows_per_step is None:
             return True
@@ -56,14 +44,7 @@ class TrainSchedule:
         return min(self.every_n_steps, math.ceil(self.num_tokens / self.rows_per_step))
 
     def advance(self, step: int) -> int:
-        """Note that a batch has ended.
-
-        Args:
-            step: The trainer's ``global_step`` after the batch.
-
-        Returns:
-            How far the step count has moved: zero in the middle of an accumulation.
-        """
+        """Note that a batch ended at a ``global_step``; returns how far it moved, zero within an accumulation."""
         moved = step - self._step
         self._step = step
         self.stride = max(self.stride, moved)
@@ -72,8 +53,7 @@ class TrainSchedule:
     def due(self) -> bool:
         """Whether a report is due after the batch that has just ended; True once per crossing.
 
-        Returns:
-            True if a multiple of ``every_n_steps`` was reached since the last report.
+        One is due if a multiple of ``every_n_steps`` was reached since the last report.
         """
         reached = self._step // self.every_n_steps
         if reached <= self._reported:

@@ -8,11 +8,7 @@ import torch
 
 
 def settle(device: torch.device) -> None:
-    """Wait for what a GPU has to do yet, so that a report, which must wait for it, does not pass for its cost.
-
-    Args:
-        device: Where training runs.
-    """
+    """Wait for what training has yet to do on a GPU: a report, which must wait for it, shall not pass for its cost."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -34,11 +30,7 @@ class Stopwatch:
 
 
 class TrainingClock:
-    """Wall time of training with its waiting for data, without validation and without measuring.
-
-    Args:
-        stopwatch: Counts the time that measuring takes.
-    """
+    """Wall time of training and its waiting for data, without validation and measuring, which a stopwatch counts."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
@@ -54,11 +46,7 @@ class TrainingClock:
         return self._before + (perf_counter() - self._since) - (self._stopwatch.seconds - self._own)
 
     def start(self, seconds: float | None = None) -> None:
-        """Run on.
-
-        Args:
-            seconds: Time so far; None for what the clock shows.
-        """
+        """Run on from so many seconds; None for what the clock shows."""
         self._before = self.seconds if seconds is None else seconds
         self._since, self._own = perf_counter(), self._stopwatch.seconds
 

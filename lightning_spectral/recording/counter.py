@@ -15,11 +15,9 @@ from lightning_spectral.metrics.reduction import world_size
 class BatchCounter:
     """Counts without waiting for a GPU; only :meth:`agree` does, and is a collective of three numbers.
 
-    Args:
-        per_sample: How tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`.
-        device: Where the process group can reduce float64.
-        tokens: Those of the run before.
-        losses: Sum and number of losses before that were not taken.
+    ``per_sample`` says how tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`; on ``device``
+    the process group can reduce float64. From the run before come its ``tokens``, and sum and number of the ``losses``
+    that were not taken.
     """
 
     def __init__(
@@ -46,14 +44,9 @@ class BatchCounter:
         self._num_new_losses = 0
 
     def add(self, batch: Any, loss: Tensor | None) -> None:
-        """Count a batch of this rank.
+        """Count a batch of this rank and its loss, 0-dim; None for none.
 
-        Args:
-            batch: The batch.
-            loss: Its loss, 0-dim; None for none.
-
-        Raises:
-            ValueError: If its tokens cannot be counted; it counts as a batch without any.
+        ValueError if its tokens cannot be counted; it counts as a batch without any.
         """
         self.num_batches += 1
         if loss is not None:
@@ -84,11 +77,7 @@ class BatchCounter:
         return self._num_losses > 0
 
     def take_loss(self) -> float:
-        """Mean loss of the batches agreed on since it was taken last.
-
-        Returns:
-            NaN if there was none.
-        """
+        """Mean loss of the batches agreed on since it was taken last; NaN if there was none."""
         mean = self._loss_sum / self._num_losses if self._num_losses else nan
         self._loss_sum, self._num_losses = 0.0, 0.0
         return mean

@@ -19,14 +19,10 @@ of the schedule, which are given in steps and follow the batch size."""
 
 
 def describe_model(module: nn.Module) -> dict[str, Any]:
-    """Class and configuration of a model.
+    """Class and configuration of the module that is trained.
 
-    Args:
-        module: The module that is trained.
-
-    Returns:
-        ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate, seed and lengths of the
-        schedule, or, where it saved none, the shapes of its parameters; and the number of parameters. All JSON-like.
+    ``class``; ``config``, the hyperparameters it saved, without batch size, learning rate, seed and lengths of the
+    schedule, or, where it saved none, the shapes of its parameters; and ``num_parameters``. All JSON-like.
     """
     hyperparameters = _without_settings_of_the_run(getattr(module, "hparams", None) or {})
     if not hyperparameters:
@@ -39,13 +35,9 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
 
 
 def family_name(description: Mapping[str, Any]) -> str:
-    """The name that all runs of one model and configuration share.
+    """The name that all runs of one model and configuration share, from what :func:`describe_model` gave.
 
-    Args:
-        description: What :func:`describe_model` gave.
-
-    Returns:
-        The class and eight digits of a digest of the configuration: ``NanoGPT-3f9a01c2``.
+    The class and eight digits of a digest of the configuration: ``NanoGPT-3f9a01c2``.
     """
     identity = [description["class"], description["config"]]
     digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

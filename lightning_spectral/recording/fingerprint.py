@@ -17,10 +17,6 @@ class Fingerprint:
 
     It depends neither on how samples are batched nor, where they are dealt out to ranks one by one as by Lightning's
     own sampler, on the number of ranks, nor on the precision that floating-point samples are converted to.
-
-    Args:
-        rank: Of this process.
-        world: Number of processes.
     """
 
     def __init__(self, rank: int, world: int) -> None:
@@ -29,12 +25,7 @@ class Fingerprint:
         self._seen: dict[int, int] = {}
 
     def add(self, batch: Any, loader: int) -> None:
-        """Look at a batch.
-
-        Args:
-            batch: The batch.
-            loader: Index of the loader it comes from.
-        """
+        """Look at a batch of the loader of that index."""
         seen = self._seen.get(loader, 0)
         if seen >= self._room:
             return
@@ -47,14 +38,9 @@ class Fingerprint:
         self._sums[loader] = self._sums.get(loader, 0.0) + found
 
     def agree(self, num_loaders: int, device: torch.device) -> dict[str, str]:
-        """Of all ranks together; a collective.
+        """Of all ranks together, hexadecimal digits by index of the loader; a collective.
 
-        Args:
-            num_loaders: How many there are.
-            device: Where the process group can reduce float64.
-
-        Returns:
-            Hexadecimal digits by index of the loader; those whose batches cannot be cut into samples are missing.
+        Those whose batches cannot be cut into samples are missing. The process group can reduce float64 on ``device``.
         """
         sums = torch.tensor([self._sums.get(loader, 0.0) for loader in range(num_loaders)], dtype=torch.float64)
         total = sum_over_ranks(sums.to(device)).tolist()

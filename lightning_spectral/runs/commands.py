@@ -21,13 +21,9 @@ class _Parser(ArgumentParser):
 
 
 def run_command(words: Sequence[str]) -> None:
-    """Run one of the commands.
+    """Run one of the commands, given its name and its arguments.
 
-    Args:
-        words: Its name and its arguments.
-
-    Raises:
-        ValueError: For wrong arguments, missing or broken runs, and runs that do not compare.
+    ValueError for wrong arguments, missing or broken runs, and runs that do not compare.
     """
     COMMANDS[words[0]](words[1:])
 

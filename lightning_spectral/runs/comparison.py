@@ -85,11 +85,7 @@ class Comparison(NamedTuple):
     """Spectra that cannot be compared, and why."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs.
-
-        Returns:
-            JSON-like; serves as the recorded run floor of later comparisons, too.
-        """
+        """JSON-like, for programs; serves as the recorded run floor of later comparisons, too."""
         return {
             "base": [str(run.path) for run in self.base],
             "variant": [str(run.path) for run in self.variant],

@@ -1,4 +1,4 @@
-"""Pictures of runs: how spectra evolve, and two sides of a comparison at a glance."""
+"""Pictures of runs, outside any window and pyplot state: how spectra evolve, two sides of a comparison at a glance."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, isnan
@@ -28,15 +28,7 @@ COLORS = {"base": "#4c6a92", "variant": "#d1622b"}
 
 
 def evolution_figure(run: Run, kind: str) -> "Figure":
-    """A run's spectra over training: a panel for each layer or parameter, steps as colour.
-
-    Args:
-        run: The run.
-        kind: Of spectra.
-
-    Returns:
-        A figure that belongs to no window and no pyplot state.
-    """
+    """A run's spectra over training: a panel for each layer or parameter, steps as colour."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -64,14 +56,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
 
 
 def comparison_figure(comparison: Comparison) -> "Figure":
-    """Two sides: loss against tokens and seconds, spectra at the matched loss, drift over time.
-
-    Args:
-        comparison: The comparison.
-
-    Returns:
-        A figure that belongs to no window and no pyplot state.
-    """
+    """Two sides: loss against tokens and seconds, spectra at the matched loss, drift over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -92,15 +77,7 @@ def comparison_figure(comparison: Comparison) -> "Figure":
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure.
-
-    Args:
-        figure: The figure.
-        path: Where; its ending names the format.
-
-    Raises:
-        ValueError: If it cannot be written there.
-    """
+    """Write a figure to a file whose ending names the format; ValueError if it cannot be written there."""
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -182,14 +159,7 @@ def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, nam
 
 
 def forecast_figure(family: FamilyForecast) -> "Figure":
-    """The tail exponent against tokens to the target, with the line; forecasts against truth over training.
-
-    Args:
-        family: One family of runs.
-
-    Returns:
-        A figure that belongs to no window and no pyplot state.
-    """
+    """The tail exponent against tokens to the target, with the line; forecasts against truth over training."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -39,15 +39,7 @@ class Measure(NamedTuple):
     """Tokens at which it is known."""
 
     def latest(self, run: Run, tokens: float) -> float:
-        """Where it was known last.
-
-        Args:
-            run: The run.
-            tokens: How far it has come.
-
-        Returns:
-            Tokens; NaN where it was not known yet.
-        """
+        """Tokens at which it was known last of a run that has come so far; NaN where it was not known yet."""
         return max((there for there in self.known_at(run) if there <= tokens), default=nan)
 
 
@@ -97,11 +89,7 @@ class FamilyForecast(NamedTuple):
     """Runs of the family that do not serve, and why."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs.
-
-        Returns:
-            JSON-like.
-        """
+        """JSON-like, for programs."""
         return {
             **{
                 name: getattr(self, name) for name in ("family", "tokens_to_target", "batch_tokens", "layer", "skipped")
@@ -167,10 +155,6 @@ def forecast(
 
 def tail_course(family: FamilyForecast, num_points: int = 12) -> tuple[np.ndarray, list[list[Forecast]]]:
     """Forecasts by the tail over training.
-
-    Args:
-        family: The family.
-        num_points: How many.
 
     Returns:
         Numbers of tokens, evenly in their logarithm from the first that all runs were measured at to those of the
@@ -309,15 +293,14 @@ def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float,
 
 
 def _skill(forecasts: Sequence[Forecast], truth: Tensor, is_relative: bool) -> tuple[float, float, int]:
-    """Rank correlation and median relative error of forecasts, each made without the run itself, and their number.
-
-    A forecast of "never" is one, and as wrong as can be. Those that rest on the other runs are taken relative to their
-    mean, as in `backtest`, without which they would go against the truth.
-    """
+    """Rank correlation and median relative error of forecasts, each made without the run itself, and their number."""
+    # A forecast of "never" is one, and as wrong as can be.
     values = _vector([forecast.value for forecast in forecasts])
     known = ~values.isnan()
     logs, logs_of_truth = values.log(), truth.log()
     if is_relative:
+        # Those that rest on the other runs are taken relative to their mean, as in `backtest`, without which they would
+        # go against the truth.
         means = [float(logs_of_truth[_others(len(truth), index)].mean()) for index in range(len(truth))]
         logs, logs_of_truth = logs - _vector(means), logs_of_truth - _vector(means)
     errors = (values / truth - 1).abs()[known]

@@ -10,17 +10,10 @@ from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
 
 
 def between(first: Spectrum, second: Spectrum, weight: float, tokens: float) -> Spectrum:
-    """A spectrum between two of one run.
+    """A spectrum between an earlier and a later one of a run, at a weight of 0 to 1 and at its training tokens.
 
-    Args:
-        first: The earlier.
-        second: The later.
-        weight: Where between them, 0 to 1.
-        tokens: Training tokens there.
-
-    Returns:
-        Values interpolated in their logarithms, so that exponents are linear in the weight; NaN, with the reason, where
-        the two are not of equally many rows. Eigenvectors are those of the nearer.
+    Values are interpolated in their logarithms, so that exponents are linear in the weight; NaN, with the reason, where
+    the two are not of equally many rows. Eigenvectors are those of the nearer.
     """
     nearer = second if weight >= 0.5 else first
     step = first.step + weight * (second.step - first.step)

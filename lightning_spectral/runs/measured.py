@@ -29,16 +29,9 @@ class Measured(NamedTuple):
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
-    """Refuse runs whose spectra were not measured alike.
+    """The kinds of spectra that two or more runs all recorded.
 
-    Args:
-        runs: Two or more.
-
-    Returns:
-        The kinds that all recorded.
-
-    Raises:
-        ValueError: Naming the setting, and two runs that differ in it.
+    Refuses those whose spectra were not measured alike: a ValueError names the setting, and two that differ in it.
     """
     first = runs[0]
     for run in runs:
@@ -68,16 +61,9 @@ def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any)
 
 
 def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[Key, str]]:
-    """Leave out spectra that some run has not.
+    """Leave out spectra that some run has not: runs with those that all have, and why others are left out.
 
-    Args:
-        every: All runs.
-
-    Returns:
-        The runs with the spectra that all have, and why others are left out.
-
-    Raises:
-        ValueError: If spectra are of different numbers of rows or of different widths.
+    ValueError if spectra are of different numbers of rows or of different widths.
     """
     left_out: dict[Key, str] = {}
     first = every[0]
@@ -109,32 +95,16 @@ def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[Key, str
 
 
 def bands_of(run: Run, kind: str) -> dict[str, Band]:
-    """The bands that a run's callbacks had.
-
-    Args:
-        run: The run.
-        kind: Of the spectra.
-
-    Returns:
-        ``head`` and ``tail``.
-    """
+    """The bands ``head`` and ``tail`` that a run's callbacks had for spectra of a kind."""
     settings = run.settings(kind)
     recorded: dict[str, Any] = {name: settings.get(name) or default for name, default in BANDS.items()}
     return {name: tuple(band) for name, band in recorded.items()}
 
 
 def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
-    """The lowest loss that all runs reached while their spectra were measured.
+    """The lowest loss that all runs reached while their spectra of some kinds were measured.
 
-    Args:
-        runs: One or more.
-        kinds: Of spectra.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: If a run has no loss there, or one is below all of another's.
+    ValueError if a run has no loss there, or one is below all of another's.
     """
     reached: dict[Run, tuple[float, float]] = {}
     for run in runs:
@@ -160,19 +130,9 @@ def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
 
 
 def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[str, Band]]) -> Measured:
-    """What there is to compare in a run.
+    """What there is to compare in a run at a loss, with bands ``head`` and ``tail`` by kind of spectra.
 
-    Args:
-        run: The run.
-        loss: Where.
-        kinds: Of spectra.
-        bands: ``head`` and ``tail`` by kind.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ValueError: If the run never came down to that loss, or was below it from the first.
+    ValueError if the run never came down to that loss, or was below it from the first.
     """
     point = run.at_loss(loss)
     if isnan(point.tokens):

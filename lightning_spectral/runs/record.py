@@ -50,14 +50,7 @@ class Report(NamedTuple):
 
 
 def reports(folder: Path) -> list[Report]:
-    """The reports of a record, by series and step.
-
-    Args:
-        folder: The record's own folder.
-
-    Returns:
-        One per file; files of other names are nobody's business here.
-    """
+    """The reports in a record's own folder, by series and step; files of other names are nobody's business here."""
     found = []
     for path in folder.glob("*.npz"):
         if not path.name.startswith(".") and (match := _REPORT.fullmatch(path.name)):
@@ -66,16 +59,9 @@ def reports(folder: Path) -> list[Report]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The description of a run.
+    """The description of a run, what ``run.json`` holds in the record's own folder.
 
-    Args:
-        folder: The record's own folder.
-
-    Returns:
-        What ``run.json`` holds.
-
-    Raises:
-        ValueError: If there is no record, it is broken, or of another version.
+    ValueError if there is no record, it is broken, or of another version.
     """
     path = folder / ABOUT
     try:
@@ -101,29 +87,15 @@ def _is_table(series: Any) -> bool:
 
 
 def find_record(run_id: str, *places: Path | None) -> Path | None:
-    """Where the record of a run is.
-
-    Args:
-        run_id: Of the run.
-        places: Folders where it may be.
-
-    Returns:
-        The first that is of this run; None for none.
-    """
+    """The first of some places that is the record of the run of that id; None for none."""
     return next((place for place in places if place is not None and _is_of(place, run_id)), None)
 
 
 def read_history(folder: Path) -> list[Row]:
-    """The lines of a run's history, in the order in which they were written.
+    """The lines of a run's history, in the order in which they were written, from the record's own folder.
 
-    Args:
-        folder: The record's own folder.
-
-    Returns:
-        All whole lines; one that a kill tore off at the end does not count.
-
-    Raises:
-        ValueError: If the file is missing, or a line before the last is no line of a history.
+    All whole lines; one that a kill tore off at the end does not count. ValueError if the file is missing, or a line
+    before the last is no line of a history.
     """
     path = folder / HISTORY
     try:
@@ -148,11 +120,9 @@ def read_history(folder: Path) -> list[Row]:
 
 
 class Record:
-    """The record of one run, for the one process that writes it.
+    """The record of one run in its own folder, for the one process that writes it.
 
-    Args:
-        folder: The record's own folder, which exists.
-        about: The description of the run; has an ``id`` that no other run has.
+    The folder exists; the description ``about`` of the run has an ``id`` that no other run has.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -163,38 +133,17 @@ class Record:
     def begin(cls, folder: Path, about: Mapping[str, Any]) -> "Record":
         """Start the record of a new run; one that another run left there is set aside as ``{folder}-1``, ``-2``, ...
 
-        Args:
-            folder: The record's own folder.
-            about: The description of the run.
-
-        Returns:
-            An empty record.
-
-        Raises:
-            ValueError: If the folder holds something that is no record.
-            OSError: If it cannot be written.
+        ValueError if the folder holds something that is no record, OSError if it cannot be written.
         """
         return cls._install(folder, about, [], [])
 
     @classmethod
     def resume(cls, folder: Path, about: Mapping[str, Any], source: Path | None, step: int) -> "Record":
-        """Go on with the record of a run that is resumed from a checkpoint.
+        """Go on with the record of a run that is resumed from the checkpoint of a step, or begin one if it has none.
 
-        What the interrupted run wrote after that checkpoint will be measured again, and is set aside. A run that is
-        resumed into another log directory takes a copy of what it had with it.
-
-        Args:
-            folder: Where to write from now on.
-            about: The description of the run; its ``id`` is that of the interrupted run.
-            source: Where the interrupted run wrote, if that is known.
-            step: The checkpoint's step.
-
-        Returns:
-            The record, up to that step; a new one if there is none of this run.
-
-        Raises:
-            ValueError: If the folder holds something that is no record.
-            OSError: If it cannot be written.
+        What the interrupted run, of the ``id`` in ``about``, wrote after that checkpoint will be measured again, and is
+        set aside. A run that is resumed into another log directory takes a copy of what it had with it, from ``source``
+        if it is known where that is. Errors are those of :meth:`begin`.
         """
         known = find_record(str(about["id"]), folder, source)
         if known is None:
@@ -236,38 +185,21 @@ class Record:
         return record
 
     def describe(self, **facts: Any) -> None:
-        """Add to the description of the run.
-
-        Args:
-            facts: By key; JSON-like.
-        """
+        """Add facts by key, JSON-like, to the description of the run."""
         self.about |= facts
         text = to_json(self.about)
         _write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
 
     def append(self, row: Row) -> None:
-        """Add a line to the history.
-
-        Args:
-            row: The line.
-
-        Raises:
-            ValueError: If another run writes into the folder by now.
-        """
+        """Add a line to the history; ValueError if another run writes into the folder by now."""
         self._check_owner()
         with (self.folder / HISTORY).open("a", encoding="utf-8", newline="") as file:
             file.write(_line(row))
 
     def write_report(self, series: str, step: int, arrays: Mapping[str, Any]) -> None:
-        """Write one report.
+        """Write one report of a series, arrays by name: numbers and strings, nothing that would have to be pickled.
 
-        Args:
-            series: Which measurement it is of.
-            step: Its step.
-            arrays: By name; numbers and strings, nothing that would have to be pickled.
-
-        Raises:
-            ValueError: If another run writes into the folder by now.
+        ValueError if another run writes into the folder by now.
         """
         self._check_owner()
         _write_atomically(self.folder / f"{series}-{step:09d}.npz", lambda file: _write_arrays(file, arrays))

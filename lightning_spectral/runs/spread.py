@@ -10,14 +10,7 @@ MOST = 6
 
 
 def spread(items: Sequence[T]) -> list[T]:
-    """The first, the last, and others evenly between.
-
-    Args:
-        items: Any number.
-
-    Returns:
-        All of up to six, else six.
-    """
+    """All of up to six items, else six: the first, the last, and others evenly between."""
     if len(items) <= MOST:
         return list(items)
     return [items[round(i * (len(items) - 1) / (MOST - 1))] for i in range(MOST)]

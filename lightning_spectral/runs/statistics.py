@@ -40,16 +40,10 @@ class Scatter(NamedTuple):
     """Their ids, so that none is counted twice."""
 
     def floor(self, key: Key, num_base: int, num_variant: int) -> float:
-        """The largest difference of two sides that seeds alone show.
+        """The largest difference that seeds alone show between two sides of so many runs.
 
-        Args:
-            key: The quantity.
-            num_base: Runs on one side.
-            num_variant: Runs on the other.
-
-        Returns:
-            t quantile times standard error, of logarithms for tokens, throughput and seconds; of spectra its square, a
-            divergence. NaN where no side has two runs and no scatter is on record.
+        t quantile times standard error, of logarithms for tokens, throughput and seconds; of spectra its square, a
+        divergence. NaN where no side has two runs and no scatter is on record.
         """
         if key not in self.variances:
             return nan
@@ -59,14 +53,7 @@ class Scatter(NamedTuple):
         return squared if key.quantity == "js" else sqrt(squared)
 
     def and_of(self, other: "Scatter") -> "Scatter":
-        """Pooled with that of other runs.
-
-        Args:
-            other: Theirs.
-
-        Returns:
-            Variances weighted by their degrees of freedom.
-        """
+        """Pooled with that of other runs, variances weighted by their degrees of freedom."""
         variances = dict(self.variances)
         for key, theirs in other.variances.items():
             mine = variances.get(key, Variance(0.0, 0))
@@ -76,22 +63,14 @@ class Scatter(NamedTuple):
         return Scatter(variances, families, [*self.runs, *other.runs])
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs.
-
-        Returns:
-            JSON-like.
-        """
+        """JSON-like, for programs."""
         return self._asdict() | {"variances": {key.text: value._asdict() for key, value in self.variances.items()}}
 
 
 def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
-    """How runs that should be alike differ.
+    """How runs that should be alike differ: variances pooled over sides, none where no side has two runs.
 
-    Args:
-        sides: Runs of one kind each, with the same spectra, all known.
-
-    Returns:
-        Pooled variances; none where no side has two runs.
+    Each side is runs of one kind, all sides with the same spectra, all known.
     """
     runs = [measured.run for side in sides for measured in side]
     degrees = sum(len(side) - 1 for side in sides)
@@ -114,17 +93,7 @@ def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
 
 
 def read_scatter(path: Path) -> Scatter:
-    """The scatter in what ``compare --json`` wrote.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The run floor it holds.
-
-    Raises:
-        ValueError: If it holds none.
-    """
+    """The run floor in what ``compare --json`` wrote; ValueError if the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["run_floor"]
         variances = {
@@ -144,14 +113,7 @@ def number(run: Measured, key: Key) -> float:
 
 
 def mean_spectrum(spectra: Sequence[Tensor]) -> Tensor:
-    """The mean of spectra that are each normalised to sum to one.
-
-    Args:
-        spectra: ``(n,)`` each.
-
-    Returns:
-        ``(n,)``.
-    """
+    """The mean, ``(n,)``, of spectra ``(n,)`` that are each normalised to sum to one."""
     return torch.stack([normalize(spectrum) for spectrum in spectra]).mean(0)
 
 

@@ -23,11 +23,7 @@ QUANTITIES = {
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print gains, shifts and the verdict with its rule.
-
-    Args:
-        comparison: The comparison.
-    """
+    """Print gains, shifts and the verdict with its rule."""
     out = console()
     for name, side in (("base", comparison.base), ("variant", comparison.variant)):
         runs = ", ".join(str(run.path) for run in side[:3]) + (", ..." if len(side) > 3 else "")
@@ -83,12 +79,7 @@ def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
 
 
 def print_run(run: Run, kinds: Sequence[str]) -> None:
-    """Print what a run is, its losses and how its spectra evolved.
-
-    Args:
-        run: The run.
-        kinds: Of spectra.
-    """
+    """Print what a run is, its losses and how its spectra of some kinds evolved."""
     out = console()
     out.print(f"{run.path}  {run.family}" + "".join(f"  {key}={value}" for key, value in run.tags.items()))
     history = run.history
@@ -123,16 +114,10 @@ def _evolution(run: Run, kind: str) -> Table:
 
 
 def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The numbers of a run's spectra at some steps.
+    """The numbers of a run's spectra of a kind at the reports of some steps.
 
-    Args:
-        run: The run.
-        kind: Of spectra.
-        steps: Which reports.
-
-    Yields:
-        For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those
-        of the first report; NaN for what is not known.
+    For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those of
+    the first report; NaN for what is not known.
     """
     bands = bands_of(run, kind)
     for name in run.names(kind):
@@ -157,11 +142,7 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
 
 
 def print_forecast(family: FamilyForecast) -> None:
-    """Print how well early numbers forecast the tokens of a family's runs.
-
-    Args:
-        family: The family.
-    """
+    """Print how well early numbers forecast the tokens of a family's runs."""
     out = console()
     fastest, slowest = min(family.tokens_to_target), max(family.tokens_to_target)
     out.print(

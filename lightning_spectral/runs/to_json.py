@@ -7,14 +7,7 @@ from typing import Any
 
 
 def to_json(facts: Mapping[str, Any]) -> str:
-    """JSON without NaN, which is none.
-
-    Args:
-        facts: Anything JSON-like.
-
-    Returns:
-        Text, with null where there was NaN.
-    """
+    """JSON without NaN, which is none: null stands for it."""
     return json.dumps(_without_nan(facts), indent=1, allow_nan=False)
 
 

@@ -29,15 +29,9 @@ class Verdict(NamedTuple):
 
 
 def decide(token_gain: float, throughput_gain: float, spectra_moved: Mapping[str, bool]) -> Verdict:
-    """Apply the rule.
+    """Apply the rule to gains of the variant: 0 within their floors, NaN if the scatter of runs is not known.
 
-    Args:
-        token_gain: Of the variant; 0 if it lies within its floors, NaN if the scatter of runs is not known.
-        throughput_gain: Likewise.
-        spectra_moved: Whether spectra differ beyond their floors, by kind, of those that can be compared.
-
-    Returns:
-        The verdict.
+    ``spectra_moved`` says whether spectra differ beyond their floors, by kind, of those that can be compared.
     """
     if isnan(token_gain) or isnan(throughput_gain):
         return Verdict("unknown", "", "no verdict: one run a side, and no recorded run floor of the family")
