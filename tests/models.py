@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -139,3 +140,20 @@ def tiny_trainer(folder: Path, **kwargs: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "default_root_dir": folder, **quiet}
     return Trainer(**(defaults | kwargs))
+
+
+class NoLogDir(Logger):
+    """A logger of a service on the web."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    name, version = "project", "run7"
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None: ...

@@ -27,7 +27,7 @@ SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""
 
 
-class GradientSpectrum(SpectralCallback):
+class GradientSpectrum(SpectralCallback[GradientReport]):
     r"""Logs the singular values of per-sample gradients of chosen weights while a model trains.
 
     The gradient of each sample's own loss is a row of an N x P matrix; its singular values, neither centred nor scaled

@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.capture.layers import resolve_layers
-from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest
+from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_patterns
 
 
-class LayersCallback(SpectralCallback):
+class LayersCallback(SpectralCallback[Report]):
     """Has the layers that its arguments name watched.
 
     A subclass says what it writes for each (``quantities``); it may choose among the layers (:meth:`choose_layers`),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +24,10 @@ SECONDS = "spectral/seconds"
 """Key of the time that measuring has cost so far; one for all callbacks of a Trainer with the same prefix."""
 
 
-class SpectralCallback(SessionCallback):
+ReportT = TypeVar("ReportT", bound=Report)
+
+
+class SpectralCallback(SessionCallback, Generic[ReportT]):
     """Takes the reports of a measurement and logs what they are worth; a failure never stops the training run.
 
     A subclass says what it writes (``kind``, :meth:`keys`), what is to be watched for it (:meth:`watch`) and what a
@@ -56,7 +59,7 @@ class SpectralCallback(SessionCallback):
         """Layers or parameters of the run under way."""
         self._request = request
         self._warner = Warner(type(self).__name__)
-        self._seen: Report | None = None
+        self._seen: ReportT | None = None
         self._writes_seconds = False
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
@@ -69,18 +72,18 @@ class SpectralCallback(SessionCallback):
         """Tell the measurement what to watch; returns names of layers or parameters, raises ValueError for none."""
         raise NotImplementedError
 
-    def measured(self, report: Any) -> dict[str, float]:
+    def measured(self, report: ReportT) -> dict[str, float]:
         """What a report comes to, by key without the prefix; it may hold more than was asked for here."""
         raise NotImplementedError
 
     def check_early(self) -> None:
         """Refuse settings that do not fit the model, after each batch, for what only shows then."""
 
-    def fits(self, report: Any) -> Mapping[str, tuple[Spectrum, Exponent]]:
+    def fits(self, report: ReportT) -> Mapping[str, tuple[Spectrum, Exponent]]:
         """The spectra to show with the fit that is drawn, by name."""
         return {}
 
-    def title(self, report: Any = None) -> str:
+    def title(self, report: ReportT | None = None) -> str:
         """Heading of one report, or of all; for a callback with a ``display``."""
         raise NotImplementedError
 
@@ -88,23 +91,23 @@ class SpectralCallback(SessionCallback):
     def settings(self) -> dict[str, Any]:
         return self._request.settings()
 
-    def spectra(self, report: Report) -> dict[str, Spectrum]:
+    def spectra(self, report: ReportT) -> dict[str, Spectrum]:
         """This callback's own spectra in a report, by name."""
         found = report.spectra[KINDS[self.kind].series]
         return {name: found[name] for name in self.names}
 
-    def failures(self, report: Any) -> Iterator[tuple[str, Spectrum]]:
+    def failures(self, report: ReportT) -> Iterator[tuple[str, Spectrum]]:
         """What could not be measured, by what it is called in a warning."""
         return ((name, spectrum) for name, spectrum in self.spectra(report).items() if spectrum.failure is not None)
 
-    def draw(self, boards: list[Board], report: Any) -> None:
+    def draw(self, boards: list[Board], report: ReportT) -> None:
         """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... and the last, the chart once."""
         if self.display is not None:
             self.display.draw(boards, self.prefix, report.step, self.fits(report))
             if self.display.is_milestone:
                 self.draw_figure(boards, report)
 
-    def draw_figure(self, boards: list[Board], report: Any) -> None:
+    def draw_figure(self, boards: list[Board], report: ReportT) -> None:
         """The figure, and the spectra as a table, where there is a ``display`` of spectra."""
         if self.display is not None:
             self.display.draw_figure(boards, self.prefix, report.step, self.title(report), self.fits(report))
@@ -220,14 +223,13 @@ class SpectralCallback(SessionCallback):
         self.check_early()
         if self.measurement is None or self.session is None or self.measurement.report is self._seen:
             return
-        report = self._seen = self.measurement.report
-        assert report is not None
+        report = self._seen = cast(ReportT, self.measurement.report)
         with self.session.stopwatch.running():
             values = self._values(report)
             self._show(trainer, report)
         self.publish(trainer, values, report.step)
 
-    def _show(self, trainer: Trainer, report: Report, is_last: bool = False) -> None:
+    def _show(self, trainer: Trainer, report: ReportT, is_last: bool = False) -> None:
         if not trainer.is_global_zero:
             return
         try:
@@ -236,7 +238,7 @@ class SpectralCallback(SessionCallback):
         except Exception as error:  # a full disk is not a reason to stop training
             self.warn(f"could not draw into {', '.join(type(board).__name__ for board in boards)}: {error!r}")
 
-    def _values(self, report: Report) -> dict[str, float]:
+    def _values(self, report: ReportT) -> dict[str, float]:
         """The values of all keys; NaN for what failed, whatever the cause."""
         for name, spectrum in self.failures(report):
             self.num_failed += 1

@@ -35,6 +35,16 @@ class Recorder(Protocol):
         """The last member has left."""
 
 
+class Member(Protocol):
+    """Who takes part."""
+
+    measurement: Measurement | None
+    """What it takes reports from, if from any."""
+
+    def settings(self) -> dict[str, Any]:
+        """How that is made, JSON-like, for the record."""
+
+
 R = TypeVar("R", bound=Recorder)
 
 
@@ -52,20 +62,20 @@ class Session(Generic[R]):
         self.stopwatch = Stopwatch()
         """Time spent in all measurements and reports so far, on this rank."""
         self.recorder = make_recorder(self.stopwatch)
-        self.members: list[Any] = []
+        self.members: list[Member] = []
         self._held: dict[int, tuple[Request, Measurement]] = {}
-        self._owners: dict[str, weakref.ref[Any]] = {}
+        self._owners: dict[str, weakref.ref[Member]] = {}
         self._done: set[str] = set()
 
-    def join(self, member: Any) -> None:
+    def join(self, member: Member) -> None:
         """Take part."""
         self.members.append(member)
 
-    def is_led_by(self, member: Any) -> bool:
+    def is_led_by(self, member: Member) -> bool:
         """Whether a member's events are those that count."""
         return bool(self.members) and self.members[0] is member
 
-    def leave(self, member: Any) -> None:
+    def leave(self, member: Member) -> None:
         """Take part no longer; a measurement ends with the last member that holds it."""
         self.members = [other for other in self.members if other is not member]
         self._owners = {key: ref for key, ref in self._owners.items() if ref() not in (None, member)}
@@ -75,7 +85,7 @@ class Session(Generic[R]):
         if not self.members:
             self.recorder.end()
 
-    def share(self, member: Any, request: Request, scene: Scene) -> Measurement:
+    def share(self, member: Member, request: Request, scene: Scene) -> Measurement:
         """The one measurement for a request, which the member holds until it leaves.
 
         Raises:
@@ -91,7 +101,7 @@ class Session(Generic[R]):
         """Each once, in the order in which they were asked for first."""
         return list(dict.fromkeys(measurement for _, measurement in self._held.values()))
 
-    def claim(self, keys: Iterable[str], owner: Any) -> None:
+    def claim(self, keys: Iterable[str], owner: Member) -> None:
         """Reserve the full names of keys that a member will write.
 
         Raises:
@@ -104,13 +114,13 @@ class Session(Generic[R]):
                 raise ValueError(f"{writers} would both write {key!r}: give one of them a prefix")
             self._owners[key] = weakref.ref(owner)
 
-    def claim_shared(self, key: str, owner: Any) -> bool:
+    def claim_shared(self, key: str, owner: Member) -> bool:
         """Reserve a key that any member may write and one should; True if this owner is the one."""
         if self._owner(key) is None:
             self._owners[key] = weakref.ref(owner)
         return self._owner(key) is owner
 
-    def _owner(self, key: str) -> Any:
+    def _owner(self, key: str) -> Member | None:
         ref = self._owners.get(key)
         return None if ref is None else ref()
 

@@ -8,8 +8,7 @@ import pytest
 from lightning_spectral import ActivationSpectrum, Run, boards
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks import display
-from tests.models import LanguageModel, tiny_trainer, token_loader
-from tests.recording.test_recorder import NoLogDir
+from tests.models import LanguageModel, NoLogDir, tiny_trainer, token_loader
 
 BLOCK = "activation/network.blocks.0"
 

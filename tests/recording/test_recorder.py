@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lightning_spectral import (
@@ -27,7 +26,7 @@ from lightning_spectral import (
 from lightning_spectral.boards import Board
 from lightning_spectral.measurement import stopwatch
 from lightning_spectral.recording import recorder
-from tests.models import LENGTH, PROBES, Alternating, LanguageModel, Perceptron, tiny_trainer, token_loader
+from tests.models import LENGTH, PROBES, Alternating, LanguageModel, NoLogDir, Perceptron, tiny_trainer, token_loader
 
 BLOCK = "network.blocks.0"
 
@@ -318,23 +317,6 @@ def test_a_new_run_in_an_old_place_sets_the_old_record_aside(tmp_path: Path) -> 
     for _ in range(2):
         fit(tmp_path, spectra(), max_steps=4)
     assert Run(tmp_path).about["id"] != Run(tmp_path / "spectra-1").about["id"]
-
-
-class NoLogDir(Logger):
-    """A logger of a service on the web."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    name, version = "project", "run7"
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.folder)
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
-
-    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None: ...
 
 
 def test_loggers_without_a_log_dir_get_one_for_each_run(tmp_path: Path) -> None:
