@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from math import isnan
 from typing import NamedTuple
 
+from lightning_spectral.runs.kinds import KINDS
+
 MIN_GAIN = 0.02
 """A gain below two percent gets no name, however little seeds scatter."""
 
@@ -59,5 +61,5 @@ def _how(led_by: str, spectra_moved: Mapping[str, bool]) -> str:
         return "no spectra to compare"
     if not led_by:
         return "no spectra moved beyond their floors"
-    missing = [kind for kind in ("activation", "gradient") if kind not in spectra_moved]
+    missing = [kind for kind, row in KINDS.items() if row.is_compared and kind not in spectra_moved]
     return f"{led_by}; no {missing[0]} spectra to compare" if missing else led_by
