@@ -63,7 +63,8 @@ class Timed(ActivationSpectrum):
             self.seconds[part] += perf_counter() - start
 
     def join(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        measurement: Any = super().join(trainer, pl_module)
+        session = super().join(trainer, pl_module)
+        measurement: Any = self.measurement
         make_report = measurement.make_report
 
         def timed(step: int) -> None:
@@ -71,7 +72,7 @@ class Timed(ActivationSpectrum):
                 make_report(step)
 
         measurement.make_report = timed
-        return measurement
+        return session
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.measurement is not None
@@ -84,13 +85,13 @@ class Timed(ActivationSpectrum):
         with self._clock("exponents and the like"):
             return super().measured(report)
 
-    def draw(self, writer: Any, report: Any) -> None:
+    def draw(self, boards: Any, report: Any) -> None:
         with self._clock("drawing"):
-            super().draw(writer, report)
+            super().draw(boards, report)
 
-    def _draw_figure(self, writer: Any, report: Any) -> None:
+    def draw_figure(self, boards: Any, report: Any) -> None:
         with self._clock("figure"):
-            super()._draw_figure(writer, report)
+            super().draw_figure(boards, report)
 
     def publish(self, trainer: Trainer, values: dict[str, float], step: int) -> None:
         with self._clock("scalars"):
