@@ -322,15 +322,30 @@ def folders_of_runs(pattern: str) -> list[Path]:
     """The folders that a path or a glob pattern names.
 
     Args:
-        pattern: A log directory, a ``spectra`` folder, or a pattern of them.
+        pattern: A log directory, a ``spectra`` folder, or a pattern of them. Each part is tried as it stands first,
+            then with brackets taken for what they are, as Hydra writes them into folders, then as a pattern.
 
     Returns:
         A path as it is; of a pattern, those that hold a record.
     """
     if Path(pattern).exists() or not any(sign in pattern for sign in "*?["):
         return [Path(pattern)]
-    folders = map(Path, sorted(glob.glob(pattern)))
+    folders = [Path(Path(pattern).anchor)]
+    for part in Path(pattern).relative_to(folders[0]).parts:
+        folders = _inside(folders, part)
     return [folder for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
+
+
+def _inside(folders: list[Path], part: str) -> list[Path]:
+    """What a part of a path, or of a pattern, names in some folders."""
+    literal = [folder / part for folder in folders if (folder / part).exists()]
+    if literal or not any(sign in part for sign in "*?["):
+        return literal
+    for way in (part.replace("[", "[[]"), part):
+        found = sorted(str(folder / name) for folder in folders for name in glob.glob(way, root_dir=folder))
+        if found:
+            return [Path(name) for name in found]
+    return []
 
 
 def kind_of(name: str) -> str:

@@ -245,6 +245,22 @@ def test_runs_are_found_by_pattern(tmp_path: Path) -> None:
         open_runs(str(tmp_path / "x*"), "base")
 
 
+def test_brackets_in_folders_are_brackets_first(tmp_path: Path) -> None:
+    for name in ("lr=[1]/a0", "lr=[1]/a1", "lr=[1]/b[2]", "lr=1/a0"):
+        filled(tmp_path / name / "spectra", range(1, 3), name)
+    found = {
+        pattern: [str(run.path.relative_to(tmp_path)) for run in open_runs(str(tmp_path / pattern))]
+        for pattern in ("lr=[1]/a*", "lr=[1]/a[01]", "lr=[1]/b[2]", "lr=*]/b[2]*", "lr=[0-9]/a*")
+    }
+    assert list(found.values()) == [
+        ["lr=[1]/a0", "lr=[1]/a1"],
+        ["lr=[1]/a0", "lr=[1]/a1"],
+        ["lr=[1]/b[2]"],
+        ["lr=[1]/b[2]"],
+        ["lr=1/a0"],
+    ]
+
+
 def test_validation_rows_are_what_a_kind_means(tmp_path: Path) -> None:
     series = {f"activation-{stage}": {"kind": "activation", "stage": stage} for stage in ("train", "validate")}
     record = Record.begin(tmp_path / "spectra", about(series=series))
