@@ -25,7 +25,9 @@ class RunRecord(SessionCallback):
         tokens_per_sample: How training tokens are counted: so many a sample, or the key of a tensor whose elements
             count, without those that are 0 in a mask or -100 in labels. None counts the elements of ``input_ids``, else
             of the first integer tensor of two or more axes, else samples.
-        loss: Key of the validation loss, where it is none of the usual.
+        loss: Key of the validation loss. None takes the usual one, ``val_loss``, ``val/loss``, ``valid_loss``,
+            ``eval_loss`` and the like, else the metric of validation that EarlyStopping or ModelCheckpoint monitors for
+            its minimum; where neither says which it is, none is recorded, and a warning lists the candidates.
         vectors: Keep the leading eigenvectors that :class:`HeadDrift` measures, by far the largest part of a record.
         upload: At the end of ``fit``, send the record to each logger that takes artifacts: W&B, MLflow, Comet.
         enabled: False for no record at all.

@@ -180,7 +180,18 @@ def _start(session: Session[RunRecorder], trainer: Trainer, pl_module: Lightning
         world=trainer.world_size,
         device=torch.device("cpu") if device.type == "mps" else device,
         batches_per_step=trainer.accumulate_grad_batches,
+        monitored=[key for key in _monitored(trainer) if not session.is_claimed(key)],
     )
+
+
+def _monitored(trainer: Trainer) -> list[str]:
+    """Metrics that callbacks of whatever make watch for the least."""
+    found = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        key, mode = getattr(callback, "monitor", None), getattr(callback, "mode", "min")
+        if isinstance(key, str) and mode == "min":
+            found.append(key)
+    return found
 
 
 def _loss_of(outputs: Any, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:

@@ -120,6 +120,10 @@ class Session(Generic[R]):
             self._owners[key] = weakref.ref(owner)
         return self._owner(key) is owner
 
+    def is_claimed(self, key: str) -> bool:
+        """Whether a member writes a key."""
+        return self._owner(key) is not None
+
     def _owner(self, key: str) -> Member | None:
         ref = self._owners.get(key)
         return None if ref is None else ref()

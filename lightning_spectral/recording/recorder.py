@@ -19,7 +19,15 @@ from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.record import Record, Row, find_record, read_about
 from lightning_spectral.warner import Warner
 
-_OF_VALIDATION = re.compile(r"(^|[/_.])(val|valid|validation)([/_.]|$)")
+_VALIDATION = "val|valid|validation|eval|evaluation|dev"
+
+_OF_VALIDATION = re.compile(rf"(^|[/_. -])({_VALIDATION})([/_. -]|$)", re.IGNORECASE)
+
+_LOSS_OF_VALIDATION = re.compile(
+    rf"(({_VALIDATION})[/_. -]?loss|loss[/_. -]({_VALIDATION}))([/_. -]epoch)?", re.IGNORECASE
+)
+
+_LOADER = re.compile(r"/dataloader_idx_(\d+)$")
 
 
 class Start(NamedTuple):
@@ -38,6 +46,8 @@ class Start(NamedTuple):
     device: torch.device
     """Where the process group can reduce."""
     batches_per_step: int
+    monitored: Sequence[str] = ()
+    """Metrics that others watch for the least, as EarlyStopping and ModelCheckpoint do, ours not among them."""
 
 
 class RunRecorder:
@@ -59,6 +69,7 @@ class RunRecorder:
         self._fingerprint: Fingerprint | None = None
         self._device = torch.device("cpu")
         self._batches_per_step = 1
+        self._monitored: Sequence[str] = ()
         self._is_training = self._is_validating = False
         self.family = ""
         """Name that runs of this one's kind share; known from the start of training on."""
@@ -123,6 +134,7 @@ class RunRecorder:
             )
             before = {"tokens": nan, "seconds": nan}
         self.family, self._device, self._batches_per_step = start.family, start.device, start.batches_per_step
+        self._monitored = start.monitored
         tokens, losses = before.get("tokens", 0.0), before.get("losses")
         self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses)
         self._fingerprint = Fingerprint(start.rank, start.world)
@@ -207,7 +219,14 @@ class RunRecorder:
             self._warner.warn(f"finds no loss={key!r} among what is logged: there are {known}")
             return None
         loader = next((measurement.loader for measurement in self._series), 0)
-        return validation_loss(metrics, loader) if key is None else key
+        if key is None and (key := validation_loss(metrics, loader, self._monitored)) is None:
+            candidates = loss_candidates(metrics)
+            if candidates:
+                self._warner.warn(
+                    f"does not know which of {', '.join(candidates)} is the validation loss, and records none: "
+                    f"name it with RunRecord(loss={candidates[0]!r})"
+                )
+        return key
 
     def end_training(self, step: int) -> None:
         """Training has ended: what came after the last line gets one of its own."""
@@ -285,12 +304,42 @@ class RunRecorder:
         self._state = self._state if state is None else state
 
 
-def validation_loss(metrics: Mapping[str, Any], loader: int) -> str | None:
-    """Key of the loss of a validation run: ``val_loss``, or another of validation, of the loader that is measured."""
-    keys = [key for key in metrics if _OF_VALIDATION.search(key.lower()) and "loss" in key.lower()]
-    of_loader = [key for key in keys if key.endswith(f"/dataloader_idx_{loader}")] or keys
-    usual = [key for key in of_loader if re.match(r"(val|valid|validation)[_/.]loss($|/dataloader)", key.lower())]
-    return min(usual or of_loader, key=lambda key: (len(key), key), default=None)
+def validation_loss(metrics: Mapping[str, Any], loader: int, monitored: Sequence[str] = ()) -> str | None:
+    """Key of the loss of a validation run, of the loader that is measured; None if none is known to be it.
+
+    ``val_loss``, ``val/loss``, ``valid_loss``, ``eval_loss``, ``loss/val`` and the like, in this order; else the one
+    metric of validation that is ``monitored``, or of several the one that is called a loss. Never a guess among others.
+    """
+    plain = {key: _LOADER.sub("", key) for key in metrics if _loader_of(key) in (None, loader)}
+    usual = [key for key, name in plain.items() if _LOSS_OF_VALIDATION.fullmatch(name)]
+    if usual:
+        # Of two loaders' losses and their mean the loader's own.
+        return min(usual, key=lambda key: (_loader_of(key) is None, _rank(plain[key]), key))
+    watched = [key for key in dict.fromkeys(monitored) if key in plain and not _is_of_training(key)]
+    losses = [key for key in watched if "loss" in key.lower()]
+    return next((found[0] for found in (losses, watched) if len(found) == 1), None)
+
+
+def loss_candidates(metrics: Mapping[str, Any]) -> list[str]:
+    """Metrics that may be the validation loss: called losses, if any are, and of validation."""
+    of_validation = [key for key in metrics if _OF_VALIDATION.search(_LOADER.sub("", key))]
+    return [key for key in of_validation if "loss" in key.lower()] or of_validation
+
+
+def _loader_of(key: str) -> int | None:
+    found = _LOADER.search(key)
+    return None if found is None else int(found[1])
+
+
+def _rank(name: str) -> tuple[int, int]:
+    """Where a name stands among the usual ones: by what validation is called, then the shape of the name."""
+    words = re.findall(r"[a-z]+", name.lower())
+    called = _VALIDATION.split("|")
+    return min((called.index(word) for word in words if word in called), default=len(called)), len(words)
+
+
+def _is_of_training(key: str) -> bool:
+    return re.search(r"(^|[/_. -])train(ing)?([/_. -]|$)", key, re.IGNORECASE) is not None
 
 
 def _is_same(known: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_spectral import (
@@ -436,15 +436,69 @@ def test_losses_before_a_checkpoint_count_after_it(tmp_path: Path) -> None:
     ("keys", "loader", "expected"),
     [
         (["train_loss", "val_loss", "val/aux_loss"], 0, "val_loss"),
-        (["value_loss", "valid_total_loss"], 0, "valid_total_loss"),
+        (["value_loss", "valid_total_loss"], 0, None),
+        (["val/total_loss", "val/kl_loss"], 0, None),
+        (["eval_loss", "validation_loss"], 0, "validation_loss"),
+        (["eval/loss", "eval/kl"], 0, "eval/loss"),
+        (["loss/val", "loss/train"], 0, "loss/val"),
+        (["val_loss_epoch", "val_loss_step"], 0, "val_loss_epoch"),
         (["validation/loss", "val_kl_loss"], 0, "validation/loss"),
         (["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"], 1, "val_loss/dataloader_idx_1"),
+        (["val_loss", "val_loss/dataloader_idx_1"], 1, "val_loss/dataloader_idx_1"),
+        (["val_loss/dataloader_idx_1"], 0, None),
         (["interval_loss", "train_loss"], 0, None),
         (["val_accuracy"], 0, None),
     ],
 )
 def test_the_loss_of_validation_is_told_from_others(keys: list[str], loader: int, expected: str | None) -> None:
     assert recorder.validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), loader) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "monitored", "expected"),
+    [
+        (["val/elbo", "val/kl_loss"], ["val/elbo"], "val/elbo"),
+        (["val/total_loss", "val/kl_loss", "val/wer"], ["val/wer", "val/total_loss"], "val/total_loss"),
+        (["val_loss", "val/elbo"], ["val/elbo"], "val_loss"),
+        (["val/kl_loss", "val/recon_loss"], ["val/kl_loss", "val/recon_loss"], None),
+        (["train_loss", "val/kl_loss"], ["train_loss"], None),
+        (["val/kl_loss"], ["val/elbo"], None),
+    ],
+)
+def test_else_the_loss_is_the_one_that_others_monitor(keys: list[str], monitored: list[str], expected) -> None:
+    assert recorder.validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), 0, monitored) == expected
+
+
+class SeveralLosses(LanguageModel):
+    """Logs the parts of a validation loss, and the whole under a name of its own."""
+
+    def validation_step(self, batch, batch_idx):
+        self.loss(batch)
+        self.log_dict({"val/kl_loss": 3.0, "val/elbo": 100.0}, batch_size=4)
+
+
+def record_losses(folder: Path, *callbacks: Callback) -> Run:
+    fit(folder, spectra(), *callbacks, model=SeveralLosses(), max_steps=4)
+    return Run(folder)
+
+
+def test_losses_of_validation_that_none_of_the_rules_tells_apart_are_listed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"which of val/kl_loss is .* RunRecord\(loss='val/kl_loss'\)$"):
+        run = record_losses(tmp_path)
+    assert run.about["val_loss"] is None
+    assert np.isnan(run.history.val_loss).all()
+
+
+def test_the_monitor_of_early_stopping_is_the_recorded_loss(tmp_path: Path) -> None:
+    run = record_losses(tmp_path, EarlyStopping("val/elbo"))
+    assert run.about["val_loss"] == "val/elbo"
+    assert np.nanmax(run.history.val_loss) == 100
+
+
+def test_our_own_keys_are_no_loss_though_they_are_monitored(tmp_path: Path) -> None:
+    stopping = EarlyStopping("activation/network.blocks.0/rankme", check_finite=False)
+    with pytest.warns(UserWarning, match="does not know which"):
+        assert record_losses(tmp_path, stopping).about["val_loss"] is None
 
 
 def test_a_logger_that_fails_does_not_stop_training(tmp_path: Path) -> None:
