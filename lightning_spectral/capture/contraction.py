@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.capture.precision import ieee_products
+from lightning_spectral.capture.reparametrised import sources_of
 
 CHECK_TOLERANCE = 0.05
 """Between the rounding of bfloat16 products, below 0.01, and the share of any use of a weight worth the name."""
@@ -18,8 +19,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     return isinstance(module, nn.Linear) or (
         any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-        and isinstance(weight := getattr(module, "weight", None), Tensor)
-        and weight.ndim == 2
+        # Not the attribute: one that is made of parameters would be computed.
+        and any(weight.ndim == 2 for weight in sources_of(module, "weight").values())
     )
 
 

@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lightning_spectral.capture.names import WRAPPERS, clean_name, matching
+from lightning_spectral.capture.names import clean_name, matching, wrapped
 
 NUM_PROBES = 5
 """Layers measured by default, as in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
@@ -20,8 +22,9 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
     Args:
         root: Any module tree; names are relative to it.
         layers: None finds the stack of equal blocks and takes blocks round(i (L - 1) / 4), i = 0..4. ``"all"`` takes
-            each block of that stack. Otherwise one or several glob patterns over clean names: ``*`` and ``?`` stay
-            between two dots, or, where nothing matches so, run across them.
+            each block of that stack. Otherwise one or several clean names, or glob patterns over them: ``*`` and ``?``
+            stay between two dots, or, where nothing matches so, run across them; brackets are tried as they stand
+            first.
 
     Returns:
         Modules by clean name, at least one.
@@ -39,17 +42,34 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
     return {name: module for name, module in modules.items() if name in chosen}
 
 
+def resolve_layers_again(
+    root: nn.Module, layers: str | Sequence[str] | None, known: Sequence[str]
+) -> dict[str, nn.Module]:
+    """What a choice of layers means now, in a model that may have changed since it meant the ``known`` names.
+
+    Names stay what they are, for they stand in keys: each is looked up again, and is missing if nothing is left under
+    it. Patterns and ``"all"`` take in what else they have come to mean.
+    """
+    modules = _by_clean_name(root)
+    found = {name: modules[name] for name in known if name in modules}
+    if layers is not None:
+        with suppress(ValueError):  # nothing is left of it
+            found |= {name: layer for name, layer in resolve_layers(root, layers).items() if name not in found}
+    return found
+
+
 def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
     """The stack of equal blocks of a model: the largest group of siblings of one class.
 
     Siblings in a ModuleList, Sequential or ModuleDict are preferred to plain attributes; a block has sub-modules of its
     own, so that a run of Linear layers is not a stack; among several stacks (encoder and decoder) the one with most
-    parameters is taken. At least two are found, by clean name, or it is a ValueError.
+    parameters is taken, not counting those that the first batch is yet to make. At least two are found, by clean name,
+    or it is a ValueError.
     """
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
     modules = list(root.named_modules())
     for parents in ([m for m in modules if isinstance(m[1], containers)], modules):
-        stacks = [stack for name, parent in parents for stack in _sibling_groups(name, parent)]
+        stacks = [stack for name, parent in parents for stack in _sibling_groups(root, name, parent)]
         if stacks:
             # The first of equals, so that the choice does not depend on anything but the model.
             return max(stacks, key=lambda stack: sum(_num_parameters(block) for block in stack.values()))
@@ -59,25 +79,23 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
     )
 
 
-def _sibling_groups(name: str, parent: nn.Module) -> Iterator[dict[str, nn.Module]]:
+def _sibling_groups(root: nn.Module, name: str, parent: nn.Module) -> Iterator[dict[str, nn.Module]]:
     groups: dict[type, dict[str, nn.Module]] = defaultdict(dict)
     for child_name, child in parent.named_children():
         inner = _unwrap(child)
         if next(inner.children(), None) is not None:
-            groups[type(inner)][clean_name(f"{name}.{child_name}" if name else child_name)] = child
+            groups[type(inner)][clean_name(root, f"{name}.{child_name}" if name else child_name)] = child
     return (group for group in groups.values() if len(group) >= 2)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    for attribute in WRAPPERS:
-        inner = getattr(module, attribute, None)
-        if isinstance(inner, nn.Module) and len(list(module.children())) == 1:
-            return _unwrap(inner)
-    return module
+    attribute = wrapped(module)
+    inner = None if attribute is None else module._modules.get(attribute)
+    return module if inner is None else _unwrap(inner)
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
 
 
 def _probes(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -89,11 +107,12 @@ def _probes(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _by_clean_name(root: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
-        if cleaned := clean_name(name):
+        # The root, and what wrappers of it hold, has no name.
+        if name and (cleaned := clean_name(root, name)):
             modules.setdefault(cleaned, module)
     return modules
 
 
 def _example(root: nn.Module) -> str:
-    leaves = [clean_name(name) for name, module in root.named_modules() if name and not list(module.children())]
+    leaves = [clean_name(root, name) for name, module in root.named_modules() if name and not list(module.children())]
     return leaves[0] if leaves else "encoder.*"

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from lightning_spectral.capture.names import clean_name
+from lightning_spectral.capture.parameters import named_parameters
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch) -> loss``, 0-dim."""
@@ -79,9 +79,7 @@ class BatchLoss(nn.Module):
     @functools.cached_property
     def _by_name(self) -> dict[str, tuple[str, nn.Parameter]]:
         first = {id(p): name for name, p in self.named_parameters()}
-        return {
-            clean_name(name): (f"{first[id(p)]}", p) for name, p in self.shadow.named_parameters(remove_duplicate=False)
-        }
+        return {name: (first[id(p)], p) for name, p in named_parameters(self.shadow).items()}
 
     def freeze(self) -> None:
         """Let no parameter of the shadow ask for a gradient: what is wanted is differentiated by other means."""

@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.capture.names import clean_name
 
@@ -26,12 +27,17 @@ def describe_model(module: nn.Module) -> dict[str, Any]:
     """
     hyperparameters = _without_settings_of_the_run(getattr(module, "hparams", None) or {})
     if not hyperparameters:
-        hyperparameters = {clean_name(name): list(p.shape) for name, p in module.named_parameters()}
+        hyperparameters = {clean_name(module, name): _shape(p) for name, p in module.named_parameters()}
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
         "config": hyperparameters,
-        "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "num_parameters": sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter)),
     }
+
+
+def _shape(parameter: nn.Parameter) -> list[int] | None:
+    """None for one that the first batch is yet to make: the same before every run of the family."""
+    return None if is_lazy(parameter) else list(parameter.shape)
 
 
 def family_name(description: Mapping[str, Any]) -> str:

@@ -14,14 +14,6 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")
 
 
-class Wrapped(nn.Module):
-    """Keeps its model where DistributedDataParallel keeps it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
 @pytest.mark.parametrize(
     ("num_blocks", "probes"),
     [
@@ -94,13 +86,15 @@ def compile_in_place(network: Network) -> Network:
 @pytest.mark.parametrize(
     "wrap",
     [
-        pytest.param(Wrapped, id="ddp"),
+        pytest.param(nn.DataParallel, id="data parallel"),
         pytest.param(compiled, id="compiled model"),
         pytest.param(lambda network: wrap_blocks(network, compiled), id="compiled blocks"),
         pytest.param(compile_in_place, id="blocks compiled in place"),
         pytest.param(lambda network: wrap_blocks(network, checkpoint_wrapper), id="checkpoint_wrapper"),
         pytest.param(
-            lambda network: Wrapped(compiled(wrap_blocks(network, lambda block: compiled(checkpoint_wrapper(block))))),
+            lambda network: nn.DataParallel(
+                compiled(wrap_blocks(network, lambda block: compiled(checkpoint_wrapper(block))))
+            ),
             id="all at once",
         ),
     ],
@@ -126,8 +120,34 @@ def test_patterns_stay_between_dots_unless_nothing_matches_so() -> None:
 
 
 def test_clean_name_drops_wrappers_wherever_they_are() -> None:
-    assert clean_name("module._orig_mod.h.0._checkpoint_wrapped_module.attn") == "h.0.attn"
-    assert clean_name("h.0.modules") == "h.0.modules"
+    inner = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
+    assert clean_name(nn.DataParallel(compiled(inner)), "module._orig_mod.0._checkpoint_wrapped_module.weight") == (
+        "0.weight"
+    )
+
+
+class Residual(nn.Module):
+    """Calls its part by a name that wrappers use."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = self._orig_mod = module
+
+
+def test_names_that_only_look_like_a_wrapper_s_stay() -> None:
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(2, 2))), nn.Linear(2, 2))
+    assert list(resolve_layers(model, "*")) == ["0", "1"]
+    assert list(resolve_layers(model, "*.*.0")) == ["0.module.0"]
+    assert clean_name(model, "0._orig_mod.0.bias") == "0._orig_mod.0.bias"
+
+
+def test_a_name_is_tried_as_it_stands_before_it_is_a_pattern() -> None:
+    keys = ["task[0]", "task0", "task?", "task1"]
+    model = nn.ModuleDict({"heads": nn.ModuleDict({key: nn.Sequential(nn.Linear(2, 2)) for key in keys})})
+    assert list(resolve_layers(model, "heads.task[0]")) == ["heads.task[0]"]
+    assert list(resolve_layers(model, "heads.task[0].*")) == ["heads.task[0].0"]
+    assert list(resolve_layers(model, "heads.task?")) == ["heads.task?"]
+    assert list(resolve_layers(model, "heads.task[01]")) == ["heads.task0", "heads.task1"]
 
 
 @pytest.mark.parametrize("layers", ["blocs.*", ["network.blocks.0", "blocs.*"]], ids=str)
