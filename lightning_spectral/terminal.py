@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -21,7 +22,8 @@ def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], 
     reports = [first] if first["step"] == last["step"] else [first, last]
     for name in last["rows"]:
         for report in reports:
-            cells = [cell(report["rows"][name]) for cell in columns.values()]
+            # A name may have joined since the first report.
+            cells = [cell(report["rows"].get(name, {})) for cell in columns.values()]
             # A weight is what most parameters are; the word would fold the line.
             shown = name.removesuffix(".weight") if report is reports[0] else ""
             table.add_row(shown, str(report["step"]), *cells)
@@ -50,16 +52,28 @@ def console() -> Console:
     return Console(width=found.width if found.is_terminal else 120, highlight=False)
 
 
-def number(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
+@dataclass(frozen=True)
+class Column:
+    """What stands in a column: no function, for callbacks that hold one go to other processes."""
+
+    quantity: str
+    digits: int
+    has_error: bool = False
+
+    def __call__(self, values: Mapping[str, float]) -> str:
+        """The cell of one name in one report; a dash where the report has no such name."""
+        parts = [self.quantity, f"{self.quantity}_stderr"] if self.has_error else [self.quantity]
+        return " +/- ".join(show_number(values.get(part, math.nan), self.digits) for part in parts)
+
+
+def number(quantity: str, digits: int) -> Column:
     """A column of one quantity, with so many digits after the point."""
-    return lambda values: show_number(values[quantity], digits)
+    return Column(quantity, digits)
 
 
-def with_error(quantity: str, digits: int) -> Callable[[dict[str, float]], str]:
+def with_error(quantity: str, digits: int) -> Column:
     """A column of one quantity and its standard error, ``{quantity}_stderr``, with so many digits after the point."""
-    return lambda values: (
-        f"{show_number(values[quantity], digits)} +/- {show_number(values[f'{quantity}_stderr'], digits)}"
-    )
+    return Column(quantity, digits, has_error=True)
 
 
 def show_number(value: float, digits: int) -> str:

@@ -53,6 +53,10 @@ class SessionCallback(Callback):
             self.session.leave(self)
         self.session = self.measurement = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or what goes to another process, takes no part in this run.
+        return {**self.__dict__, "session": None, "measurement": None}
+
     def settings(self) -> dict[str, Any]:
         """How the measurement is made, JSON-like, for the record of the run."""
         return {}

@@ -64,6 +64,10 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_seen": None}
+
     def keys(self) -> list[str]:
         """The keys this callback writes, without the prefix; known once it has joined."""
         raise NotImplementedError
