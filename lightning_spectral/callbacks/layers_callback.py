@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
-from lightning_spectral.capture.layers import resolve_layers
+from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_patterns
 
@@ -56,6 +56,10 @@ class LayersCallback(SpectralCallback[Report]):
         """Modules to measure, by name; raises ValueError for a pattern that matches nothing, or no stack of blocks."""
         return resolve_layers(pl_module, self.layers)
 
+    def choose_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        """The same choice of a module that may have changed since: what is left of it, and what it means besides."""
+        return resolve_layers_again(pl_module, self.layers, self.names)
+
     def check_widths(self, widths: dict[str, int]) -> None:
         """Refuse, by a ValueError, settings that do not fit the layers, as soon as their widths are known."""
 
@@ -63,9 +67,14 @@ class LayersCallback(SpectralCallback[Report]):
     def watch(self, pl_module: LightningModule) -> list[str]:
         layers = self.choose_layers(pl_module)
         assert self.measurement is not None
-        self.measurement.watch(layers, self.num_vectors)
+        self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(pl_module))
         self._has_checked_widths = False
         return list(layers)
+
+    def _watch_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        found = self.choose_again(pl_module)
+        joined = self.join_names([name for name in found if name not in self.names])
+        return {name: layer for name, layer in found.items() if name in self.names or name in joined}
 
     @override
     def check_early(self) -> None:

@@ -133,7 +133,9 @@ class SessionCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if session := self._led():
-            session.end_validation_batch()
+            # Of loaders without a length the last batch is not known.
+            is_last = batch_idx + 1 >= trainer.num_val_batches[dataloader_idx]
+            session.end_validation_batch(dataloader_idx, trainer.global_step, is_last)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

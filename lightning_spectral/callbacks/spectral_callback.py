@@ -146,6 +146,20 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
             )
         return session
 
+    def join_names(self, names: list[str]) -> list[str]:
+        """Take in layers or parameters that are there only now; returns those whose keys nobody else writes."""
+        joined = []
+        for name in names:
+            known, self.names = self.names, [*self.names, name]
+            try:
+                if self.session is not None:
+                    self.session.claim((self.prefix + key for key in self.keys()), self)
+                joined.append(name)
+            except ValueError as error:  # at the start it would have been refused
+                self.names = known
+                self.warn(f"goes without {name}, which is new to the model: {error}")
+        return joined
+
     @override
     def leave(self) -> None:
         if self.session is not None:

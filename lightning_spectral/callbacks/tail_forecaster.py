@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.layers_callback import LayersCallback
-from lightning_spectral.capture.layers import resolve_layers
+from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, forecast_tokens
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.measurement import ActivationRequest, Report
@@ -168,6 +168,10 @@ class TailForecaster(LayersCallback):
         if len(found) > 1:
             raise ValueError(f"layer must name one layer, got {self.layers!r}: it matches {', '.join(found)}")
         return found
+
+    @override
+    def choose_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        return resolve_layers_again(pl_module, None, self.names)  # it is one layer's forecast
 
     @override
     def check_widths(self, widths: dict[str, int]) -> None:

@@ -15,42 +15,70 @@ _readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakVal
 _next_reader = itertools.count()
 
 
+NESTED = (
+    "its output is a nested tensor, which has no axes of samples and rows: watch a layer outside of the nested part"
+)
+
+
 class ActivationReader:
     """Forward hooks on named layers that hand each output to a consumer while the reader is open.
 
-    ``consume`` is called with the layer's name and its output tensor, detached; it must not raise.
+    ``consume`` is called with the layer's name and its output tensor, detached. Whatever it raises, or an output is
+    unfit for, never reaches the forward pass: ``fail`` is called with the layer's name and the reason.
     """
 
-    def __init__(self, consume: Callable[[str, Tensor], None]) -> None:
+    def __init__(
+        self, consume: Callable[[str, Tensor], None], fail: Callable[[str, str], None] = lambda name, reason: None
+    ) -> None:
         self.is_open = False
         self.names: list[str] = []
+        """Of all layers that are, or were, watched."""
         self._consume = consume
-        self._handles: list[RemovableHandle] = []
+        self._fail = fail
+        self._watched: dict[str, tuple[nn.Module, RemovableHandle]] = {}
         self.id = next(_next_reader)
         _readers[self.id] = self
 
     def add(self, name: str, layer: nn.Module) -> None:
-        """Watch one more layer, under the name that is handed to the consumer.
+        """Watch one more layer, or another one instead, under the name that is handed to the consumer.
 
         A module that was compiled and *called* before no longer looks at its hooks: add layers before the first step.
         """
-        hook = _Hook(self.id, len(self.names))
-        self.names.append(name)
-        self._handles.append(layer.register_forward_hook(hook))
+        self.drop(name)
+        if name not in self.names:
+            self.names.append(name)
+        hook = _Hook(self.id, self.names.index(name))
+        self._watched[name] = layer, layer.register_forward_hook(hook)
+
+    def watches(self, name: str, layer: nn.Module) -> bool:
+        """Whether this very layer is watched under a name."""
+        return name in self._watched and self._watched[name][0] is layer
+
+    def drop(self, name: str) -> None:
+        """Watch a layer no longer, if it is; its name stays."""
+        if name in self._watched:
+            self._watched.pop(name)[1].remove()
 
     def remove(self) -> None:
         """Take every hook off again; the reader stays usable."""
         self.is_open = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for name in list(self._watched):
+            self.drop(name)
         self.names.clear()
 
     def read(self, index: int, output: Any) -> None:
         """Hand on whatever the layer ``names[index]`` returned, if open."""
-        if self.is_open:
+        if not self.is_open:
+            return
+        name = self.names[index]
+        try:
+            states = hidden_states(output)
+            if states.is_nested:
+                raise ValueError(NESTED)
             with torch.no_grad():
-                self._consume(self.names[index], hidden_states(output).detach())
+                self._consume(name, states.detach())
+        except Exception as error:  # the user's forward pass is under way
+            self._fail(name, str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -96,7 +124,10 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            torch.ops.lightning_spectral.observe(hidden_states(output).detach(), self.tag)
+            states = hidden_states(output)
+            # The operator takes tensors of one shape only; whoever asks hears that the layer was not seen.
+            if not states.is_nested:
+                torch.ops.lightning_spectral.observe(states.detach(), self.tag)
         else:
             self.deliver(self.reader_id, self.index, output)
 

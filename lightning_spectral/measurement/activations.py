@@ -15,10 +15,12 @@ from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.arguments import check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
-from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
 from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+ABSENT = "the model has no such layer any more"
 
 NEVER_RAN = "it never ran, or had run compiled before it was watched"
 
@@ -63,7 +65,10 @@ class ActivationMeasurement(Measurement):
         """Width of each layer that has run; known after the first batch, of training or of the sanity check."""
         self._num_vectors = 0
         self._has_seen_mask = False
-        self._reader = ActivationReader(self._read)
+        self._reader = ActivationReader(self._read, self._fail)
+        self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
+        self._absent: set[str] = set()
+        self._rows: dict[str, float] = {}
         self._collector = Collector(
             names=self._reader.names,
             num_tokens=request.num_tokens,
@@ -73,21 +78,44 @@ class ActivationMeasurement(Measurement):
             device=torch.device("cpu") if device.type == "mps" else device,
         )
 
-    def watch(self, layers: Mapping[str, nn.Module], num_vectors: int = 0) -> None:
+    def watch(
+        self,
+        layers: Mapping[str, nn.Module],
+        num_vectors: int = 0,
+        again: Callable[[], Mapping[str, nn.Module]] | None = None,
+    ) -> None:
         """Watch layers, by name, before the first batch; those already watched are not hooked again.
 
         Args:
             layers: Modules by name.
             num_vectors: How many leading eigenvectors are needed in each report, 0 for none.
+            again: Makes the same choice again before each report, of a model that may have changed.
         """
         self._num_vectors = max(self._num_vectors, num_vectors)
+        self._choices.append((lambda: layers) if again is None else again)
         for name, layer in layers.items():
             if name not in self._reader.names:
                 self._reader.add(name, layer)
 
     @override
+    def renew(self) -> None:
+        found: dict[str, nn.Module] = {}
+        for choose in self._choices:
+            found = {**choose(), **found}
+        self._absent = {name for name in self._reader.names if name not in found}
+        for name in self._absent:
+            self._reader.drop(name)
+        changed = [name for name, layer in found.items() if not self._reader.watches(name, layer)]
+        for name in changed:
+            self._reader.add(name, found[name])
+            self.widths.pop(name, None)
+        if changed:
+            self._collector.forget()
+
+    @override
     def remove(self) -> None:
         self._reader.remove()
+        self._choices.clear()
         # The reader's way back to here is a cycle: the buffers should not wait for the garbage collector.
         self._collector.release()
 
@@ -102,7 +130,12 @@ class ActivationMeasurement(Measurement):
         if self.is_collecting or not self.widths:
             with self.stopwatch.running():
                 mask = self._mask_of(batch) if has_right_stage else None
-                self._collector.begin_batch(num_samples(batch), mask)
+                try:
+                    self._collector.begin_batch(num_samples(batch), mask)
+                except Exception as error:  # whatever a batch may be made of
+                    self._fail_all(error)
+            is_train = self.is_collecting and self.stage == "train"
+            self._collector.closed = self._closed(step) if is_train else ()
         self._reader.is_open = self.is_collecting or not self.widths
 
     @override
@@ -121,21 +154,39 @@ class ActivationMeasurement(Measurement):
 
     @override
     def agree_on_rows(self) -> float:
-        return self._collector.agree()
+        self._rows = {name: rows for name, rows in self._collector.agree().items() if rows > 0}
+        return min(self._rows.values(), default=0.0)
+
+    @override
+    def trim(self, step: int) -> None:
+        super().trim(step)
+        self._collector.drop(self._closed(step))
+
+    def _closed(self, step: int) -> list[str]:
+        """Layers of many rows a step, of which only later steps are collected: each is read where its window ends."""
+        return [name for name in self._reader.names if not self.schedule.collects(step, self._rows.get(name))]
 
     def _mask_of(self, batch: Any) -> Tensor | None:
         if self.request.mask is None:
             return None
         try:
             mask = token_mask(batch, self.request.mask)
-        except ValueError as error:
-            if not self._has_seen_mask:
+        except Exception as error:
+            if isinstance(error, ValueError) and not self._has_seen_mask:
                 raise
             # One odd batch among many costs a report, not the run.
-            self._collector.failures.update(dict.fromkeys(self._reader.names, str(error)))
+            self._fail_all(error)
             return None
         self._has_seen_mask = True
         return mask
+
+    def _fail(self, name: str, reason: str) -> None:
+        if self.is_collecting:
+            self._collector.failures.setdefault(name, reason)
+
+    def _fail_all(self, error: Exception) -> None:
+        for name in self._reader.names:
+            self._fail(name, reason_of(error))
 
     def _read(self, name: str, output: Tensor) -> None:
         self.widths[name] = output.shape[-1]
@@ -147,12 +198,15 @@ class ActivationMeasurement(Measurement):
     def make_report(self, step: int) -> None:
         settle(self._collector.device)
         with self.stopwatch.running():
-            failures = self._collector.failures
-            spectra = {name: self._missing(name, step, failures.get(name, NEVER_RAN)) for name in self._reader.names}
+            reasons = dict.fromkeys(self._absent, ABSENT) | self._collector.failures
+            spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
             for names, parts, offered in self._collector.pool():
                 if self.steps_collected:
-                    self.schedule.rows_per_step = offered / self.steps_collected
+                    rows = zip(names, offered, strict=True)
+                    self._rows |= {name: total / self.steps_collected for name, total in rows if total > 0}
                 spectra |= self._decompose(names, parts, step)
+            if self.steps_collected and self._rows:
+                self.schedule.rows_per_step = min(self._rows.values())
             self.report = Report(step, {self.kind: spectra})
             self.reset()
 
@@ -164,6 +218,19 @@ class ActivationMeasurement(Measurement):
         except RuntimeError as error:  # out of memory, most likely; past the collectives, so that no rank waits
             reason = str(error).partition("\n")[0]
             return {name: self._missing(name, step, reason) for name in names}
+
+    @override
+    def missing_report(self, step: int, reason: str) -> Report:
+        return Report(step, {self.kind: {name: self._missing(name, step, reason) for name in self._reader.names}})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rows": dict(self._rows)}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._rows = dict(state.get("rows", {}))
 
     @staticmethod
     def _missing(name: str, step: int, failure: str) -> Spectrum:

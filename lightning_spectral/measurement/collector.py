@@ -1,7 +1,7 @@
 """Rows of many layers into the moments of groups of whole samples, in one buffer per width."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,16 +62,27 @@ class _Progress:
     """Rows accumulated."""
     offered: int = 0
     """Rows that went by, accumulated or not; of masked ones none."""
+    batch: int = 0
+    """The batch that was seen last."""
     samples: int = 0
-    forwards: int = 0
+    """Samples in it and before."""
+    samples_before: int = 0
+    batches_before: int = -1
     is_full: bool = False
+
+    def enter(self, batch: int) -> None:
+        """See a batch, for the first time or again: however often a layer is called, samples are counted once."""
+        if batch != self.batch:
+            self.batch, self.samples_before = batch, self.samples
+            self.batches_before += 1
 
 
 class Collector:
     """Accumulates the centred outer products of layers' outputs on this rank, and pools them over ranks.
 
-    Where the first axis of an output is the batch, sample i goes to group (rank + i) mod G; otherwise whole forwards go
-    round the groups. Only whole samples are taken, until the next would exceed this rank's share of the rows.
+    Where the first axis of an output is the batch, sample i goes to group (rank + i) mod G, in each of a layer's calls;
+    otherwise whole batches go round the groups. Only whole samples are taken, until the next would exceed this rank's
+    share of the rows.
 
     Blocks are centred about a pivot, the mean of the first block, and multiplied in ``dtype``; sums are kept in
     float64, of the symmetric products half until the report. One product per group costs no more than one for all.
@@ -104,6 +115,9 @@ class Collector:
         self._world = world_size()
         self._rank = dist.get_rank() if self._world > 1 else 0
         self._share = num_tokens // self._world
+        self.closed: Collection[str] = ()
+        """Layers whose rows are only counted, for they would lie before their part of a window."""
+        self._batch = 0
         self._num_samples: int | None = None
         self._mask: Tensor | None = None
         self._real_tokens: list[int] = []
@@ -117,16 +131,17 @@ class Collector:
 
         The boolean mask is True where a token counts, None for all.
         """
-        self._num_samples = num_samples
-        self._mask = mask
+        self._batch += 1
+        self._num_samples, self._mask, self._real_tokens = num_samples, None, []
         # The one number a GPU must tell the host, once for all layers.
         self._real_tokens = [] if mask is None else mask.reshape(len(mask), mask.shape[1:].numel()).sum(1).tolist()
+        self._mask = mask
 
     def add(self, name: str, output: Tensor) -> None:
         """Take in a layer's output, ``(..., d)``, any floating dtype; a failure goes to ``failures``, never raised."""
         progress = self._progress[name]
         progress.offered += output.shape[:-1].numel() if self._mask is None else sum(self._real_tokens)
-        if progress.is_full or name in self.failures:
+        if progress.is_full or name in self.failures or name in self.closed:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
@@ -149,11 +164,12 @@ class Collector:
 
     def _add(self, sums: _Sums, progress: _Progress, output: Tensor) -> None:
         mask = self._mask
+        progress.enter(self._batch)
         if output.shape[0] == self._num_samples:
-            samples, first = output, progress.samples
+            samples, first = output, progress.samples_before
             rows_per_sample = self._real_tokens if mask is not None else [output.shape[1:-1].numel()] * len(output)
         else:
-            samples, first = output.unsqueeze(0), progress.forwards * self._world
+            samples, first = output.unsqueeze(0), progress.batches_before * self._world
             rows_per_sample = [sum(self._real_tokens) if mask is not None else output.shape[:-1].numel()]
             mask = None if mask is None else mask.unsqueeze(0)
         num_taken = self._num_fitting(rows_per_sample, progress)
@@ -166,8 +182,7 @@ class Collector:
                     sums, group, part, None if mask is None else mask[chosen], num_rows, progress.rows == 0
                 )
                 progress.rows += num_rows
-        progress.samples += num_taken
-        progress.forwards += 1
+        progress.samples = max(progress.samples, progress.samples_before + num_taken)
 
     def _num_fitting(self, rows_per_sample: list[int], progress: _Progress) -> int:
         """How many of the samples still fit into this rank's share: at least one where there is none yet."""
@@ -202,20 +217,28 @@ class Collector:
             centred = torch.where(keep, centred, 0.0)
         return centred.reshape(-1, samples.shape[-1])
 
-    @property
-    def offered(self) -> int:
-        """Rows that went by in this report on this rank, of the layer that saw fewest but some."""
-        return min((progress.offered for progress in self._progress.values() if progress.offered > 0), default=0)
+    def offered(self, name: str) -> int:
+        """Rows of a layer that went by in this report on this rank."""
+        return self._progress[name].offered if name in self._progress else 0
 
-    def agree(self) -> float:
+    def drop(self, names: Collection[str]) -> None:
+        """Forget the rows of some layers, but not how many went by."""
+        for name in names:
+            if name in self._sums:
+                self._sums[name].zero_()
+            self._progress[name] = _Progress(offered=self.offered(name))
+
+    def agree(self) -> dict[str, float]:
         """Let all ranks know every layer's width, so that their buffers match; a collective.
 
-        It returns the number of rows offered to all ranks together.
+        Returns:
+            Rows of each layer offered to all ranks together.
         """
-        widths = [self._width(name) for name in self.names]
-        of_ranks = gather_numbers([self.offered, *widths], self.device)
+        num_names = len(self.names)
+        numbers = [measure(name) for measure in (self.offered, self._width) for name in self.names]
+        of_ranks = gather_numbers(numbers, self.device)
         by_width: dict[int, list[str]] = defaultdict(list)
-        for index, name in enumerate(self.names, start=1):
+        for index, name in enumerate(self.names, start=num_names):
             width = int(of_ranks[:, index].max())
             if bool(((of_ranks[:, index] != width) & (of_ranks[:, index] != 0)).any()):
                 self.failures[name] = "its width differs between ranks"
@@ -224,7 +247,7 @@ class Collector:
         for width, names in sorted(by_width.items()):
             if width not in self._buffers or self._buffers[width][0] != names:
                 self._lay_out(width, names)
-        return float(of_ranks[:, 0].sum())
+        return dict(zip(self.names, of_ranks[:, :num_names].sum(0).tolist(), strict=True))
 
     def _width(self, name: str) -> int:
         return self._sums[name].pivot.shape[-1] if name in self._sums else 0
@@ -255,14 +278,15 @@ class Collector:
         """Whether the width of every layer is known to all ranks."""
         return sum(len(names) for names, _ in self._buffers.values()) + len(self._refused) == len(self.names)
 
-    def pool(self) -> Iterator[tuple[list[str], Moments, float]]:
+    def pool(self) -> Iterator[tuple[list[str], Moments, list[float]]]:
         """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
 
-        The layers of a width, their moments ``(layers, groups)``, and the rows offered to all ranks together.
+        Yields:
+            The layers of one width, their moments ``(layers, groups)``, and the rows of each offered to all ranks
+            together.
         """
         if not self.is_agreed:
             self.agree()
-        offered = torch.tensor([float(self.offered)], dtype=torch.float64, device=self.device)
         for _, (names, sums) in sorted(self._buffers.items()):
             for index, name in enumerate(names):
                 if name in self.failures:
@@ -270,8 +294,9 @@ class Collector:
                     sums.count[index] = torch.nan
             mirror_(sums.outer)
             parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
-            pooled, total = reduce_moments(parts, offered)
-            yield names, pooled, float(total)
+            offered = torch.tensor([self.offered(name) for name in names], dtype=torch.float64, device=self.device)
+            pooled, totals = reduce_moments(parts, offered)
+            yield names, pooled, totals.tolist()
 
     def reset(self) -> None:
         """Forget all rows; nothing slides from one report into the next."""
@@ -283,6 +308,13 @@ class Collector:
         self._progress.clear()
         self.failures.clear()
         self.failures.update(self._refused)
+
+    def forget(self) -> None:
+        """Forget the layers' widths, too: under their names there are others now. All ranks do, or none."""
+        self._buffers.clear()
+        self._sums.clear()
+        self._refused.clear()
+        self.reset()
 
     def release(self) -> None:
         """Let go of all memory; the collector is of no use afterwards."""

@@ -1,6 +1,7 @@
 """What any measurement has: a request that makes it, events that it follows, reports that it makes."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.measurement.arguments import check_choice, check_positive
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
+from lightning_spectral.metrics.reduction import world_size
 
 Stage = Literal["train", "validate"]
 
@@ -98,6 +100,7 @@ class Measurement:
         self.steps_collected = 0
         """Optimizer steps collected for the next report."""
         self.stopwatch = stopwatch
+        self._is_renewed = False
 
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
         """A batch begins; it is to be collected if ``is_collecting``. It may be of the other stage."""
@@ -122,8 +125,26 @@ class Measurement:
         """Rows of the first optimizer step over all ranks; a collective."""
         raise NotImplementedError
 
+    def renew(self) -> None:
+        """Look up again what is measured, in a module that may have changed: before the first batch of a report."""
+
+    def trim(self, step: int) -> None:
+        """Forget what a first step collected, now that it is known to lie before the window."""
+        if not self.schedule.collects(step):
+            self.reset()
+
+    def read_weights(self, step: int) -> None:
+        """The last validation batch has ended: what is to be read of weights is read now.
+
+        Later another callback may take back the weights that it lent the model for validation.
+        """
+
     def make_report(self, step: int) -> None:
         """Set ``report`` from what was collected, and :meth:`reset`."""
+        raise NotImplementedError
+
+    def missing_report(self, step: int, reason: str) -> Report:
+        """A report in which everything is NaN for one reason."""
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -155,7 +176,10 @@ class Measurement:
 
     def start_train_batch(self, batch: Any, step: int) -> None:
         """A training batch begins."""
+        was_collecting = self.is_collecting
         self.is_collecting = self.stage == "train" and self.schedule.collects(step)
+        if self.is_collecting and not was_collecting:
+            self._renew()
         self.open(batch, step, has_right_stage=self.stage == "train")
 
     def end_train_batch(self, step: int) -> None:
@@ -167,27 +191,50 @@ class Measurement:
         self.steps_collected += self.is_collecting
         if self.schedule.rows_per_step is None:
             self.schedule.rows_per_step = self.agree_on_rows()
-            if not self.schedule.collects(step - moved):
-                self.reset()
+            self.trim(step - moved)
         if self.schedule.due():
-            self.make_report(step)
+            self._report(step)
 
     def start_validation(self, step: int, always: bool = False) -> None:
         """A validation run begins; it is measured if it comes late enough after the last that was, or always."""
         last = self.last_validation
         early = last is not None and step - last < self.every_n_steps
         self.is_collecting = self.stage == "validate" and (always or not early)
+        self._is_renewed = False
 
     def start_validation_batch(self, batch: Any, step: int) -> None:
         """A batch of the loader that is measured, in a validation run or in the sanity check, begins."""
+        if self.is_collecting and not self._is_renewed:
+            self._is_renewed = True
+            self._renew()
         self.open(batch, step, has_right_stage=self.stage == "validate")
 
-    def end_validation_batch(self) -> None:
-        """A validation batch has ended."""
+    def end_validation_batch(self, step: int, is_last: bool) -> None:
+        """A validation batch has ended, maybe the last of the loader that is measured."""
         self.close()
+        if is_last and self.is_collecting:
+            self.read_weights(step)
 
     def end_validation(self, step: int) -> None:
         """A validation run has ended; makes its report."""
         if self.is_collecting:
             self.last_validation = step
+            self._report(step)
+
+    def _renew(self) -> None:
+        with self.stopwatch.running(), suppress(Exception):  # of a model that cannot be looked at, what was known stays
+            self.renew()
+
+    def _report(self, step: int) -> None:
+        try:
             self.make_report(step)
+        except Exception as error:
+            if world_size() > 1:
+                raise  # the other ranks wait in a collective
+            self.report = self.missing_report(step, reason_of(error))
+            self.reset()
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

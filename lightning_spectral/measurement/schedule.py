@@ -26,22 +26,33 @@ class TrainSchedule:
         self._reported = step // self.every_n_steps
         self._step = step
 
-    def collects(self, step: int) -> bool:
-        """Whether a batch that begins now, at a ``global_step``, belongs to the next report.
+    def collects(self, step: int, rows_per_step: float | None = None) -> bool:
+        """Whether a batch that begins now belongs to the next report.
 
-        True inside the window, and in the very first step, whose rows set the window.
+        Args:
+            step: The trainer's ``global_step`` before the batch.
+            rows_per_step: Of a layer that has more of them than others, whose part of the window is its end; None for
+                the whole window.
+
+        Returns:
+            True inside the window, and in the very first step, whose rows set the window.
         """
         if self.rows_per_step is None:
             return True
         next_report = (step // self.every_n_steps + 1) * self.every_n_steps
-        return step >= next_report - self.window * self.stride
+        window = self.window if rows_per_step is None else self.window_of(rows_per_step)
+        return step >= next_report - window * self.stride
 
     @property
     def window(self) -> int:
         """How many optimizer steps a report is collected over."""
-        if not self.rows_per_step:
+        return self.window_of(self.rows_per_step)
+
+    def window_of(self, rows_per_step: float | None) -> int:
+        """How many optimizer steps so many rows a step are collected over; all where their number is not known."""
+        if not rows_per_step:
             return self.every_n_steps
-        return min(self.every_n_steps, math.ceil(self.num_tokens / self.rows_per_step))
+        return min(self.every_n_steps, math.ceil(self.num_tokens / rows_per_step))
 
     def advance(self, step: int) -> int:
         """Note that a batch ended at a ``global_step``; returns how far it moved, zero within an accumulation."""

@@ -176,10 +176,11 @@ class Session(Generic[R]):
             if measurement.loader == loader:
                 measurement.start_validation_batch(batch, step)
 
-    def end_validation_batch(self) -> None:
-        """A validation batch has ended."""
+    def end_validation_batch(self, loader: int, step: int, is_last: bool) -> None:
+        """A validation batch has ended, maybe the last of its loader."""
         for measurement in self.measurements:
-            measurement.end_validation_batch()
+            if measurement.loader == loader:
+                measurement.end_validation_batch(step, is_last)
 
     def end_validation_rows(self, step: int) -> None:
         """The last batch of a validation run has ended; all its reports are made."""

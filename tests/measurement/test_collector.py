@@ -123,7 +123,7 @@ def test_masked_rows_do_not_count_whatever_they_hold(batch_first: bool) -> None:
         kept = [sample[keep].double().numpy() for sample, keep in zip(output, mask, strict=True)]
         samples += kept if batch_first else [np.concatenate(kept)]
     assert_moments(pooled(found), groups_of(samples))
-    assert found.offered == sum(map(len, samples))
+    assert found.offered("layer") == sum(map(len, samples))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -193,7 +193,7 @@ def test_only_whole_samples_are_taken_up_to_the_share() -> None:
         found.add("layer", output)
     samples = [sample for output in outputs for sample in output.double().numpy()]
     assert_moments(pooled(found), groups_of(samples[:4]))
-    assert found.offered == 55
+    assert found.offered("layer") == 55
 
 
 def test_one_sample_is_taken_however_small_the_share() -> None:
@@ -313,6 +313,36 @@ def test_the_hooks_never_ask_for_a_value_that_a_gpu_would_have_to_be_waited_for(
             found.begin_batch(6, None)
             found.add("layer", torch.empty(6, 5, WIDTH, dtype=dtype))
         assert not found.failures
-        assert found.offered == 90
+        assert found.offered("layer") == 90
         with pytest.raises(DataDependentOutputException):
             torch.ones(2).sum().item()
+
+
+@pytest.mark.parametrize("has_samples", [True, False], ids=["samples first", "one forward"])
+def test_a_layer_called_several_times_in_a_batch_keeps_samples_in_their_groups(has_samples: bool) -> None:
+    """As weight sharing, recurrence and closures do; the batch of 3 samples is no multiple of the 4 groups."""
+    found = collector(num_groups=4, num_tokens=10**6)
+    outputs = torch.randn(5, 3, 3, 2, WIDTH, dtype=torch.float64)  # (batches, calls, samples, rows, d)
+    for batch in outputs:
+        found.begin_batch(3 if has_samples else None, None)
+        for output in batch:
+            found.add("layer", output)
+    ((_, parts, _),) = found.pool()
+    samples = outputs.transpose(1, 2).reshape(15, 6, WIDTH) if has_samples else outputs.reshape(5, 18, WIDTH)
+    for group in range(4):
+        rows = samples[group::4].reshape(-1, WIDTH)
+        assert int(parts.num_rows[0, group]) == len(rows)
+        torch.testing.assert_close(parts.mean[0, group], rows.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_closed_layers_are_counted_only() -> None:
+    found = collector(num_groups=1, num_tokens=10**6)
+    found.begin_batch(3, None)
+    found.closed = ["layer"]
+    found.add("layer", torch.randn(3, 2, WIDTH))
+    found.closed = []
+    found.add("layer", torch.randn(3, 2, WIDTH))
+    found.drop(["layer"])
+    found.add("layer", torch.randn(3, 2, WIDTH))
+    ((_, parts, offered),) = found.pool()
+    assert (int(parts.num_rows), offered) == (6, [18])
