@@ -29,7 +29,10 @@ class ActivationSpectrum(LayersCallback):
     They can be monitored by ModelCheckpoint and EarlyStopping (with ``check_finite=False``, since they are NaN until
     the first report).
 
-    With ``WeightAveraging`` a validation pass runs on the averaged weights, and ``stage="validate"`` measures those.
+    With ``WeightAveraging`` a validation pass runs on the averaged weights, and ``stage="validate"`` measures those;
+    ``stage="train"`` measures the weights that are trained. Layers are looked up again for each report: one that was
+    replaced is followed, new ones that the patterns match join, and one that is gone is NaN. Each layer is read in the
+    last steps before a report that hold ``num_tokens`` of its own rows.
 
     Args:
         layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five

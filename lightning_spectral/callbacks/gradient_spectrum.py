@@ -1,10 +1,11 @@
 """The callback that watches the singular values of per-sample gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isnan
+from math import isnan, nan
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
@@ -44,7 +45,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning
     that names the cause. All samples of a report then meet the same weights: those after its step. ``"hooks"`` reads
-    linear layers and embeddings. In training it adds no pass at all: rows are read off the backward passes of the last
+    linear layers and embeddings, of weights that are parameters themselves. In training it adds no pass at all: rows are read off the backward passes of the last
     steps before a report, at weights that move with these steps (the figure's title has the span); loss scaling,
     accumulation and the mean over the batch are undone. Where samples weigh differently in the batch's mean, its rows
     differ from those of the other methods: under a mean over tokens, the row of sample b with n_b of them is
@@ -57,6 +58,14 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     ``weight/{parameter}/`` ``alpha_tail``, ``r2_tail``, ``alpha_head`` and ``rankme`` of the singular values of each
     weight itself (of a convolution's, output channels by the rest). The exponents depend on N: compare runs at equal
     ``num_samples``.
+
+    **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what is
+    frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig`` under
+    pruning and spectral norm, ``original`` of a parametrisation) goes by the name of the weight, ``fc.weight``, with a
+    warning that says so: its gradient is that of the parameter, which is what is trained; where there are several for a
+    weight (weight norm), each has its own name. ``weights`` are always those that layers use. With ``WeightAveraging``,
+    whichever callback comes first, ``stage="validate"`` reads gradients and weights at the averaged weights, on which
+    validation runs, and ``stage="train"`` at those that are trained.
 
     **Cost.** vmap and loop: about a forward and backward pass of ``num_samples`` samples every ``every_n_steps`` steps.
     Memory: rows of N x P numbers on each of W ranks, N = ``num_samples`` / W, P summed over parameters, and for vmap
@@ -154,6 +163,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         self.parameters = parameters
         self.bands = Bands.of(head, tail)
         self._is_whole_model = False
+        self._has_whole_key = False
+        self._weights: list[str] = []
+        self._unchecked: list[str] = []
         self.display = Display(
             self.kind,
             charts={name: [name] for name in ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm")},
@@ -178,18 +190,14 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     def keys(self) -> list[str]:
         keys = [f"gradient/{name}/{quantity}" for name in self.names for quantity in self.quantities]
         if self.request.weights:
-            keys += [f"weight/{name}/{quantity}" for name in self._matrices() for quantity in self.weight_quantities]
-        if self._is_whole_model:
+            keys += [f"weight/{name}/{quantity}" for name in self._weights for quantity in self.weight_quantities]
+        if self._has_whole_key:
             keys.append("gradient/noise_scale")
         return [*keys, "gradient/failed"]
 
     @override
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"parameters": self.names} | self.bands.settings()
-
-    def _matrices(self) -> list[str]:
-        assert self.measurement is not None
-        return [name for name, parameter in self.measurement.parameters.items() if parameter.ndim >= 2]
 
     @override
     def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
@@ -201,33 +209,70 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     @override
     def watch(self, pl_module: LightningModule) -> list[str]:
         assert self.measurement is not None
-        parameters = self.measurement.parameters
+        self._has_whole_key = False
+        self._weights = []
+        self._see(pl_module)
+        self._unchecked = list(self.measurement.names)
+        self.check_early()
+        return list(self.measurement.names)
+
+    def _see(self, pl_module: LightningModule) -> None:
+        """Look at what is measured now; keys that have been there stay."""
+        assert self.measurement is not None
+        parameters, weights = self.measurement.parameters, self.measurement.weights
         trained = trainable_parameters(pl_module).values()
         self._is_whole_model = {id(p) for p in trained} == {id(p) for p in parameters.values()}
-        for parameter in parameters.values():
+        self._has_whole_key |= self._is_whole_model
+        new = [name for name, weight in weights.items() if weight.ndim >= 2 and name not in self._weights]
+        self._weights = [*self._weights, *new]
+
+    @override
+    def check_early(self) -> None:
+        parameters = {} if self.measurement is None else self.measurement.parameters
+        for name in list(self._unchecked):
+            parameter = parameters.get(name)
+            if parameter is not None and is_lazy(parameter):
+                continue  # the first batch makes it
+            self._unchecked.remove(name)
             # A vector of few numbers has neither head nor tail; nobody asked for it by rank.
-            if parameter.ndim >= 2:
+            if parameter is not None and parameter.ndim >= 2:
                 self.bands.check(min(self.request.num_samples, parameter.numel()))
-        return list(parameters)
+
+    @override
+    def follow(self, pl_module: LightningModule) -> None:
+        assert self.measurement is not None
+        self._see(pl_module)
+        self.join_names([name for name in self.measurement.names if name not in self.names])
+        called = self.measurement.renamed
+        if called:
+            name, own = next(iter(called.items()))
+            others = f" and {len(called) - 1} others likewise" if len(called) > 1 else ""
+            self.warn(
+                f"calls the gradient of {own} by {name}, the weight that is made of it{others}; spectra of weights are "
+                "those of what the layer uses"
+            )
 
     @override
     def failures(self, report: GradientReport) -> Iterator[tuple[str, Spectrum]]:
         yield from super().failures(report)
         for name, weight in report.spectra["weight"].items():
-            if weight.failure is not None:
+            if weight.failure is not None and name in self._weights:
                 yield f"the weights of {name}", weight
 
     @override
     def measured(self, report: GradientReport) -> dict[str, float]:
         self._warn_of_remedies()
-        rows = {name: self._describe(found) for name, found in report.parameters.items()}
+        rows = {name: self._describe(report.parameters[name]) for name in self.names}
         assert self.display is not None
         self.display.note(report.step, rows)
         values = {f"gradient/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-        for name, spectrum in report.spectra["weight"].items():
+        for name in self._weights if self.request.weights else ():
+            # One that nothing is left of keeps its keys.
+            nothing = Spectrum.missing("the model has no such weight any more")
+            spectrum = report.spectra["weight"].get(name, nothing)
             values |= {f"weight/{name}/{key}": value for key, value in self._describe_weight(spectrum).items()}
-        if self._is_whole_model:
-            values["gradient/noise_scale"] = report.noise_scale
+        if self._has_whole_key:
+            values["gradient/noise_scale"] = report.noise_scale if self._is_whole_model else nan
         return values
 
     def _warn_of_remedies(self) -> None:
@@ -263,8 +308,12 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         if isnan(exponent.value):
             # A bias, or a matrix with fewer singular values than the default head, has no band; that is no news.
             is_long = len(spectrum.values) >= min(DEFAULT_HEAD[1], self.request.num_samples)
-            return spectrum.is_zero or (is_long and spectrum.name in self._matrices())
+            return spectrum.is_zero or (is_long and self._is_matrix(spectrum.name))
         return self.request.num_groups > 1
+
+    def _is_matrix(self, name: str) -> bool:
+        parameter = None if self.measurement is None else self.measurement.parameters.get(name)
+        return parameter is not None and parameter.ndim >= 2
 
     def _describe_weight(self, spectrum: Spectrum) -> dict[str, float]:
         tail, head = spectrum.exponent(self.bands.tail), spectrum.exponent(self.bands.head)

@@ -80,6 +80,9 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         """What a report comes to, by key without the prefix; it may hold more than was asked for here."""
         raise NotImplementedError
 
+    def follow(self, pl_module: LightningModule) -> None:
+        """Take up, before a report, what the measurement has come to know of a module that has changed."""
+
     def check_early(self) -> None:
         """Refuse settings that do not fit the model, after each batch, for what only shows then."""
 
@@ -242,6 +245,7 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         if self.measurement is None or self.session is None or self.measurement.report is self._seen:
             return
         report = self._seen = cast(ReportT, self.measurement.report)
+        self.follow(trainer.lightning_module)
         with self.session.stopwatch.running():
             values = self._values(report)
             self._show(trainer, report)

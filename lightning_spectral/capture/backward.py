@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.capture.activations import no_hook, outside_dynamo
 from lightning_spectral.capture.contraction import LayerRows, contracts, owners
+from lightning_spectral.capture.reparametrised import made_tensors
 
 NO_GRADIENT = "no gradient reached its layers, or they ran compiled: use method='vmap'"
 
@@ -27,8 +29,9 @@ class BackwardReader:
         self._timer = timer
         self.rows: LayerRows | None = None
         """Where the rows of the batch go; None while none is wanted."""
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, list[RemovableHandle]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._unchecked: set[str] = set()
         self._in_parts: set[str] = set()
         """Those whose gradient came more than once in a batch: none is the last for sure."""
@@ -37,12 +40,27 @@ class BackwardReader:
         self._batch_handles: list[RemovableHandle] = []
 
     def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
-        """Watch one more parameter of the tree, one that :func:`check_contracts` accepts."""
-        self._parameters[name] = parameter
+        """Watch one more parameter of the tree, or another one of that name, that can be read (:func:`why_unreadable`).
+
+        Nothing happens to one that is watched already, where it is.
+        """
+        places = owners(root, parameter)
+        if self._places.get(name) == places and self._parameters.get(name) is parameter:
+            return
+        self.drop(name)
+        self._parameters[name], self._places[name] = parameter, places
         self._unchecked.add(name)
-        for module, attribute in owners(root, parameter):
-            hook = _ForwardHook(self, name, attribute)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        hooks = [(module, _ForwardHook(self, name, attribute)) for module, attribute in places]
+        self._handles[name] = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+
+    def drop(self, name: str) -> None:
+        """Watch a parameter no longer, if it is."""
+        for handle in self._handles.pop(name, []):
+            handle.remove()
+        self._parameters.pop(name, None)
+        self._places.pop(name, None)
+        self._unchecked.discard(name)
+        self._in_parts.discard(name)
 
     def checked(self) -> None:
         """Take for granted that the rows add up to the gradient of each parameter, as an earlier batch has shown."""
@@ -57,11 +75,13 @@ class BackwardReader:
         """
         self.rows = rows
         for name, parameter in self._parameters.items():
+            if not parameter.requires_grad or is_lazy(parameter):
+                continue  # frozen, or made by this very batch: there is nothing to hook yet
             if name in self._unchecked:
                 if len(rows.out[name]) == rows.num_samples:
                     hook = parameter.register_hook(lambda gradient, name=name: self._add_gradient(name, gradient))
                     self._batch_handles.append(hook)
-            elif on_complete is not None and name not in self._in_parts and parameter.requires_grad:
+            elif on_complete is not None and name not in self._in_parts:
                 # Autograd sums the gradients of all layers that share a parameter before it comes by here.
                 hook = parameter.register_hook(lambda _, name=name: self._complete(name, on_complete))
                 self._batch_handles.append(hook)
@@ -75,7 +95,10 @@ class BackwardReader:
         self._completed.clear()
         if rows is not None:
             for name, gradient in self._gradients.items():
-                rows.check(name, gradient)
+                try:
+                    rows.check(name, gradient)
+                except Exception as error:  # of whatever kind a gradient may be
+                    rows.failures.setdefault(name, _reason(error))
                 if name not in rows.failures:
                     # One that fails is looked at again: its rows must not pass as good the next time.
                     self._unchecked.discard(name)
@@ -85,18 +108,22 @@ class BackwardReader:
     def remove(self) -> None:
         """Take every hook off again."""
         self.end()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._parameters.clear()
-        self._unchecked.clear()
+        for name in list(self._parameters):
+            self.drop(name)
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         seen = self._gradients.get(name)
         if seen is not None:
             # Reentrant checkpoints that share a parameter do this, and several backward passes in one training step.
             self._in_parts.add(name)
-        self._gradients[name] = gradient.detach().clone() if seen is None else seen + gradient.detach()
+        try:
+            self._gradients[name] = gradient.detach().clone() if seen is None else seen + gradient.detach()
+        except Exception as error:  # never raised: a backward pass is under way
+            self._fail(name, error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if self.rows is not None:
+            self.rows.failures.setdefault(name, _reason(error))
 
     def _complete(self, name: str, on_complete: Callable[[str], None]) -> None:
         rows = self.rows
@@ -107,13 +134,21 @@ class BackwardReader:
             with self._timer():
                 on_complete(name)
         except Exception as error:  # never raised: a backward pass is under way
-            rows.failures[name] = str(error).partition("\n")[0] or type(error).__name__
+            rows.failures[name] = _reason(error)
 
     def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Ask for the gradient of what a layer returned; ``attribute`` is the parameter's name in the layer."""
         rows = self.rows
         if rows is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
+        try:
+            self._ask(rows, name, attribute, module, inputs, output)
+        except Exception as error:  # never raised: a forward pass is under way
+            self._fail(name, error)
+
+    def _ask(
+        self, rows: LayerRows, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> None:
         x = inputs[0].detach()
 
         def read(grad: Tensor) -> None:
@@ -121,8 +156,11 @@ class BackwardReader:
                 self._in_parts.add(name)
                 rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"
                 return
-            with self._timer():
-                rows.add(name, module, attribute, x, grad)
+            try:
+                with self._timer():
+                    rows.add(name, module, attribute, x, grad)
+            except Exception as error:  # never raised: a backward pass is under way
+                self._fail(name, error)
 
         output.register_hook(read)
 
@@ -133,13 +171,30 @@ def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> Non
     A ValueError names them and their layers.
     """
     for name, parameter in parameters.items():
-        found = owners(root, parameter)
-        if not found or not all(contracts(module, attribute) for module, attribute in found):
-            kinds = ", ".join(sorted({type(module).__name__ for module, _ in found}))
-            raise ValueError(
-                f"method='hooks' reads linear layers and embeddings, got parameter {name!r} of {kinds}: "
-                "use method='vmap', or choose other parameters"
-            )
+        if (reason := why_unreadable(root, name, parameter)) is not None:
+            raise ValueError(reason)
+
+
+def why_unreadable(root: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
+    """Why the per-sample gradients of a parameter cannot be read off inputs and gradients of outputs; None if they can.
+
+    Of a weight that its layer makes of the parameter they are gradients of the weight.
+    """
+    found = owners(root, parameter)
+    if found and all(contracts(module, attribute) for module, attribute in found):
+        return None
+    kinds = ", ".join(sorted({type(module).__name__ for module, _ in found}))
+    made = [source for module in root.modules() for one in made_tensors(module) for source in one.sources.values()]
+    if any(source is parameter for source in made):
+        return f"method='hooks' reads weights as they are, got parameter {name!r} that they are made of: use 'vmap'"
+    return (
+        f"method='hooks' reads linear layers and embeddings, got parameter {name!r} of {kinds}: "
+        "use method='vmap', or choose other parameters"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _ForwardHook:

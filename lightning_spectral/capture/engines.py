@@ -1,6 +1,7 @@
 """Engines for per-sample gradients: vectorised, in a loop, or from layers' inputs and outputs, behind one interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +16,18 @@ from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.shadow import BatchLoss
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
+
+
+class SomeRowsError(ValueError):
+    """Rows of some parameters could not be had, for reasons of their own; those of the others are there.
+
+    Args:
+        failures: Reasons by name.
+    """
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+        self.failures = failures
 
 
 class Engine(Protocol):
@@ -46,10 +59,24 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
 
     in_dims = (None, None, *(0 if mapped else None for mapped in is_mapped))
     # The fused attention kernels have no rule for vmap.
-    with sdpa_kernel(SDPBackend.MATH):
+    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH):
         gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, buffers, *tensors)
     for name in names:
         out[name].copy_(gradients[keys[name]].flatten(1))
+
+
+@contextmanager
+def _parameters_kept(loss: BatchLoss) -> Iterator[None]:
+    """Every tensor in its place afterwards: of a module with two names functional_call forgets it when it fails."""
+    tables: list[dict[str, Any]] = [
+        part.__dict__[name] for part in loss.modules() for name in ("_parameters", "_buffers")
+    ]
+    held = [(table, dict(table)) for table in tables]
+    try:
+        yield
+    finally:
+        for table, tensors in held:
+            table.update(tensors)
 
 
 def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
@@ -63,7 +90,7 @@ def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
             if gradient is None:
                 row.zero_()
             else:
-                row.copy_(gradient.flatten())
+                row.copy_((gradient if gradient.layout is torch.strided else gradient.to_dense()).flatten())
 
 
 def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
@@ -145,7 +172,7 @@ class ByHooks:
                 rows.check(name, gradient)
         failures = {name: NO_GRADIENT for name in names if name not in rows.seen} | rows.failures
         if failures:
-            raise ValueError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+            raise SomeRowsError(failures)
         self.is_checked = True
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts
+from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts, why_unreadable
 from lightning_spectral.capture.batch import num_samples
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
@@ -36,8 +36,24 @@ class BackwardGradients(GradientMeasurement):
         self._rows: LayerRows | None = None
         self._had_backward = False
         self._reader = BackwardReader(scene.stopwatch.running)
-        for name, parameter in self.parameters.items():
-            self._reader.add(name, parameter, scene.module)
+        self._watch()
+
+    @override
+    def renew(self) -> None:
+        super().renew()
+        self._watch()
+
+    def _watch(self) -> None:
+        for name in self.names:
+            parameter = self.parameters.get(name)
+            reason = None if parameter is None else why_unreadable(self._module, name, parameter)
+            if reason is not None:
+                self._absent[name] = reason
+                del self.parameters[name]
+            if parameter is None or reason is not None:
+                self._reader.drop(name)
+            else:
+                self._reader.add(name, parameter, self._module)
 
     @override
     def remove(self) -> None:
@@ -73,6 +89,8 @@ class BackwardGradients(GradientMeasurement):
     def before_backward(self, scale: Callable[[], float]) -> None:
         self._had_backward = True
         if self._rows is not None:
+            # Of those that the forward pass of the batch has made the size is known only now.
+            self._store.sizes.update({name: p.numel() for name, p in self.parameters.items()})
             samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
             self._rows.scale = samples / scale()
 

@@ -35,6 +35,12 @@ class ParameterGradients(NamedTuple):
         nothing = Spectrum.missing(failure, failed_here, name=name, count=count, corrects_bias=False)
         return cls(nothing, nothing, torch.nan, GradientMoments(_UNKNOWN, _UNKNOWN))
 
+    @classmethod
+    def absent(cls, name: str, reason: str) -> "ParameterGradients":
+        """What stands for a parameter that is not trained at the time: the noise of the others is that of the model."""
+        nothing = torch.zeros((), dtype=torch.float64)
+        return cls.missing(name, 0, reason, False)._replace(moments=GradientMoments(nothing, nothing))
+
 
 @dataclass(frozen=True)
 class GradientReport(Report):

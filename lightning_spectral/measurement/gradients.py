@@ -6,16 +6,24 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_spectral.capture.engines import Method
-from lightning_spectral.capture.parameters import resolve_parameters
+from lightning_spectral.capture.parameters import (
+    Weight,
+    named_parameters,
+    renamed,
+    resolve_parameters,
+    resolve_parameters_again,
+    weights_of,
+)
 from lightning_spectral.capture.shadow import LossFunction
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.singular import gram, singular_values
 from lightning_spectral.measurement.arguments import check_choice, check_patterns, check_positive
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
-from lightning_spectral.measurement.measurement import Measurement, Request, Scene
+from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
@@ -108,13 +116,23 @@ class GradientMeasurement(Measurement):
         super().__init__(request, request.num_samples, scene.stopwatch)
         self.request = request
         self.parameters: dict[str, nn.Parameter] = resolve_parameters(scene.module, request.parameters)
-        """By clean name."""
+        """Those that are measured, by clean name."""
+        self.names = list(self.parameters)
+        """Of all that are, or were, measured."""
+        self.weights: dict[str, Weight] = {}
+        """The weights that layers use, of these parameters, by clean name."""
+        self.renamed: dict[str, str] = {}
+        """Own names of parameters that are called by the weight that is made of them."""
+        self._module = scene.module
+        self._absent: dict[str, str] = {}
+        self._weight_spectra: dict[str, Spectrum] | None = None
+        self._is_finished = False
         self._device = torch.device("cpu") if scene.device.type == "mps" else scene.device
         self._world = world_size()
         self._rank = dist.get_rank() if self._world > 1 else 0
         share, rest = divmod(request.num_samples, self._world)
         self._store = RowStore(
-            sizes={name: p.numel() for name, p in self.parameters.items()},
+            sizes={},
             capacity=share + (self._rank < rest),
             dtype=ROW_DTYPES[request.row_dtype],
             device=torch.device(request.row_device) if request.row_device else scene.device,
@@ -123,6 +141,23 @@ class GradientMeasurement(Measurement):
         self._offered = 0
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
+        self._take_up()
+
+    @override
+    def renew(self) -> None:
+        self.parameters, self._absent = resolve_parameters_again(self._module, self.request.parameters, self.names)
+        self.names += [name for name in self.parameters if name not in self.names]
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Know of the parameters what can be known before the first batch: some are made by it."""
+        for name in [name for name, p in self.parameters.items() if p.is_complex()]:
+            self._absent[name] = "it is complex, and its gradients are no rows of real numbers"
+            del self.parameters[name]
+        held = named_parameters(self._module)
+        self.weights = weights_of(self._module, {name: held[name] for name in self.names if name in held})
+        self.renamed = renamed(self._module, self.parameters)
+        self._store.sizes.update({name: p.numel() for name, p in self.parameters.items() if not is_lazy(p)})
 
     def collect(self, batch: Any, step: int) -> None:
         """Take in a batch of a report; whatever it raises is noted as a failure."""
@@ -157,16 +192,31 @@ class GradientMeasurement(Measurement):
         return float(gather_numbers([self._offered], self._device).sum())
 
     @override
-    def make_report(self, step: int) -> None:
+    def read_weights(self, step: int) -> None:
+        if self._is_finished:
+            return
+        self._is_finished = True
         settle(self._device)
         with self.stopwatch.running():
             self.finish(step)
             with torch.inference_mode(False), torch.no_grad():
+                self._weight_spectra = self._weights(step) if self.request.weights else {}
+
+    @override
+    def make_report(self, step: int) -> None:
+        self.read_weights(step)
+        with self.stopwatch.running():
+            with torch.inference_mode(False), torch.no_grad():
                 parameters = self._decompose(step)
-                weights = self._weights(step) if self.request.weights else {}
             span = (self._span[0], self._span[-1]) if self._span else (step, step)
-            self.report = GradientReport.of(step, parameters, weights, self.method, span)
+            self.report = GradientReport.of(step, parameters, self._weight_spectra or {}, self.method, span)
             self.reset()
+
+    @override
+    def missing_report(self, step: int, reason: str) -> GradientReport:
+        missing = {name: ParameterGradients.missing(name, 0, reason, True) for name in self.names}
+        weights = {name: Spectrum.missing(reason, name=name, step=step) for name in self._matrices()}
+        return GradientReport.of(step, missing, weights if self.request.weights else {}, self.method, (step, step))
 
     @override
     def reset(self) -> None:
@@ -177,15 +227,16 @@ class GradientMeasurement(Measurement):
         """Let go of all samples and rows."""
         self._span, self._failures = [], {}
         self._offered = 0
+        self._weight_spectra, self._is_finished = None, False
         self._store.clear()
 
     def fail(self, error: BaseException) -> None:
         """All parameters are NaN in this report, for one reason."""
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        self._failures.update(dict.fromkeys(self.parameters, reason))
+        self._failures.update(dict.fromkeys(self.parameters, reason_of(error)))
 
     def _decompose(self, step: int) -> dict[str, ParameterGradients]:
-        names = list(self.parameters)
+        names = self.names
+        self._failures |= self._absent
         good = [int(name not in self._failures) for name in names]
         of_ranks = gather_numbers([self._store.count, self._offered, *good], self._device)
         counts = [int(count) for count in of_ranks[:, 0]]
@@ -203,17 +254,20 @@ class GradientMeasurement(Measurement):
         wanted = [name for name in names if name not in found]
         if num_rows == 0:
             found |= {name: missing(name, 0, "no sample was seen", False) for name in wanted}
-        elif wanted:
-            try:
-                shares = torch.stack([self._share(name, counts) for name in wanted])
-            except RuntimeError as error:
-                if self._world > 1:
-                    raise  # the other ranks wait in a collective
-                reason = str(error).partition("\n")[0]
-                found |= {name: missing(name, num_rows, reason, True) for name in wanted}
-            else:
-                grams = dict(zip(wanted, sum_over_ranks(shares), strict=True))
-                found |= self._solve(grams, counts, step)
+        else:
+            shares: dict[str, Tensor] = {}
+            for name in wanted:
+                try:
+                    shares[name] = self._share(name, counts)
+                except RuntimeError as error:
+                    if self._world > 1:
+                        raise  # the other ranks wait in a collective
+                    found[name] = missing(name, num_rows, reason_of(error), True)
+            if shares:
+                grams = sum_over_ranks(torch.stack(list(shares.values())))
+                found |= self._solve(dict(zip(shares, grams, strict=True)), counts, step)
+        for name, reason in self._absent.items():
+            found[name] = ParameterGradients.absent(name, reason)
         return {name: found[name] for name in names}
 
     def _share(self, name: str, counts: list[int]) -> Tensor:
@@ -237,11 +291,15 @@ class GradientMeasurement(Measurement):
 
     def _weights(self, step: int) -> dict[str, Spectrum]:
         """Singular values of the matrices among the parameters; those of one shape are solved together."""
-        matrices = {name: p.detach().flatten(1) for name, p in self.parameters.items() if p.ndim >= 2}
+        matrices, spectra = {}, {}
+        for name in self._matrices():
+            try:
+                matrices[name] = self._matrix(name)
+            except Exception as error:  # of whatever kind a weight, or what makes it, may be
+                spectra[name] = Spectrum.missing(reason_of(error), corrects_bias=False, name=name, step=step)
         by_shape: dict[torch.Size, list[str]] = {}
         for name, matrix in matrices.items():
             by_shape.setdefault(matrix.shape, []).append(name)
-        spectra = {}
         for (height, width), names in by_shape.items():
             failure = None
             try:
@@ -254,4 +312,13 @@ class GradientMeasurement(Measurement):
                 spectra[name] = Spectrum(
                     row, failure=failure, failed_here=failure is not None, corrects_bias=False, name=name, step=step
                 )
-        return {name: spectra[name] for name in matrices}
+        return {name: spectra[name] for name in self._matrices()}
+
+    def _matrices(self) -> list[str]:
+        return [name for name, weight in self.weights.items() if weight.ndim >= 2]
+
+    def _matrix(self, name: str) -> Tensor:
+        weight = self.weights[name].compute().detach()
+        if weight.is_complex() or weight.layout is not torch.strided:
+            raise ValueError("it is no dense tensor of real numbers")
+        return weight.flatten(1)

@@ -1,17 +1,18 @@
 """Rows of per-sample gradients by passes at the report, over a shadow of the module, at one and the same weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_spectral.capture.backward import check_contracts
+from lightning_spectral.capture.backward import check_contracts, why_unreadable
 from lightning_spectral.capture.batch import hold, num_samples, take
-from lightning_spectral.capture.engines import ByVmapOrLoop, engine_of
+from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of
 from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk, isolated
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
-from lightning_spectral.measurement.measurement import Scene
+from lightning_spectral.measurement.measurement import Scene, reason_of
 
 NO_SAMPLES = "the batch holds no tensor with an axis of samples"
 
@@ -64,22 +65,72 @@ class PassGradients(GradientMeasurement):
 
     @override
     def finish(self, step: int) -> None:
-        names = list(self.parameters)
+        # Since the first batch of the report, and by it, parameters may have come and gone.
+        self.renew()
         try:
             loss = self._make_loss()
             # Once for all batches, so that each sample meets a mask of its own.
             with isolated():
                 for batch, size in self._batches:
-                    rows = self._store.open(size)
-                    self.chunk_size = self.chunk_size or fitting_chunk(loss, names, batch)
-                    used = fill_rows(self._engine, loss, names, batch, rows, self.chunk_size)
-                    if used < min(self.chunk_size, size):
-                        self.chunk_size, self.halved = used, True
+                    self._fill(loss, batch, self._store.open(size))
                     self._store.commit()
         except Exception as error:  # whatever the model's loss does to be unfit for this
             self.fail(error)
         self._batches = []
         self._span = [step]
+
+    def _fill(self, loss: BatchLoss, batch: Any, rows: Mapping[str, Tensor]) -> None:
+        names = [name for name in self.parameters if name not in self._failures]
+        while names:
+            try:
+                self._fill_some(loss, names, batch, rows)
+                return
+            except Exception as error:
+                bad = self._bad_ones(error, loss, names, batch, rows)
+                if not bad:
+                    raise
+                self._failures |= bad
+                names = [name for name in names if name not in bad]
+
+    def _bad_ones(
+        self, error: Exception, loss: BatchLoss, names: list[str], batch: Any, rows: Mapping[str, Tensor]
+    ) -> dict[str, str]:
+        """Why some parameters fail for reasons of their own; nothing if what fails is the loss, or all fail alike."""
+        if isinstance(error, SomeRowsError):
+            return error.failures
+        if isinstance(error, MemoryError) or len(names) == 1:
+            return {}
+        bad: dict[str, str] = {}
+        for name in names:
+            try:
+                self._fill_some(loss, [name], batch, rows)
+            except Exception as own:
+                bad[name] = reason_of(own)
+                if len(bad) == 2 and list(bad.values()) == [reason_of(error)] * 2:
+                    return {}
+        return bad if len(bad) < len(names) else {}
+
+    def _fill_some(self, loss: BatchLoss, names: list[str], batch: Any, rows: Mapping[str, Tensor]) -> None:
+        self.chunk_size = self.chunk_size or fitting_chunk(loss, names, batch)
+        used = fill_rows(self._engine, loss, names, batch, rows, self.chunk_size)
+        if used < min(self.chunk_size, num_samples(batch) or 0):
+            self.chunk_size, self.halved = used, True
+
+    @override
+    def renew(self) -> None:
+        super().renew()
+        if self.request.method != "hooks":
+            return
+        for name, parameter in list(self.parameters.items()):
+            if (reason := why_unreadable(self._module, name, parameter)) is not None:
+                self._absent[name] = reason
+                del self.parameters[name]
+
+    @override
+    def end_validation_batch(self, step: int, is_last: bool) -> None:
+        # A loader without a length has no last batch, but enough samples are enough.
+        is_full = self._waiting > 0 and self._waiting == self._store.room
+        super().end_validation_batch(step, is_last or is_full)
 
     @override
     def forget(self) -> None:
