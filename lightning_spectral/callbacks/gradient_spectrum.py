@@ -45,11 +45,12 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning
     that names the cause. All samples of a report then meet the same weights: those after its step. ``"hooks"`` reads
-    linear layers and embeddings, of weights that are parameters themselves. In training it adds no pass at all: rows are read off the backward passes of the last
-    steps before a report, at weights that move with these steps (the figure's title has the span); loss scaling,
-    accumulation and the mean over the batch are undone. Where samples weigh differently in the batch's mean, its rows
-    differ from those of the other methods: under a mean over tokens, the row of sample b with n_b of them is
-    :math:`n_b B / \sum n` times its own gradient. In validation it makes one forward and backward pass for all.
+    linear layers and embeddings, where the weight is the parameter itself. In training it adds no pass at all: rows are
+    read off the backward passes of the last steps before a report, at weights that move with these steps (the figure's
+    title has the span); loss scaling, accumulation and the mean over the batch are undone. Where samples weigh
+    differently in the batch's mean, its rows differ from those of the other methods: under a mean over tokens, the row
+    of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one forward
+    and backward pass for all.
 
     Values lie under ``gradient/{parameter}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``r2_tail``, ``alpha_head``,
     ``alpha_head_stderr``, ``alpha_tail_centred`` (of the rows about their mean), ``rankme`` (of singular values),
@@ -59,13 +60,13 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     weight itself (of a convolution's, output channels by the rest). The exponents depend on N: compare runs at equal
     ``num_samples``.
 
-    **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what is
-    frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig`` under
-    pruning and spectral norm, ``original`` of a parametrisation) goes by the name of the weight, ``fc.weight``, with a
-    warning that says so: its gradient is that of the parameter, which is what is trained; where there are several for a
-    weight (weight norm), each has its own name. ``weights`` are always those that layers use. With ``WeightAveraging``,
-    whichever callback comes first, ``stage="validate"`` reads gradients and weights at the averaged weights, on which
-    validation runs, and ``stage="train"`` at those that are trained.
+    **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what
+    is frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig``
+    under pruning and spectral norm, ``original`` of a parametrisation) goes by the name of the weight, ``fc.weight``,
+    with a warning that says so: its gradient is that of the parameter, which is what is trained; where there are
+    several for a weight (weight norm), each has its own name. ``weights`` are always those that layers use. With
+    ``WeightAveraging``, whichever callback comes first, ``stage="validate"`` reads gradients and weights at the
+    averaged weights, on which validation runs, and ``stage="train"`` at those that are trained.
 
     **Cost.** vmap and loop: about a forward and backward pass of ``num_samples`` samples every ``every_n_steps`` steps.
     Memory: rows of N x P numbers on each of W ranks, N = ``num_samples`` / W, P summed over parameters, and for vmap

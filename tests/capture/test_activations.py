@@ -228,3 +228,32 @@ def test_inductor_keeps_the_hooks() -> None:
     assert num_graphs() == 1
     reader.remove()
     torch.testing.assert_close(rows, [network[0](x), network(x)], check_layout=False)
+
+
+def test_a_consumer_that_raises_never_reaches_the_forward_pass() -> None:
+    failures = []
+
+    def consume(name: str, output: torch.Tensor) -> None:
+        raise RuntimeError("no memory\nfor anything")
+
+    layer = torch.nn.Linear(3, 3)
+    reader = ActivationReader(consume, lambda name, reason: failures.append((name, reason)))
+    reader.add("layer", layer)
+    reader.is_open = True
+    layer(torch.zeros(2, 3))
+    assert failures == [("layer", "no memory")]
+
+
+def test_a_layer_can_be_watched_instead_of_another() -> None:
+    seen = []
+    reader = ActivationReader(lambda name, output: seen.append((name, output.shape[-1])))
+    layers = [torch.nn.Linear(3, width) for width in (4, 5)]
+    for layer in layers:
+        reader.add("layer", layer)
+    reader.is_open = True
+    for layer in layers:
+        layer(torch.zeros(2, 3))
+    assert seen == [("layer", 5)]
+    assert reader.watches("layer", layers[1])
+    reader.drop("layer")
+    assert not any(layer._forward_hooks for layer in layers)

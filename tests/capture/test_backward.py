@@ -189,3 +189,17 @@ def test_a_failure_to_use_complete_rows_is_noted_and_training_goes_on(model: Lan
     reader.begin(rows_for(model, 6, scale=6.0), fail)
     model.loss(batch()).backward()
     assert reader.end().failures == {name: f"no memory for {name}" for name in NAMES}
+
+
+@pytest.mark.parametrize("bad", ["inputs", "gradient"])
+def test_hooks_that_fail_never_reach_the_passes_of_training(bad: str) -> None:
+    layer = nn.Linear(3, 2)
+    reader = BackwardReader()
+    reader.add("weight", layer.weight, layer)
+    rows = LayerRows(2, {"weight": torch.empty(2, 6)}, 1.0)
+    reader.begin(rows)
+    if bad == "inputs":
+        reader.watch("weight", "weight", layer, (), layer(torch.randn(2, 3)))
+    else:
+        reader._add_gradient("weight", "no tensor")  # type: ignore[arg-type]
+    assert list(reader.end().failures) == ["weight"]
