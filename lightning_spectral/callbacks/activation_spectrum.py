@@ -1,6 +1,6 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from typing_extensions import override
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Exponent, Spectrum
 from lightning_spectral.functional.spectrum import head_share
 from lightning_spectral.measurement import ActivationRequest, Report
@@ -55,13 +56,19 @@ class ActivationSpectrum(LayersCallback):
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
             1e-3 of the largest, ``"float64"`` above 1e-6, at about twice the cost of the products.
-        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
+            numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
+        channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
+            module with weights works, 1 for convolutions and their norms, the last for linear layers and theirs.
+        batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
+        samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
-            two callbacks would write; in the first batch for bands beyond the width.
+            two callbacks would write; in the first batch for bands beyond the width, masks that can mean anything and
+            layers whose channels may be on two axes.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,
@@ -99,6 +106,9 @@ class ActivationSpectrum(LayersCallback):
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
+        channel_dim: int | None = None,
+        batch_dim: int | None = None,
+        samples: str | Callable[[Any], Sequence[Any]] | None = None,
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -109,6 +119,9 @@ class ActivationSpectrum(LayersCallback):
             dtype=dtype,
             mask=mask,
             dataloader_idx=dataloader_idx,
+            channel_dim=channel_dim,
+            batch_dim=batch_dim,
+            samples=load_cutter(samples),
         )
         super().__init__(layers, request, prefix)
         self.bands = Bands.of(head, tail)
@@ -177,5 +190,5 @@ class ActivationSpectrum(LayersCallback):
     @override
     def title(self, report: Report | None = None) -> str:
         if report is None:
-            return f"activation spectra, {self.stage}"
+            return f"activation spectra, {self.stage}{self.rows_in_words()}"
         return f"activation covariance, {self.stage}, step {report.step}"

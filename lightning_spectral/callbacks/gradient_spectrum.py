@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
+from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.parameters import trainable_parameters
 from lightning_spectral.capture.shadow import load_loss
 from lightning_spectral.functional.estimate import Exponent, Spectrum
@@ -94,11 +95,15 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             gradient norm are then rounding, and zero.
         row_device: Where rows are kept, ``"cpu"`` for many parameters on a small GPU; None for where they are made.
         dataloader_idx: Which validation loader to read.
+        batch_dim: Axis of the samples in the tensors of a batch; None for 0, unless another fits better.
+        samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis;
+            with ``"auto"`` and ``"loop"``.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, keys that two
             callbacks would write, bands beyond the number of singular values, a module without a loss for one sample,
-            parameters that ``"hooks"`` cannot read and strategies that shard parameters.
+            parameters that ``"hooks"`` cannot read and strategies that shard parameters; in the first batch if it
+            cannot be told where its samples are.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,
@@ -144,6 +149,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         row_dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         row_device: str | None = None,
         dataloader_idx: int = 0,
+        batch_dim: int | None = None,
+        samples: str | Callable[[Any], Sequence[Any]] | None = None,
     ) -> None:
         self.request = GradientRequest(
             stage=stage,
@@ -157,6 +164,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             row_dtype=row_dtype,
             row_device=row_device,
             dataloader_idx=dataloader_idx,
+            batch_dim=batch_dim,
+            samples=load_cutter(samples),
             parameters=tuple(parameters) if isinstance(parameters, list) else parameters,  # type: ignore[arg-type]
             loss_fn=load_loss(loss_fn),
         )

@@ -1,7 +1,7 @@
 """The callback that watches how far the leading eigenvectors of layers' activation covariance move."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.recorded_bases import RecordedBases
+from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.spectrum import js_divergence
@@ -73,14 +74,19 @@ class HeadDrift(LayersCallback):
         num_groups: Groups of whole samples for the floors; 1 for none.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64.
-        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
+            numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
+        channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
+            module with weights works, 1 for convolutions and their norms, the last for linear layers and theirs.
+        batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
+        samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
             two callbacks would write, and for a reference run that holds no such vectors; in the first batch for a
-            rank beyond the width.
+            rank beyond the width, masks that can mean anything and layers whose channels may be on two axes.
 
     References:
         Björck, Golub, *Numerical methods for computing angles between linear subspaces* (1973); Knyazev, Argentati,
@@ -109,6 +115,9 @@ class HeadDrift(LayersCallback):
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
+        channel_dim: int | None = None,
+        batch_dim: int | None = None,
+        samples: str | Callable[[Any], Sequence[Any]] | None = None,
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -119,6 +128,9 @@ class HeadDrift(LayersCallback):
             dtype=dtype,
             mask=mask,
             dataloader_idx=dataloader_idx,
+            channel_dim=channel_dim,
+            batch_dim=batch_dim,
+            samples=load_cutter(samples),
         )
         super().__init__(layers, request, prefix)
         check_positive(rank=rank)
@@ -155,7 +167,7 @@ class HeadDrift(LayersCallback):
     def title(self, report: Report | None = None) -> str:
         reference = f"the {self.reference} report" if self.reference in ("first", "previous") else self.reference
         heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.stage}"
-        return heading if report is None else f"{heading}, step {report.step}"
+        return f"{heading}{self.rows_in_words()}" if report is None else f"{heading}, step {report.step}"
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -76,8 +76,18 @@ class LayersCallback(SpectralCallback[Report]):
         joined = self.join_names([name for name in found if name not in self.names])
         return {name: layer for name, layer in found.items() if name in self.names or name in joined}
 
+    def rows_in_words(self) -> str:
+        """What rows were, for the heading of a table; empty before any."""
+        rows = {} if self.measurement is None else self.measurement.rows
+        words = list(dict.fromkeys(rows[name] for name in self.names if name in rows))
+        return f"; rows: {'; '.join(words[:3])}{', ...' if len(words) > 3 else ''}" if words else ""
+
     @override
     def check_early(self) -> None:
+        refusals = {} if self.measurement is None else self.measurement.refusals
+        # Later, when reports have been made, a layer that changes costs its report only.
+        if not self._has_checked_widths and (refused := [refusals[name] for name in self.names if name in refusals]):
+            raise ValueError(refused[0])
         widths = {} if self.measurement is None else self.measurement.widths
         if widths and not self._has_checked_widths:
             self._has_checked_widths = True

@@ -1,7 +1,7 @@
 """The callback that forecasts, from an early tail exponent, how many tokens a run will need."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, forecast_tokens
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
@@ -63,10 +64,15 @@ class TailForecaster(LayersCallback):
         num_groups: Groups of whole samples for error bars; give that of an ActivationSpectrum to share its measurement.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64.
-        mask: Key of the batch: a mask with 1 for real tokens, or labels with -100 for those that do not count.
+        mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
+            numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         stop_if_relative_above: End training where ``relative`` is larger, whatever the skill; None for never.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
+        channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
+            module with weights works, 1 for convolutions and their norms, the last for linear layers and theirs.
+        batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
+        samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` where no validation will run to give
@@ -112,6 +118,9 @@ class TailForecaster(LayersCallback):
         stop_if_relative_above: float | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
+        channel_dim: int | None = None,
+        batch_dim: int | None = None,
+        samples: str | Callable[[Any], Sequence[Any]] | None = None,
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -122,6 +131,9 @@ class TailForecaster(LayersCallback):
             dtype=dtype,
             mask=mask,
             dataloader_idx=dataloader_idx,
+            channel_dim=channel_dim,
+            batch_dim=batch_dim,
+            samples=load_cutter(samples),
         )
         super().__init__(layer, request, prefix)
         if isinstance(target_loss, bool) or not isinstance(target_loss, (int, float)) or not math.isfinite(target_loss):
@@ -204,7 +216,7 @@ class TailForecaster(LayersCallback):
         (layer,) = self.names
         # The family of the run is known now.
         reached = (recorder.family, self.target_loss, self.monitor)
-        names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx")
+        names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx", "channel_dim")
         wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names})
         found = References([], {})
         if trainer.is_global_zero:

@@ -1,6 +1,26 @@
-"""What a batch says about itself: its samples and tokens, which of them are real, and parts of it."""
+"""What a batch says about itself: its samples and tokens, which of them are real, and parts of it.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+**The rule of samples.** A sample is an entry of axis ``batch_dim`` (0 unless said) of every tensor of the batch that
+has it. How many there are, and which tensors have the axis, is told from lengths and names:
+
+1. ``input_ids``, wherever it lies in the batch, has its samples on that axis, and says how many.
+2. Without it, all tensors of two or more axes must agree on that length; where there are none, those of one axis. Two
+   kinds are for all samples and have no say: named tensors of length 1 there, and those whose axes all are as long as
+   further axes of another tensor (a causal mask, a table of positions).
+3. Every tensor as long on that axis as there are samples has it (one of one axis on its only one); all others are for
+   all samples. So are, whatever their length, tensors of one axis under a name with ``class_weight`` in it, and under
+   one with ``position`` if they are as long as a further axis (not ``start_positions`` and ``end_positions``, which are
+   labels). A tensor that once was seen to be for all samples stays so.
+
+What is left is not guessed: lists of tensors of unequal lengths, loaders of unequal batch sizes, and batches that axis
+1 would fit better, as a pair of ``(time, batch)`` and ``(batch,)`` tensors. Such a batch has no known number of
+samples: rows of activations then form groups by whole forward passes, and who must cut it refuses it, in the first
+batch. ``batch_dim`` or ``samples`` say how it is.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 from zlib import crc32
 
@@ -8,57 +28,261 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""The label that cross entropy skips, by PyTorch's convention."""
+from lightning_spectral.capture.masks import Mask
+
+SampleCutter = Callable[[Any], Sequence[Any]]
+"""``samples(batch) -> batches of one``, each as ``training_step`` takes it."""
+
+NO_SAMPLES = "the batch holds no tensor with an axis of samples"
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """All tensors of a batch in its own order, through mappings, sequences and attributes of dataclass-like objects."""
-    left: list[Iterator[Any]] = [iter((batch,))]
+    return (tensor for _, tensor in named_tensors(batch))
+
+
+def named_tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """The same with the way to each: keys, indices and attributes, with dots between."""
+    left: list[Iterator[tuple[str, Any]]] = [iter((("", batch),))]
     # Each container once: an object may refer back to one that it is a part of, or be part of many.
     seen: dict[int, Any] = {}
     while left:
-        part = next(left[-1], left)
-        if part is left:
+        found = next(left[-1], None)
+        if found is None:
             left.pop()
-        elif isinstance(part, Tensor):
-            yield part
+            continue
+        path, part = found
+        if isinstance(part, Tensor):
+            yield path, part
         elif id(part) not in seen:
             seen[id(part)] = part
-            left.append(iter(_pieces(part)))
+            left.append(iter([(f"{path}.{key}" if path else str(key), inner) for key, inner in _pieces(part)]))
 
 
-def _pieces(part: Any) -> Iterable[Any]:
+def _pieces(part: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(part, Mapping):
-        return part.values()
+        return part.items()
     if isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
-        return part
-    return vars(part).values() if hasattr(part, "__dict__") and not isinstance(part, type) else ()
+        return zip(getattr(part, "_fields", range(len(part))), part, strict=False)
+    if isinstance(part, type):
+        return ()
+    if is_dataclass(part):
+        return ((field.name, getattr(part, field.name)) for field in fields(part))
+    return vars(part).items() if hasattr(part, "__dict__") else ()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A batch of which it is known where its samples are."""
+
+    data: Any
+    """The batch, as it came."""
+    size: int
+    """Samples in it."""
+    axes: tuple[int | None, ...] = ()
+    """Axis of samples of each tensor, in the order of ``apply_to_collection``; None where it is for all samples."""
+    ones: tuple[Any, ...] | None = None
+    """Batches of one, where ``samples`` cut it."""
+
+    def part(self, start: int, stop: int) -> "Cut":
+        """The samples from ``start`` to before ``stop``: the same containers around views."""
+        if self.ones is not None:
+            ones = self.ones[start:stop]
+            whole = self.data if len(ones) == self.size else None
+            return Cut(ones[0] if len(ones) == 1 else whole, len(ones), ones=ones)
+        axes = iter(self.axes)
+
+        def cut(tensor: Tensor) -> Tensor:
+            axis = next(axes)
+            return tensor if axis is None else tensor[(slice(None),) * axis + (slice(start, stop),)]
+
+        part = apply_to_collection(self.data, Tensor, cut)
+        return Cut(part, len(range(self.size)[start:stop]), self.axes)
+
+
+class Samples:
+    """Where the samples of batches are: by the rule of this file, or as a user says.
+
+    Args:
+        batch_dim: Axis of samples, from 0; None for 0, unless another would fit better.
+        cutter: Cuts a batch into batches of one; then the rule is not asked.
+    """
+
+    def __init__(self, batch_dim: int | None = None, cutter: SampleCutter | None = None) -> None:
+        self.batch_dim = batch_dim
+        self.cutter = cutter
+        self.is_said = batch_dim is not None or cutter is not None
+        """Whether a user said so."""
+        self._shared: set[str] = set()
+        """Ways to tensors that are for all samples, as an earlier batch has shown."""
+
+    def count(self, batch: Any) -> int | None:
+        """Number of samples; None if it cannot be told."""
+        if isinstance(batch, Cut):
+            return batch.size
+        try:
+            return self._axes(batch)[0] if self.cutter is None else len(self.cutter(batch))
+        except Exception:  # whatever a user's function makes of an odd batch
+            return None
+
+    def cut(self, batch: Any) -> Cut:
+        """A batch ready to be cut into samples; ValueError, naming what settles it, if the rule cannot tell."""
+        if isinstance(batch, Cut):
+            return batch
+        if self.cutter is not None:
+            with torch.inference_mode(False):
+                ones = self.cutter(batch)
+            if not isinstance(ones, Sequence) or isinstance(ones, (str, bytes)):
+                raise ValueError(f"samples must return a list of batches of one, got a {type(ones).__name__}")
+            return Cut(batch, len(ones), ones=tuple(ones))
+        size, by_id = self._axes(batch)
+        if size is None:
+            raise ValueError(f"{NO_SAMPLES}: give samples, a function that cuts it into batches of one")
+        reached: list[Tensor] = []
+        apply_to_collection(batch, Tensor, lambda tensor: reached.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        missed = {number for number, axis in by_id.items() if axis is not None} - {id(tensor) for tensor in reached}
+        if missed:
+            # Whole, it would pass for a part of each sample.
+            raise ValueError(
+                "batch must hold tensors in mappings, sequences or dataclasses, to be cut without samples=, got a "
+                f"{type(batch).__name__}"
+            )
+        return Cut(batch, size, tuple(by_id.get(id(tensor)) for tensor in reached))
+
+    def _axes(self, batch: Any) -> tuple[int | None, dict[int, int | None]]:
+        """Number of samples, and by ``id`` of each tensor the axis that holds them."""
+        found = list(named_tensors(batch))
+        wanted = self.batch_dim or 0
+        size = _size(found, wanted)
+        if size is None:
+            return None, {}
+        further = {length for _, t in found if t.ndim > 1 for axis, length in enumerate(t.shape) if axis != wanted}
+        axes: dict[int, int | None] = {}
+        for path, tensor in found:
+            axis = min(wanted, tensor.ndim - 1)
+            is_shared = axis < 0 or tensor.shape[axis] != size or (tensor.ndim > 1 and axis < wanted)
+            if is_shared and tensor.ndim > 0:
+                self._shared.add(path)
+            is_shared = is_shared or path in self._shared or _is_shared_by_name(path, tensor, further)
+            axes[id(tensor)] = None if is_shared else axis
+        if self.batch_dim is None and (better := _fits_better(found, axes)):
+            raise ValueError(better)
+        return size, axes
+
+
+def _size(found: list[tuple[str, Tensor]], axis: int) -> int | None:
+    """Number of samples by the first two lines of the rule; ValueError where they do not settle it."""
+    ids = [(path, t) for path, t in found if _name(path) == "input_ids" and t.ndim > axis]
+    if len({t.shape[axis] for _, t in ids}) == 1:
+        return ids[0][1].shape[axis]
+    many = [(path, t) for path, t in found if t.ndim > max(axis, 1)]
+    voters = ids or many or [(path, t) for path, t in found if t.ndim > 0]
+    # Of a batch of labels alone, say.
+    axis = axis if any(t.ndim > axis for _, t in voters) else 0
+    lengths = {path: t.shape[axis] for path, t in voters}
+    if len(set(lengths.values())) > 1:
+        # In a list it may be the shortest of ragged samples.
+        lengths = {path: length for path, length in lengths.items() if length != 1 or _name(path).isdigit()}
+    further = {path: {n for other, n in enumerate(t.shape) if other != axis} for path, t in voters}
+    sizes = {
+        lengths[path]
+        for path, t in voters
+        if path in lengths
+        and not any(set(t.shape) <= further[other] for other in lengths if lengths[other] != lengths[path])
+    }
+    if not lengths:
+        return None
+    if len(sizes) == 1:
+        return sizes.pop()
+    shapes = ", ".join(f"{path or 'batch'} {tuple(t.shape)}" for path, t in voters[:4])
+    raise ValueError(
+        f"batch_dim={axis} must be the axis of samples in all tensors of a batch, got {shapes}: give batch_dim, or "
+        "samples, a function that cuts a batch into batches of one"
+    )
+
+
+def _fits_better(found: list[tuple[str, Tensor]], axes: dict[int, int | None]) -> str | None:
+    """Why axis 1 is likelier that of samples than axis 0: with it more tensors of one axis are cut."""
+    has_ids = any(_name(path) == "input_ids" for path, _ in found)
+    many = [(path, t) for path, t in found if t.ndim > 1]
+    ones = [(path, t) for path, t in found if t.ndim == 1 and not _is_shared_by_name(path, t, None)]
+    if has_ids and not any(word in _name(path) for path, _ in ones for word in ("label", "target")):
+        return None
+    seconds = {t.shape[1] for _, t in many}
+    if len(seconds) != 1 or any(axes[id(t)] is not None for _, t in ones):
+        return None
+    size = seconds.pop()
+    fitting = [(path, t) for path, t in ones if len(t) == size]
+    if not fitting or len(fitting) < len(ones):
+        return None
+    (path, many_axes), (other, one) = many[0], fitting[0]
+    return (
+        f"batch_dim must say which axis of {path or 'batch'} {tuple(many_axes.shape)} is of samples, for "
+        f"{other} {tuple(one.shape)} fits its second: give batch_dim=0 or batch_dim=1"
+    )
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2].lower()
+
+
+def _is_shared_by_name(path: str, tensor: Tensor, further: set[int] | None) -> bool:
+    name = _name(path)
+    if tensor.ndim != 1:
+        return False
+    if "class_weight" in name:
+        return True
+    is_positions = "position" in name and not name.startswith(("start_", "end_"))
+    return is_positions and (further is None or len(tensor) in further)
+
+
+def load_cutter(samples: SampleCutter | str | None) -> SampleCutter | None:
+    """A function that cuts batches, or the one that an import path means; ValueError if nothing can be called."""
+    if samples is None or callable(samples):
+        return samples
+    if isinstance(samples, str):
+        module, _, name = samples.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"samples must be a function or its import path, got {samples!r}: {error}") from None
+        if callable(found):
+            return found
+    raise ValueError(f"samples must be a function that cuts a batch, its import path or None, got {samples!r}")
+
+
+def path_of(function: Callable[..., Any] | None) -> str | None:
+    """The import path of a function, for a record; None for none."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return None if function is None else f"{getattr(function, '__module__', '')}.{name}"
 
 
 def num_samples(batch: Any) -> int | None:
-    """Number of samples: first axis of ``input_ids`` if there, else of the first tensor with axes; None without."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return len(batch["input_ids"])
-    return next((len(tensor) for tensor in tensors(batch) if tensor.ndim > 0), None)
+    """Number of samples by the rule of :mod:`lightning_spectral.capture.batch`; None without, or if it cannot tell."""
+    return Samples(0).count(batch)
+
+
+def cut(batch: Any) -> Cut:
+    """A batch ready to be cut by the rule, or as it is if it was before."""
+    return Samples(0).cut(batch)
+
+
+def batch_of(cut: Any) -> Any:
+    """The batch of a :class:`Cut`, as a training step takes it; ValueError for several batches of one."""
+    if not isinstance(cut, Cut):
+        return cut
+    if cut.data is None and cut.ones is not None:
+        raise ValueError("samples cuts batches into batches of one: use method='loop'")
+    return cut.data
 
 
 def token_mask(batch: Any, key: str, argument: str = "mask") -> Tensor:
     """Which tokens of a batch are real, in booleans of the shape of the tensor that ``key`` names.
 
-    The batch is a mapping, or an object with attributes; the tensor a mask with 1 where a token is real, or labels with
-    -100 where a token is not. ``argument``, which gave the key, is named in the ValueError if the batch has no such
-    tensor, or it has no axes.
+    See :class:`lightning_spectral.capture.masks.Mask` for what its values mean. ``argument``, which gave the key, is
+    named in the ValueError if the batch has no such tensor, or its values can mean anything.
     """
-    value = batch.get(key) if isinstance(batch, Mapping) else getattr(batch, key, None)
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        held = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"{argument} must name a tensor with axes in the batch, got {key!r}: the batch holds {held}")
-    if value.dtype == torch.bool:
-        return value
-    # A mask holds nothing but 0 and 1; anything else are labels. Decided where the tensor lies: no GPU has to wait.
-    is_mask = ((value == 0) | (value == 1)).all()
-    return torch.where(is_mask, value == 1, value != IGNORE_INDEX)
+    return Mask(key, argument)(batch)
 
 
 def hold(batch: Any) -> Any:
@@ -74,54 +298,44 @@ def hold(batch: Any) -> Any:
 def take(batch: Any, start: int, stop: int) -> Any:
     """The samples from ``start`` to before ``stop``, as a batch: the same containers around views.
 
-    The batch is tensors in mappings, sequences and dataclasses. Those whose first axis is as long as there are samples
-    are cut; others (positions for all, say) stay whole. Of some other object a part cannot be had: ValueError.
+    Of a :class:`Cut` a :class:`Cut`; of a batch, which the rule cuts, a batch. ValueError if it cannot be cut.
     """
+    if isinstance(batch, Cut):
+        return batch.part(start, stop)
     size = num_samples(batch)
-    found: list[Tensor] = []
-
-    def cut(tensor: Tensor) -> Tensor:
-        if not has_samples(tensor, size):
-            return tensor
-        found.append(tensor)
-        return tensor[start:stop]
-
-    part = apply_to_collection(batch, Tensor, cut)
-    if size is not None and not found and (start, stop) != (0, size):
-        # Whole, it would pass for a sample.
-        raise ValueError(
-            f"batch must hold tensors in mappings, sequences or dataclasses, to be cut, got a {type(batch).__name__}"
-        )
-    return part
+    return batch if size is None or (start, stop) == (0, size) else cut(batch).part(start, stop).data
 
 
-def has_samples(tensor: Tensor, size: int | None) -> bool:
-    """Whether the first axis of a tensor counts the samples of its batch, of which there are ``size``."""
-    return tensor.ndim > 0 and len(tensor) == size
-
-
-def num_tokens(batch: Any, per_sample: int | str | None = None) -> int | Tensor:
+def num_tokens(batch: Any, per_sample: int | Mask | str | None = None, samples: Samples | None = None) -> int | Tensor:
     """Number of training tokens in a batch; for a key a tensor, so that no GPU has to be waited for.
 
-    The elements of ``input_ids`` if the batch has it, else of its first integer tensor of two or more axes, else its
-    number of samples. For batches that do not show them ``per_sample`` gives the tokens of each sample, or the key of a
-    tensor to count instead: the ones of a mask, the labels that are not -100, or else all elements. ValueError if the
-    batch has no tensor of that key, or no samples.
+    The elements of ``input_ids`` if the batch has it, else of its first integer tensor of two or more axes, else of its
+    integer tensors of one axis if they are sequences of unequal lengths, else its number of samples. For batches that
+    do not show them ``per_sample`` gives the tokens of each sample, or the key of a tensor to count instead: the ones
+    of a mask, the labels that are not negative, all of ``input_ids`` and the like. ValueError if the batch has no
+    tensor of that key, or no known number of samples.
     """
     if isinstance(per_sample, str):
-        return token_mask(batch, per_sample, "tokens_per_sample").sum()
-    size = num_samples(batch)
+        per_sample = Mask(per_sample, "tokens_per_sample", counts_ids=True)
+    if isinstance(per_sample, Mask):
+        return per_sample(batch).sum()
+    samples = samples or Samples(0)
+    if per_sample is None:
+        found = list(tensors(batch))
+        if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+            return batch["input_ids"].numel()
+        integers = [tensor for tensor in found if not _has_fractions(tensor)]
+        if (many := next((tensor for tensor in integers if tensor.ndim >= 2), None)) is not None:
+            return many.numel()
+        if integers and len(integers) == len(found) and len({t.shape for t in integers}) > 1:
+            return sum(tensor.numel() for tensor in integers)
+    size = samples.count(batch)
     if size is None:
         raise ValueError(
             f"batch must hold a tensor with an axis of samples for its tokens to be counted, got a "
             f"{type(batch).__name__}: name a tensor with tokens_per_sample"
         )
-    if per_sample is not None:
-        return per_sample * size
-    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return batch["input_ids"].numel()
-    integers = (tensor for tensor in tensors(batch) if tensor.ndim >= 2 and not _has_fractions(tensor))
-    return next((tensor.numel() for tensor in integers), size)
+    return size if per_sample is None else per_sample * size
 
 
 def _has_fractions(tensor: Tensor) -> bool:
@@ -134,9 +348,10 @@ def checksum(batch: Any, limit: int) -> int:
     It is the sum of a CRC-32 per sample: of two batches one after the other the sum of theirs. ValueError if the batch
     cannot be cut into samples.
     """
+    whole = cut(batch)
     total = 0
-    for index in range(min(limit, num_samples(batch) or 0)):
-        sample = take(batch, index, index + 1)
+    for index in range(min(limit, whole.size)):
+        sample = batch_of(whole.part(index, index + 1))
         code = 0
         for tensor in tensors(sample):
             # The data are the same in whatever precision a run takes them.

@@ -87,9 +87,11 @@ class LayerRows:
             first rows come by.
         scale: Factor that makes a row the gradient of its sample's own loss: B times the number of accumulated batches
             for a mean over the batch, over the loss scale.
+        batch_dim: Axis of samples of what a layer takes and gives, if it is as long as there are samples; else 0.
     """
 
-    def __init__(self, num_samples: int, out: Mapping[str, Tensor], scale: float) -> None:
+    def __init__(self, num_samples: int, out: Mapping[str, Tensor], scale: float, batch_dim: int = 0) -> None:
+        self.batch_dim = batch_dim
         self.num_samples = num_samples
         self.out = out
         self.scale = scale
@@ -107,6 +109,8 @@ class LayerRows:
             return
         try:
             out = self.out[name]
+            if self.batch_dim and grad.shape[self.batch_dim : self.batch_dim + 1] == (self.num_samples,):
+                x, grad = x.movedim(self.batch_dim, 0), grad.movedim(self.batch_dim, 0)
             if grad.ndim < 2 or not len(x) == len(grad) == self.num_samples:
                 raise ValueError(
                     f"the first axis of its layer's input {tuple(x.shape)} and output {tuple(grad.shape)} is not the "

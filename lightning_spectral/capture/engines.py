@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
-from lightning_spectral.capture.batch import has_samples, num_samples, take
+from lightning_spectral.capture.batch import batch_of, cut, num_samples, take
 from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.shadow import BatchLoss
 
@@ -42,22 +42,22 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     loss.freeze()
     keys = {name: loss.parameter(name)[0] for name in names}
     chosen = {keys[name]: loss.parameter(name)[1].detach() for name in names}
-    size = num_samples(batch)
+    samples = cut(batch)
+    if samples.ones is not None:
+        raise ValueError("samples cuts batches into batches of one: use method='loop'")
+    whole, axes = samples.data, samples.axes
     tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
-    is_mapped = [has_samples(tensor, size) for tensor in tensors]
-    if not any(is_mapped):
-        raise ValueError(f"batch must hold tensors with an axis of samples, got a {type(batch).__name__}")
+    apply_to_collection(whole, Tensor, tensors.append)
 
     # As an argument, a buffer may be written to in place.
     buffers = dict(loss.named_buffers())
 
     def loss_of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *parts: Tensor) -> Tensor:
-        cut = iter(part.unsqueeze(0) if mapped else part for part, mapped in zip(parts, is_mapped, strict=True))
-        sample = apply_to_collection(batch, Tensor, lambda _: next(cut))
+        ones = iter(part if axis is None else part.unsqueeze(axis) for part, axis in zip(parts, axes, strict=True))
+        sample = apply_to_collection(whole, Tensor, lambda _: next(ones))
         return functional_call(loss, parameters | buffers, (sample,))
 
-    in_dims = (None, None, *(0 if mapped else None for mapped in is_mapped))
+    in_dims = (None, None, *axes)
     # The fused attention kernels have no rule for vmap.
     with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH):
         gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, buffers, *tensors)
@@ -84,7 +84,7 @@ def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     loss.unfreeze()
     parameters = [loss.parameter(name)[1] for name in names]
     for index in range(num_samples(batch) or 0):
-        sample = take(batch, index, index + 1)
+        sample = batch_of(take(batch, index, index + 1))
         for name, gradient in zip(names, _gradients(loss, sample, parameters), strict=True):
             row = out[name][index]
             if gradient is None:
@@ -160,7 +160,7 @@ class ByHooks:
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             wanted = [anchor, *(() if self.is_checked else parameters.values())]
-            value = loss(batch)
+            value = loss(batch_of(batch))
             if not self.is_checked and _is_reentrant(value):
                 raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
             gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()

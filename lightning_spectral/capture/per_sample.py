@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.capture.batch import hold, num_samples, take
+from lightning_spectral.capture.batch import SampleCutter, Samples, batch_of, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
 from lightning_spectral.capture.parameters import resolve_parameters
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction, load_loss
@@ -80,6 +80,8 @@ def per_sample_gradients(
     chunk_size: int | None = None,
     loss_fn: LossFunction | str | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
+    batch_dim: int | None = None,
+    samples: SampleCutter | str | None = None,
 ) -> dict[str, Tensor]:
     """The gradient of each sample's own loss with respect to some parameters of a module, which stays as it is.
 
@@ -92,17 +94,21 @@ def per_sample_gradients(
         chunk_size: Samples at a time, None for as many as fit, see :func:`fill_rows`.
         loss_fn: ``loss_fn(module, batch) -> loss``, or its import path.
         loss_reduction: For ``"hooks"``: how the loss of a batch comes from those of its samples.
+        batch_dim: Axis of samples in the tensors of the batch; None for 0, unless another fits better.
+        samples: ``samples(batch) -> list of batches of one``, or its import path, for batches that have no such axis;
+            with ``"auto"`` and ``"loop"``.
 
     Returns:
         ``(B, P)`` by clean name; float32, or float64 for such parameters.
 
     Raises:
-        ValueError: For a choice that means nothing here, or a module without a loss.
+        ValueError: For a choice that means nothing here, a module without a loss, or a batch of which it cannot be told
+            where its samples are.
     """
     chosen = resolve_parameters(module, parameters)
     loss = BatchLoss(module, load_loss(loss_fn))
-    batch = hold(batch)
-    size = num_samples(batch) or 0
+    batch = Samples(batch_dim, load_cutter(samples)).cut(hold(batch))
+    size = batch.size
     with isolated():
         out = {
             name: torch.empty(size, p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
@@ -148,7 +154,7 @@ def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
             sdpa_kernel(SDPBackend.MATH),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            value = loss(take(batch, 0, 1))
+            value = loss(batch_of(take(batch, 0, 1)))
             # functorch keeps the graph of the backward pass, in case somebody differentiates it again.
             gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
     except Exception:

@@ -9,14 +9,24 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spectral.capture.activations import ActivationReader
-from lightning_spectral.capture.batch import num_samples, token_mask
+from lightning_spectral.capture.batch import hold
+from lightning_spectral.capture.channels import (
+    ChannelFinder,
+    check_channel_dim,
+    describe_rows,
+    rows_last,
+    unknown_axis,
+)
+from lightning_spectral.capture.masks import Mask, fit_rows
+from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.arguments import check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
-from lightning_spectral.measurement.stopwatch import Stopwatch, settle
+from lightning_spectral.measurement.stopwatch import settle
+from lightning_spectral.metrics.reduction import world_size
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -35,6 +45,7 @@ class ActivationRequest(Request):
     normalize: bool
     dtype: Literal["float32", "float64"]
     mask: str | None = None
+    channel_dim: int | None = None
 
     @override
     def __post_init__(self) -> None:
@@ -43,10 +54,13 @@ class ActivationRequest(Request):
         check_choice(dtype=(self.dtype, tuple(DTYPES)))
         if not (self.mask is None or isinstance(self.mask, str)):
             raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {self.mask!r}")
+        axis = self.channel_dim
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise ValueError(f"channel_dim must be an axis of the layers' outputs, or None, got {axis!r}")
 
     @override
     def measure(self, scene: Scene) -> "ActivationMeasurement":
-        return ActivationMeasurement(self, scene.device, scene.stopwatch)
+        return ActivationMeasurement(self, scene)
 
 
 class ActivationMeasurement(Measurement):
@@ -54,13 +68,23 @@ class ActivationMeasurement(Measurement):
 
     Args:
         request: What to measure.
-        device: Where the sums are kept; the CPU is used where the device has no float64.
-        stopwatch: Counts the time that measuring takes.
+        scene: For what. Sums are kept on its device, or on the CPU where that has no float64.
     """
 
-    def __init__(self, request: ActivationRequest, device: torch.device, stopwatch: Stopwatch) -> None:
-        super().__init__(request, request.num_tokens, stopwatch)
+    def __init__(self, request: ActivationRequest, scene: Scene) -> None:
+        super().__init__(request, request.num_tokens, scene.stopwatch)
+        device = scene.device
         self.request = request
+        self.refusals: dict[str, str] = {}
+        """Why layers cannot be read at all, by name, as an output has shown."""
+        self._scene = scene
+        self._layers: dict[str, nn.Module] = {}
+        self._finders: dict[str, ChannelFinder] = {}
+        self._axes: dict[tuple[str, int], int] = {}
+        self._mask = None if request.mask is None else Mask(request.mask)
+        self._mask_now: Tensor | None = None
+        self._size: int | None = None
+        self._is_time_first: dict[str, bool] | None = None
         self.widths: dict[str, int] = {}
         """Width of each layer that has run; known after the first batch, of training or of the sanity check."""
         self._num_vectors = 0
@@ -96,6 +120,7 @@ class ActivationMeasurement(Measurement):
         for name, layer in layers.items():
             if name not in self._reader.names:
                 self._reader.add(name, layer)
+                self._layers[name] = layer
 
     @override
     def renew(self) -> None:
@@ -116,6 +141,8 @@ class ActivationMeasurement(Measurement):
     def remove(self) -> None:
         self._reader.remove()
         self._choices.clear()
+        self._layers.clear()
+        self._finders.clear()
         # The reader's way back to here is a cycle: the buffers should not wait for the garbage collector.
         self._collector.release()
 
@@ -129,9 +156,12 @@ class ActivationMeasurement(Measurement):
         # Until the widths are known a batch is looked at even if it is not collected: bad input should show early.
         if self.is_collecting or not self.widths:
             with self.stopwatch.running():
-                mask = self._mask_of(batch) if has_right_stage else None
+                if has_right_stage and not self.widths and self.request.samples is not None:
+                    self.samples.cut(batch)  # what a user's function gets wrong should show early
+                self._size = self.samples.count(batch)
+                self._mask_now = self._mask_of(batch) if has_right_stage else None
                 try:
-                    self._collector.begin_batch(num_samples(batch), mask)
+                    self._collector.begin_batch(self._size, self._mask_now)
                 except Exception as error:  # whatever a batch may be made of
                     self._fail_all(error)
             is_train = self.is_collecting and self.stage == "train"
@@ -167,10 +197,10 @@ class ActivationMeasurement(Measurement):
         return [name for name in self._reader.names if not self.schedule.collects(step, self._rows.get(name))]
 
     def _mask_of(self, batch: Any) -> Tensor | None:
-        if self.request.mask is None:
+        if self._mask is None:
             return None
         try:
-            mask = token_mask(batch, self.request.mask)
+            mask = self._mask(batch)
         except Exception as error:
             if isinstance(error, ValueError) and not self._has_seen_mask:
                 raise
@@ -178,6 +208,11 @@ class ActivationMeasurement(Measurement):
             self._fail_all(error)
             return None
         self._has_seen_mask = True
+        axis = self.request.batch_dim
+        if axis and mask.shape[axis : axis + 1] == (self._size,):
+            return mask.movedim(axis, 0)
+        if axis is None and self._is_time_first is None and is_square(mask, self._size):
+            self._tell_time_from_samples(batch, mask)
         return mask
 
     def _fail(self, name: str, reason: str) -> None:
@@ -188,11 +223,65 @@ class ActivationMeasurement(Measurement):
         for name in self._reader.names:
             self._fail(name, reason_of(error))
 
+    def _tell_time_from_samples(self, batch: Any, mask: Tensor) -> None:
+        """Settle where samples are if a mask fits outputs either way; ValueError if nothing settles it."""
+        try:
+            if world_size() > 1:
+                raise ValueError("it is not asked under several ranks")
+            loss = self._scene.make_loss(None)
+            found = time_first(loss, self._scene.module, self._layers, self.samples.cut(hold(batch)))
+        except Exception as error:  # whatever the step makes of one sample
+            size = len(mask)
+            raise ValueError(
+                f"batch_dim must say where samples are, for mask={self.request.mask!r} {tuple(mask.shape)} fits either "
+                f"way, and a pass of one sample does not tell ({str(error).partition(chr(10))[0]}): give batch_dim=0, "
+                f"or batches of another size than {size}"
+            ) from error
+        self._is_time_first = found
+
     def _read(self, name: str, output: Tensor) -> None:
-        self.widths[name] = output.shape[-1]
+        axis = self._axes.get((name, output.ndim))
+        if axis is None:
+            axis = self._channel_axis(name, output)
+        if axis is None:
+            self._collector.failures[name] = self.refusals[name]
+            return
+        self.widths[name] = output.shape[axis]
         if self.is_collecting:
             with self.stopwatch.running():
-                self._collector.add(name, output)
+                self._collector.add(name, self._rows_of(name, output, axis))
+
+    def _channel_axis(self, name: str, output: Tensor) -> int | None:
+        """The axis of a layer's channels, found once for each number of axes; None, and a refusal, if it is not."""
+        shape = tuple(output.shape)
+        if len(shape) < 2 or 0 in shape:
+            return max(len(shape) - 1, 0)  # no rows: not an output to learn from
+        try:
+            if self.request.channel_dim is None:
+                layer = self._layers[name]
+                finder = self._finders.setdefault(name, ChannelFinder(layer, self._scene.module))
+                axis = finder.find(shape)
+                if axis is None:
+                    raise ValueError(unknown_axis(name, shape))
+            else:
+                axis = check_channel_dim(self.request.channel_dim, name, shape)
+        except Exception as error:
+            self.refusals[name] = str(error)
+            return None
+        self._axes[name, len(shape)] = axis
+        self.rows.setdefault(name, describe_rows(output, axis))
+        return axis
+
+    def _rows_of(self, name: str, output: Tensor, axis: int) -> Tensor:
+        """Rows as the collector takes them: channels last, samples first where it is known where they are."""
+        rows, batch_dim = rows_last(output, axis), self.request.batch_dim
+        if batch_dim is not None:
+            if batch_dim and batch_dim < rows.ndim - 1 and rows.shape[batch_dim] == self._size:
+                rows = rows.movedim(batch_dim, 0)
+            is_time_first = False
+        else:
+            is_time_first = self._is_time_first is not None and self._is_time_first.get(name, False)
+        return rows if self._mask_now is None else fit_rows(rows, self._mask_now, is_time_first)
 
     @override
     def make_report(self, step: int) -> None:

@@ -8,11 +8,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts, why_unreadable
-from lightning_spectral.capture.batch import num_samples
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
 from lightning_spectral.measurement.measurement import Scene
-from lightning_spectral.measurement.pass_gradients import NO_SAMPLES
 
 
 class BackwardGradients(GradientMeasurement):
@@ -62,14 +60,12 @@ class BackwardGradients(GradientMeasurement):
 
     @override
     def collect(self, batch: Any, step: int) -> None:
-        size = num_samples(batch)
-        if size is None:
-            raise ValueError(NO_SAMPLES)
+        size = self.samples.cut(batch).size
         self._offered += size
         if self._store.room > 0 and len(self._failures) < len(self.parameters):
             wanted = min(size, self._store.room)
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
-            self._rows = LayerRows(size, self._store.open(wanted), mean_of)
+            self._rows = LayerRows(size, self._store.open(wanted), mean_of, self.request.batch_dim or 0)
             self._had_backward = False
             is_last = wanted == self._store.room and self._world == 1
             self._reader.begin(self._rows, self._reduce if is_last else None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_spectral.capture.batch import path_of
 from lightning_spectral.capture.engines import Method
 from lightning_spectral.capture.parameters import (
     Weight,
@@ -63,6 +64,8 @@ class GradientRequest(Request):
             row_dtype=(self.row_dtype, tuple(ROW_DTYPES)),
         )
         check_patterns(parameters=self.parameters)
+        if self.samples is not None and self.method not in ("auto", "loop"):
+            raise ValueError(f"samples cuts into batches of one, which method='loop' takes, got method={self.method!r}")
         if self.row_device is not None:
             try:
                 torch.device(self.row_device)
@@ -87,7 +90,7 @@ class GradientRequest(Request):
     @override
     def settings(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loss_fn"}
-        return {"kind": self.kind, **values}
+        return {"kind": self.kind, **values, "samples": path_of(self.samples)}
 
 
 class GradientMeasurement(Measurement):
@@ -139,6 +142,7 @@ class GradientMeasurement(Measurement):
             compute_device=scene.device,
         )
         self._offered = 0
+        self._has_seen_samples = False
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
         self._take_up()
@@ -176,6 +180,11 @@ class GradientMeasurement(Measurement):
 
     @override
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
+        if has_right_stage and not self._has_seen_samples:
+            # Bad input should show early, and stop what would never come to anything.
+            with self.stopwatch.running():
+                self.samples.cut(batch)
+            self._has_seen_samples = True
         if self.is_collecting:
             with self.stopwatch.running():
                 try:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_spectral.capture.batch import SampleCutter, Samples, path_of
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.measurement.arguments import check_choice, check_positive
@@ -46,6 +47,8 @@ class Request:
     every_n_steps: int
     num_groups: int
     dataloader_idx: int = 0
+    batch_dim: int | None = None
+    samples: SampleCutter | None = None
 
     def __post_init__(self) -> None:
         check_positive(every_n_steps=self.every_n_steps, num_groups=self.num_groups)
@@ -53,6 +56,11 @@ class Request:
         index = self.dataloader_idx
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ValueError(f"dataloader_idx must be an int from 0, got {index!r}")
+        axis = self.batch_dim
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis < 0):
+            raise ValueError(f"batch_dim must be an int from 0, or None, got {axis!r}")
+        if axis is not None and self.samples is not None:
+            raise ValueError(f"samples cuts batches by itself: give either it or batch_dim={axis}")
 
     def measure(self, scene: Scene) -> "Measurement":
         """A measurement of its own; raises ValueError for what the module does not allow."""
@@ -60,7 +68,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """For the record of a run, JSON-like."""
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.kind, **asdict(self), "samples": path_of(self.samples)}
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class Measurement:
         self.every_n_steps = request.every_n_steps
         self.loader = request.dataloader_idx
         self.kind = request.kind
+        self.samples = Samples(request.batch_dim, request.samples)
+        """Where the samples of batches are."""
         self.report: Report | None = None
         """The latest report."""
         self.schedule = TrainSchedule(request.every_n_steps, num_rows)
@@ -101,6 +111,8 @@ class Measurement:
         """Optimizer steps collected for the next report."""
         self.stopwatch = stopwatch
         self._is_renewed = False
+        self.rows: dict[str, str] = {}
+        """What a row of each layer that has run is, in words."""
 
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
         """A batch begins; it is to be collected if ``is_collecting``. It may be of the other stage."""

@@ -7,14 +7,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.capture.backward import check_contracts, why_unreadable
-from lightning_spectral.capture.batch import hold, num_samples, take
+from lightning_spectral.capture.batch import Cut, hold, take
 from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of
 from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk, isolated
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
 from lightning_spectral.measurement.measurement import Scene, reason_of
-
-NO_SAMPLES = "the batch holds no tensor with an axis of samples"
 
 
 class PassGradients(GradientMeasurement):
@@ -37,7 +35,7 @@ class PassGradients(GradientMeasurement):
         self.chunk_size = request.chunk_size
         self._make_loss: Callable[[], BatchLoss] = lambda: scene.make_loss(request.loss_fn)
         self._engine = engine_of(request.method, request.loss_reduction)
-        self._batches: list[tuple[Any, int]] = []
+        self._batches: list[tuple[Cut, int]] = []
         self._waiting = 0
 
     @property
@@ -54,13 +52,11 @@ class PassGradients(GradientMeasurement):
 
     @override
     def collect(self, batch: Any, step: int) -> None:
-        size = num_samples(batch)
-        if size is None:
-            raise ValueError(NO_SAMPLES)
-        self._offered += size
-        wanted = min(size, self._store.room - self._waiting)
+        cut = self.samples.cut(hold(batch))
+        self._offered += cut.size
+        wanted = min(cut.size, self._store.room - self._waiting)
         if wanted > 0:
-            self._batches.append((take(hold(batch), 0, wanted), wanted))
+            self._batches.append((take(cut, 0, wanted), wanted))
             self._waiting += wanted
 
     @override
@@ -79,7 +75,7 @@ class PassGradients(GradientMeasurement):
         self._batches = []
         self._span = [step]
 
-    def _fill(self, loss: BatchLoss, batch: Any, rows: Mapping[str, Tensor]) -> None:
+    def _fill(self, loss: BatchLoss, batch: Cut, rows: Mapping[str, Tensor]) -> None:
         names = [name for name in self.parameters if name not in self._failures]
         while names:
             try:
@@ -93,7 +89,7 @@ class PassGradients(GradientMeasurement):
                 names = [name for name in names if name not in bad]
 
     def _bad_ones(
-        self, error: Exception, loss: BatchLoss, names: list[str], batch: Any, rows: Mapping[str, Tensor]
+        self, error: Exception, loss: BatchLoss, names: list[str], batch: Cut, rows: Mapping[str, Tensor]
     ) -> dict[str, str]:
         """Why some parameters fail for reasons of their own; nothing if what fails is the loss, or all fail alike."""
         if isinstance(error, SomeRowsError):
@@ -110,10 +106,10 @@ class PassGradients(GradientMeasurement):
                     return {}
         return bad if len(bad) < len(names) else {}
 
-    def _fill_some(self, loss: BatchLoss, names: list[str], batch: Any, rows: Mapping[str, Tensor]) -> None:
+    def _fill_some(self, loss: BatchLoss, names: list[str], batch: Cut, rows: Mapping[str, Tensor]) -> None:
         self.chunk_size = self.chunk_size or fitting_chunk(loss, names, batch)
         used = fill_rows(self._engine, loss, names, batch, rows, self.chunk_size)
-        if used < min(self.chunk_size, num_samples(batch) or 0):
+        if used < min(self.chunk_size, batch.size):
             self.chunk_size, self.halved = used, True
 
     @override

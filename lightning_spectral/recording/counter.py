@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.capture.batch import num_tokens
+from lightning_spectral.capture.batch import Samples, num_tokens
+from lightning_spectral.capture.masks import Mask
 from lightning_spectral.metrics.exchange import sum_over_ranks
 from lightning_spectral.metrics.reduction import world_size
 
@@ -17,7 +18,7 @@ class BatchCounter:
 
     ``per_sample`` says how tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`; on ``device``
     the process group can reduce float64. From the run before come its ``tokens``, and sum and number of the ``losses``
-    that were not taken.
+    that were not taken. ``samples`` says where the samples of batches are.
     """
 
     def __init__(
@@ -26,8 +27,14 @@ class BatchCounter:
         device: torch.device,
         tokens: float = 0.0,
         losses: Sequence[float] | None = None,
+        samples: Samples | None = None,
     ) -> None:
         self.per_sample = per_sample
+        # What the values under a key mean is decided once.
+        self._counted = (
+            Mask(per_sample, "tokens_per_sample", counts_ids=True) if isinstance(per_sample, str) else per_sample
+        )
+        self._samples = samples or Samples()
         self.tokens = tokens
         """Tokens over all ranks when they last agreed."""
         self.num_batches = 0
@@ -39,21 +46,27 @@ class BatchCounter:
         self._forget()
 
     def _forget(self) -> None:
-        self._new_tokens: int | Tensor = 0
+        self._new_tokens: float | Tensor = 0
         self._new_losses: float | Tensor = 0.0
         self._num_new_losses = 0
 
     def add(self, batch: Any, loss: Tensor | None) -> None:
         """Count a batch of this rank and its loss, 0-dim; None for none.
 
-        ValueError if its tokens cannot be counted; it counts as a batch without any.
+        ValueError if its tokens cannot be counted; it counts as a batch without any, or, if it is the first, leaves the
+        number unknown.
         """
         self.num_batches += 1
         if loss is not None:
             exact = torch.float32 if loss.device.type == "mps" else torch.float64
             self._new_losses = self._new_losses + loss.detach().to(exact)
             self._num_new_losses += 1
-        self._new_tokens = self._new_tokens + num_tokens(batch, self.per_sample)
+        try:
+            self._new_tokens = self._new_tokens + num_tokens(batch, self._counted, self._samples)
+        except Exception:
+            if self.num_batches == 1:  # others will be like it
+                self._new_tokens = nan
+            raise
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective if a batch was counted since the last time."""

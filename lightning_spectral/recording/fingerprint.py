@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_spectral.capture.batch import checksum, num_samples
+from lightning_spectral.capture.batch import Samples, checksum
 from lightning_spectral.metrics.exchange import sum_over_ranks
 
 NUM_SAMPLES = 16
@@ -17,9 +17,11 @@ class Fingerprint:
 
     It depends neither on how samples are batched nor, where they are dealt out to ranks one by one as by Lightning's
     own sampler, on the number of ranks, nor on the precision that floating-point samples are converted to.
+    ``samples`` says where the samples of batches are.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, samples: Samples | None = None) -> None:
+        self._samples = samples or Samples()
         self._room = len(range(rank, NUM_SAMPLES, world))
         self._sums: dict[int, float] = {}
         self._seen: dict[int, int] = {}
@@ -30,8 +32,9 @@ class Fingerprint:
         if seen >= self._room:
             return
         try:
-            found: float = checksum(batch, self._room - seen)
-            size = num_samples(batch) or 0
+            cut = self._samples.cut(batch)
+            found: float = checksum(cut, self._room - seen)
+            size = cut.size
         except Exception:  # of whatever a batch may be made of; then it is not known which data these are
             found, size = nan, self._room
         self._seen[loader] = seen + size

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.capture.batch import Samples
 from lightning_spectral.measurement.measurement import Measurement, Report
 from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
 from lightning_spectral.recording.about import Notes
@@ -136,8 +137,9 @@ class RunRecorder:
         self.family, self._device, self._batches_per_step = start.family, start.device, start.batches_per_step
         self._monitored = start.monitored
         tokens, losses = before.get("tokens", 0.0), before.get("losses")
-        self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses)
-        self._fingerprint = Fingerprint(start.rank, start.world)
+        samples = next((m.samples for m, _ in start.settings if m.samples.is_said), Samples())
+        self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses, samples)
+        self._fingerprint = Fingerprint(start.rank, start.world, samples)
         self._is_training, self._is_validating = True, False
         self._name_series(start, {})
         self._state = {"id": before.get("id", uuid.uuid4().hex), "folder": before.get("folder")}
@@ -245,9 +247,16 @@ class RunRecorder:
             meta = {"step": report.step, "tokens": self.tokens, "seconds": self._clock.seconds}
             series = self._series[measurement]
             with self._stopwatch.running():
+                self._note_rows(record, series.text, measurement.rows)
                 self._try(lambda: record.write_report(series.text, report.step, self._arrays(report) | meta))
         if not self._is_validating:  # the line of the validation run follows, with its loss
             self._add_row(report.step, nan)
+
+    def _note_rows(self, record: Record, series: str, rows: Mapping[str, str]) -> None:
+        """Say among the settings of a series what its rows were, which only the first batches have shown."""
+        every = record.about["series"]
+        if rows and every[series].get("rows") != dict(rows):
+            self._try(lambda: record.describe(series={**every, series: {**every[series], "rows": dict(rows)}}))
 
     def _arrays(self, report: Report) -> dict[str, Any]:
         arrays = {

@@ -41,7 +41,7 @@ KINDS = {
         values="eigenvalues",
         count="num_tokens",
         corrects_bias=True,
-        must_agree=("stage", "layers", "num_tokens", "normalize", "mask"),
+        must_agree=("stage", "layers", "num_tokens", "normalize", "mask", "channel_dim"),
         # Float32 products resolve 1e-7 beside an eigenvalue of 1; those of RMS-normalised rows sum to the width.
         edges=(-7.0, 4.0),
     ),

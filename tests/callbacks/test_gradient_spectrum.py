@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from lightning_spectral.capture import engines
 from lightning_spectral.capture.backward import BackwardReader
+from lightning_spectral.capture.batch import num_samples
 from lightning_spectral.measurement import gradients as measurement_of_gradients
 from lightning_spectral.measurement.row_store import RowStore
 from tests._reference import jackknife, power_law, rankme
@@ -412,7 +413,7 @@ def test_a_chunk_too_large_is_halved_and_told(tmp_path: Path, monkeypatch: pytes
     sizes, vmap = [], engines.by_vmap
 
     def small(loss: Any, names: Any, batch: Any, out: Any) -> None:
-        sizes.append(len(batch["input_ids"]))
+        sizes.append(num_samples(batch))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         vmap(loss, names, batch, out)
