@@ -190,5 +190,5 @@ class ActivationSpectrum(LayersCallback):
     @override
     def title(self, report: Report | None = None) -> str:
         if report is None:
-            return f"activation spectra, {self.stage}{self.rows_in_words()}"
-        return f"activation covariance, {self.stage}, step {report.step}"
+            return f"activation spectra, {self.source}{self.rows_in_words()}"
+        return f"activation covariance, {self.source}, step {report.step}"

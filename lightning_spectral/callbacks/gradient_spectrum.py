@@ -342,7 +342,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     @override
     def title(self, report: GradientReport | None = None) -> str:
         if report is None:
-            return f"gradient spectra, {self.stage}"
+            return f"gradient spectra, {self.source}"
         first, last = report.span
         steps = f"step {report.step}" if first == last else f"step {report.step} (rows of steps {first} to {last})"
-        return f"per-sample gradients, {self.stage}, {report.method}, {steps}"
+        return f"per-sample gradients, {self.source}, {report.method}, {steps}"

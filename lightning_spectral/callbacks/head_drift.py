@@ -166,7 +166,7 @@ class HeadDrift(LayersCallback):
     @override
     def title(self, report: Report | None = None) -> str:
         reference = f"the {self.reference} report" if self.reference in ("first", "previous") else self.reference
-        heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.stage}"
+        heading = f"drift of {self.rank} leading eigenvectors from {reference}, {self.source}"
         return f"{heading}{self.rows_in_words()}" if report is None else f"{heading}, step {report.step}"
 
     @override
@@ -228,6 +228,10 @@ class HeadDrift(LayersCallback):
     def _describe(self, step: int, name: str, basis: Spectrum | None, reference: Spectrum | None) -> dict[str, float]:
         row = dict.fromkeys(self.quantities, math.nan)
         if basis is None:
+            return row
+        if reference is not None and len(reference.values) != len(basis.values):
+            # It was replaced by another layer, from which there is no drift.
+            self.warn(f"at step {step}, {name}: NaN, because its width is not that of its reference any more")
             return row
         # A report that is its own reference is one sample, however often it is named.
         others = [] if reference is None or reference is basis else [reference]

@@ -57,5 +57,6 @@ class RecordedBases:
     def nearest(self, tokens: float, layers: Sequence[str], rank: int) -> dict[str, Spectrum]:
         """Of the report nearest in tokens, spectra by layer with so many vectors; one that failed is missing."""
         step = min(self._tokens, key=lambda step: abs(self._tokens[step] - tokens))
-        spectra = {name: self._run.spectrum(self._series, name, step) for name in layers}
+        known = self._run.names(self._series)  # of layers that joined the model later it has none
+        spectra = {name: self._run.spectrum(self._series, name, step) for name in layers if name in known}
         return {name: one.leading(rank) for name, one in spectra.items() if one.failure is None}

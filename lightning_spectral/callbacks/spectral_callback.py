@@ -61,6 +61,7 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         self._warner = Warner(type(self).__name__)
         self._seen: ReportT | None = None
         self._writes_seconds = False
+        self._has_average = False
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
 
@@ -93,6 +94,13 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
     def title(self, report: ReportT | None = None) -> str:
         """Heading of one report, or of all; for a callback with a ``display``."""
         raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        """Where rows come from, for a heading: the stage, and whose weights it reads where there are two sets."""
+        if not self._has_average:
+            return self.stage
+        return f"{self.stage} ({'averaged' if self.stage == 'validate' else 'trained'} weights)"
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -140,6 +148,7 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
             self.measurement.load_state_dict(self._restored["measurement"])
             # Before any clock runs that leaves this time out.
             session.stopwatch.seconds = max(session.stopwatch.seconds, self._restored["seconds"])
+        self._has_average = any(_averages(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         self.set_unknown(trainer)
         shows = not trainer.is_global_zero or boards_of(trainer.loggers) or not trainer.loggers
         if not shows and session.is_first("a warning of missing histograms"):
@@ -296,6 +305,11 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         self._restored = state_dict
         self.num_failed = state_dict["num_failed"]
         self.restore(state_dict["summary"])
+
+
+def _averages(callback: Any) -> bool:
+    """Whether a callback lends the model averaged weights for validation, as Lightning's own does."""
+    return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)
 
 
 def _scene(trainer: Trainer, pl_module: LightningModule, session: Session[RunRecorder]) -> Scene:

@@ -93,6 +93,7 @@ class ActivationMeasurement(Measurement):
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
         self._rows: dict[str, float] = {}
+        self._steps: dict[str, set[int]] = {}
         self._collector = Collector(
             names=self._reader.names,
             num_tokens=request.num_tokens,
@@ -166,6 +167,10 @@ class ActivationMeasurement(Measurement):
                     self._fail_all(error)
             is_train = self.is_collecting and self.stage == "train"
             self._collector.closed = self._closed(step) if is_train else ()
+            if is_train:
+                for name in self._reader.names:
+                    if name not in self._collector.closed:
+                        self._steps.setdefault(name, set()).add(step)
         self._reader.is_open = self.is_collecting or not self.widths
 
     @override
@@ -190,7 +195,9 @@ class ActivationMeasurement(Measurement):
     @override
     def trim(self, step: int) -> None:
         super().trim(step)
-        self._collector.drop(self._closed(step))
+        for name in (closed := self._closed(step)):
+            self._steps.pop(name, None)
+        self._collector.drop(closed)
 
     def _closed(self, step: int) -> list[str]:
         """Layers of many rows a step, of which only later steps are collected: each is read where its window ends."""
@@ -290,9 +297,10 @@ class ActivationMeasurement(Measurement):
             reasons = dict.fromkeys(self._absent, ABSENT) | self._collector.failures
             spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
             for names, parts, offered in self._collector.pool():
+                rows = zip(names, offered, strict=True)
+                # Over the steps of its own: what a layer's window is does not depend on others.
                 if self.steps_collected:
-                    rows = zip(names, offered, strict=True)
-                    self._rows |= {name: total / self.steps_collected for name, total in rows if total > 0}
+                    self._rows |= {name: total / len(self._steps[name]) for name, total in rows if total > 0}
                 spectra |= self._decompose(names, parts, step)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
@@ -328,4 +336,5 @@ class ActivationMeasurement(Measurement):
     @override
     def reset(self) -> None:
         super().reset()
+        self._steps.clear()
         self._collector.reset()

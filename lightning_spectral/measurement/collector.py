@@ -116,7 +116,7 @@ class Collector:
         self._rank = dist.get_rank() if self._world > 1 else 0
         self._share = num_tokens // self._world
         self.closed: Collection[str] = ()
-        """Layers whose rows are only counted, for they would lie before their part of a window."""
+        """Layers whose rows go by uncounted, for they lie before their part of a window."""
         self._batch = 0
         self._num_samples: int | None = None
         self._mask: Tensor | None = None
@@ -139,9 +139,11 @@ class Collector:
 
     def add(self, name: str, output: Tensor) -> None:
         """Take in a layer's output, ``(..., d)``, any floating dtype; a failure goes to ``failures``, never raised."""
+        if name in self.closed:
+            return
         progress = self._progress[name]
         progress.offered += output.shape[:-1].numel() if self._mask is None else sum(self._real_tokens)
-        if progress.is_full or name in self.failures or name in self.closed:
+        if progress.is_full or name in self.failures:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
@@ -222,17 +224,17 @@ class Collector:
         return self._progress[name].offered if name in self._progress else 0
 
     def drop(self, names: Collection[str]) -> None:
-        """Forget the rows of some layers, but not how many went by."""
+        """Forget the rows of some layers."""
         for name in names:
             if name in self._sums:
                 self._sums[name].zero_()
-            self._progress[name] = _Progress(offered=self.offered(name))
+            self._progress.pop(name, None)
 
     def agree(self) -> dict[str, float]:
         """Let all ranks know every layer's width, so that their buffers match; a collective.
 
         Returns:
-            Rows of each layer offered to all ranks together.
+            Rows of each layer offered to all ranks together, as if they had all run it.
         """
         num_names = len(self.names)
         numbers = [measure(name) for measure in (self.offered, self._width) for name in self.names]
@@ -247,7 +249,13 @@ class Collector:
         for width, names in sorted(by_width.items()):
             if width not in self._buffers or self._buffers[width][0] != names:
                 self._lay_out(width, names)
-        return dict(zip(self.names, of_ranks[:, :num_names].sum(0).tolist(), strict=True))
+        offered = of_ranks[:, :num_names]
+        rows = self._as_if_all(offered.sum(0), (offered > 0).sum(0))
+        return dict(zip(self.names, rows, strict=True))
+
+    def _as_if_all(self, offered: Tensor, num_ranks: Tensor) -> list[float]:
+        """Rows that some ranks saw, for all: a rank has its share of the rows however many others run the layer."""
+        return (offered * (self._world / num_ranks.clamp(min=1))).tolist()
 
     def _width(self, name: str) -> int:
         return self._sums[name].pivot.shape[-1] if name in self._sums else 0
@@ -283,7 +291,7 @@ class Collector:
 
         Yields:
             The layers of one width, their moments ``(layers, groups)``, and the rows of each offered to all ranks
-            together.
+            together, as if they had all run it.
         """
         if not self.is_agreed:
             self.agree()
@@ -295,8 +303,8 @@ class Collector:
             mirror_(sums.outer)
             parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
             offered = torch.tensor([self.offered(name) for name in names], dtype=torch.float64, device=self.device)
-            pooled, totals = reduce_moments(parts, offered)
-            yield names, pooled, totals.tolist()
+            pooled, totals = reduce_moments(parts, torch.cat([offered, (offered > 0).to(offered)]))
+            yield names, pooled, self._as_if_all(*totals.chunk(2))
 
     def reset(self) -> None:
         """Forget all rows; nothing slides from one report into the next."""

@@ -191,6 +191,10 @@ def test_validation_reads_averaged_weights_in_any_order(tmp_path: Path, is_first
     assert values["gradient/fc.weight/grad_norm"] == pytest.approx(model.norm, rel=1e-5)
     assert values["weight/fc.weight/rankme"] == pytest.approx(model.rank, rel=1e-5)
     assert values["train/weight/fc.weight/rankme"] != pytest.approx(model.rank, rel=1e-4)
+    assert [callback.title() for callback in ours] == [
+        "gradient spectra, validate (averaged weights)",
+        "gradient spectra, train (trained weights)",
+    ]
 
 
 @pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
