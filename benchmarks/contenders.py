@@ -13,7 +13,7 @@ from lightning_spectral.capture.backward import BackwardReader
 from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.engines import ByHooks, Engine, by_loop, by_vmap
 from lightning_spectral.capture.parameters import resolve_parameters
-from lightning_spectral.capture.per_sample import fill_rows, isolated, per_sample_gradients
+from lightning_spectral.capture.per_sample import fill_rows, per_sample_gradients
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.functional import gram, singular_values
 from lightning_spectral.measurement.row_store import RowStore
@@ -115,7 +115,7 @@ class Setting:
         """Rows as a report makes them: a fresh shadow and fresh memory."""
         loss = BatchLoss(self.module)
         out = {name: torch.empty(self.samples, p.numel()) for name, p in self.parameters.items()}
-        with isolated():
+        with loss.isolated():
             fill_rows(engine, loss, list(out), self.batch, out, chunk)
         return Rows(out.values())
 

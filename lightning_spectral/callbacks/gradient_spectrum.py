@@ -25,6 +25,8 @@ from lightning_spectral.measurement import (
 from lightning_spectral.recording import RunRecorder
 from lightning_spectral.terminal import number, with_error
 
+WEIGHTS_RATIO = "gradient/sample_weights_ratio"
+
 SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""
 
@@ -38,10 +40,11 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     mean gradient; TensorBoard also gets histograms of log10 singular values, a log-log figure and a chart with all
     parameters. ``fit`` ends with a table of the first report and the last.
 
-    A sample's own loss is that of ``training_step`` on a batch of one, called on a shadow of the module that shares its
-    weights, with logging, metrics and hooks off, or ``loss_fn``. Under ``stage="train"`` the module is in training mode
-    (dropout draws a fresh mask for each sample, the run's random stream stays where it is), under ``stage="validate"``
-    in evaluation mode.
+    A sample's own loss is that of ``training_step`` on a batch of one with the index of its batch, called on a shadow
+    of the module (a copy, parameters included, without logging), or ``loss_fn``. What a step reaches beside the copy,
+    globals and generators say, is put back. Under ``stage="train"`` the module is in training mode (dropout draws a
+    fresh mask for each sample, the run's random stream stays where it is), under ``stage="validate"`` in evaluation
+    mode.
 
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning
@@ -53,13 +56,24 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one forward
     and backward pass for all.
 
+    **Self-check.** At the first report and every tenth after two things are looked at. The shadow's loss on a whole
+    batch must equal what ``training_step`` returned for it (not by a ``loss_fn``, under manual optimisation or in
+    validation). And the gradient of up to 64 samples together must lie in the span of their own gradients, up to a
+    thousandth of its norm: true for every loss that is a weighted mean over samples, false for losses between samples
+    (contrastive ones, batch statistics) and where a sample is not what it was taken for. It costs one forward pass of
+    the batch and one pass of these samples; by ``"hooks"``, and where a step draws random numbers, at most 17 passes of
+    single samples. The record says which parts ran. ``gradient/sample_weights_ratio`` is the largest over the smallest
+    weight found: 1 if samples weigh the same; under a mean over tokens, the longest over the shortest sample. Far from
+    1 the mean of the rows is not the gradient that training follows, and by ``"hooks"`` rows differ from those of the
+    other methods by these weights. NaN if weights are not known, or some are not positive.
+
     Values lie under ``gradient/{parameter}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``r2_tail``, ``alpha_head``,
     ``alpha_head_stderr``, ``alpha_tail_centred`` (of the rows about their mean), ``rankme`` (of singular values),
-    ``noise_scale`` (samples), ``grad_norm``, ``num_samples``; with ``gradient/noise_scale`` of the whole model if all
-    trainable parameters are chosen, ``gradient/failed`` and ``spectral/seconds``. With ``weights``, also
-    ``weight/{parameter}/`` ``alpha_tail``, ``r2_tail``, ``alpha_head`` and ``rankme`` of the singular values of each
-    weight itself (of a convolution's, output channels by the rest). The exponents depend on N: compare runs at equal
-    ``num_samples``.
+    ``noise_scale`` (samples), ``grad_norm``, ``num_samples``; with ``gradient/sample_weights_ratio``,
+    ``gradient/noise_scale`` of the whole model if all trainable parameters are chosen, ``gradient/failed`` and
+    ``spectral/seconds``. With ``weights``, also ``weight/{parameter}/`` ``alpha_tail``, ``r2_tail``, ``alpha_head`` and
+    ``rankme`` of the singular values of each weight itself (of a convolution's, output channels by the rest). The
+    exponents depend on N: compare runs at equal ``num_samples``.
 
     **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what
     is frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig``
@@ -70,9 +84,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     averaged weights, on which validation runs, and ``stage="train"`` at those that are trained.
 
     **Cost.** vmap and loop: about a forward and backward pass of ``num_samples`` samples every ``every_n_steps`` steps.
-    Memory: rows of N x P numbers on each of W ranks, N = ``num_samples`` / W, P summed over parameters, and for vmap
-    about one and a half times what autograd saves for ``chunk_size`` samples and their gradients
-    (:func:`lightning_spectral.capture.per_sample.fill_rows` has the formula).
+    Memory: a copy of the module while a report is made, rows of N x P numbers on each of W ranks, N = ``num_samples`` /
+    W, P summed over parameters, and for vmap about one and a half times what autograd saves for ``chunk_size`` samples
+    and their gradients (:func:`lightning_spectral.capture.per_sample.fill_rows` has the formula).
 
     Args:
         parameters: Glob patterns over parameter names, ``"all"`` for every trainable parameter, None for the attention
@@ -98,6 +112,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         batch_dim: Axis of the samples in the tensors of a batch; None for 0, unless another fits better.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis;
             with ``"auto"`` and ``"loop"``.
+        check: What happens where the self-check fails: ``"refuse"`` logs NaN with the reason, ``"warn"`` the numbers
+            with a warning; ``"off"`` checks nothing.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, keys that two
@@ -151,6 +167,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         dataloader_idx: int = 0,
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
+        check: Literal["refuse", "warn", "off"] = "refuse",
     ) -> None:
         self.request = GradientRequest(
             stage=stage,
@@ -168,6 +185,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             samples=load_cutter(samples),
             parameters=tuple(parameters) if isinstance(parameters, list) else parameters,  # type: ignore[arg-type]
             loss_fn=load_loss(loss_fn),
+            check=check,
         )
         super().__init__(self.request, prefix)
         self.parameters = parameters
@@ -203,7 +221,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             keys += [f"weight/{name}/{quantity}" for name in self._weights for quantity in self.weight_quantities]
         if self._has_whole_key:
             keys.append("gradient/noise_scale")
-        return [*keys, "gradient/failed"]
+        return [*keys, WEIGHTS_RATIO, "gradient/failed"]
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -281,6 +299,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             nothing = Spectrum.missing("the model has no such weight any more")
             spectrum = report.spectra["weight"].get(name, nothing)
             values |= {f"weight/{name}/{key}": value for key, value in self._describe_weight(spectrum).items()}
+        values[WEIGHTS_RATIO] = report.sample_weights_ratio
         if self._has_whole_key:
             values["gradient/noise_scale"] = report.noise_scale if self._is_whole_model else nan
         return values
@@ -291,6 +310,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             return
         if measurement.cause is not None:
             self.warn(f"method='auto' loops over samples, because vmap cannot: {measurement.cause}")
+        if self.request.check == "warn":
+            for doubt in measurement.doubts.values():
+                self.warn(f"logs numbers that may mean nothing: {doubt}", on_this_rank=True)
         if measurement.halved:
             self.warn(f"ran out of memory at chunk_size={self.request.chunk_size}: now at {measurement.chunk_size}")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks.loss_scale import accumulated_batches, gradient_scale
@@ -88,18 +89,23 @@ class SessionCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if session := self._led():
-            session.start_train_batch(batch, trainer.global_step)
+            session.start_train_batch(batch, trainer.global_step, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if session := self._led():
-            session.before_backward(lambda: gradient_scale(trainer, pl_module))
+            session.before_backward(lambda: gradient_scale(trainer, pl_module), loss.detach())
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only under manual optimisation may another forward of the step follow.
         if session := self._led():
             session.after_backward(is_last=pl_module.automatic_optimization)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if session := self._led():
+            session.before_optimizer_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -120,7 +126,8 @@ class SessionCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if session := self._led():
-            session.start_validation_batch(batch, dataloader_idx, trainer.global_step, trainer.sanity_checking)
+            is_check = trainer.sanity_checking
+            session.start_validation_batch(batch, dataloader_idx, trainer.global_step, is_check, batch_idx)
 
     @override
     def on_validation_batch_end(

@@ -1,6 +1,6 @@
 """Per-sample gradients read off the backward pass of training, which happens anyway, by hooks that change nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,6 +38,8 @@ class BackwardReader:
         self._completed: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._batch_handles: list[RemovableHandle] = []
+        self.passes: set[int] = set()
+        """Backward passes of the batch that were read, by autograd's number."""
 
     def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
         """Watch one more parameter of the tree, or another one of that name, that can be read (:func:`why_unreadable`).
@@ -74,6 +76,7 @@ class BackwardReader:
         they have been shown to add up; not for one whose gradient came in parts before.
         """
         self.rows = rows
+        self.passes.clear()
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad or is_lazy(parameter):
                 continue  # frozen, or made by this very batch: there is nothing to hook yet
@@ -111,7 +114,26 @@ class BackwardReader:
         for name in list(self._parameters):
             self.drop(name)
 
+    def begin_pass(self) -> None:
+        """Tell the passes of one batch apart: where a gradient was set to zero, what came before is of another loss."""
+        if self.rows is None:
+            return
+        for name in self.rows.seen - self.rows.final:
+            gradient = self._parameters[name].grad
+            if gradient is None or not bool(gradient.any()):
+                self.rows.stale.add(name)
+                self._gradients.pop(name, None)
+
+    def end_passes(self, parameters: Iterable[Tensor]) -> None:
+        """An optimizer takes the gradients of its parameters as they are: of these no further pass is looked at."""
+        if self.rows is None:
+            return
+        taken = {id(parameter) for parameter in parameters}
+        self.rows.final |= {name for name in self.rows.seen if id(self._parameters[name]) in taken}
+
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        if self.rows is not None and name in self.rows.final:
+            return
         seen = self._gradients.get(name)
         if seen is not None:
             # Reentrant checkpoints that share a parameter do this, and several backward passes in one training step.
@@ -152,6 +174,9 @@ class BackwardReader:
         x = inputs[0].detach()
 
         def read(grad: Tensor) -> None:
+            if name in rows.final:
+                return
+            self.passes.add(torch._C._current_graph_task_id())
             if name in self._completed:
                 self._in_parts.add(name)
                 rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"

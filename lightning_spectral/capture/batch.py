@@ -20,7 +20,7 @@ batch. ``batch_dim`` or ``samples`` say how it is.
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -293,6 +293,14 @@ def hold(batch: Any) -> Any:
     """
     with torch.inference_mode(False):
         return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def copied(batch: Any) -> Any:
+    """A batch with containers and tensors of its own, for whoever writes into either."""
+    if isinstance(batch, Cut):
+        ones = None if batch.ones is None else tuple(map(copied, batch.ones))
+        return replace(batch, data=copied(batch.data), ones=ones)
+    return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def take(batch: Any, start: int, stop: int) -> Any:

@@ -99,14 +99,21 @@ class LayerRows:
         """Names whose rows have been written."""
         self.failures: dict[str, str] = {}
         """Why rows could not be had, by name."""
+        self.final: set[str] = set()
+        """Names of which further passes are of no concern: their optimizer has taken its gradient."""
+        self.stale: set[str] = set()
+        """Names whose gradient was set to zero since their rows were written: the next pass begins them anew."""
 
     def add(self, name: str, module: nn.Module, attribute: str, x: Tensor, grad: Tensor) -> None:
         """Take in one run of one layer; a failure is noted, never raised: a backward pass may be under way.
 
         ``attribute`` is the parameter's name in the layer, ``x`` its input and ``grad`` the gradient of its output.
         """
-        if name in self.failures:
+        if name in self.failures or name in self.final:
             return
+        if name in self.stale:
+            self.stale.remove(name)
+            self.seen.discard(name)
         try:
             out = self.out[name]
             if self.batch_dim and grad.shape[self.batch_dim : self.batch_dim + 1] == (self.num_samples,):

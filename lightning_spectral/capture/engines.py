@@ -7,13 +7,13 @@ from typing import Any, Literal, Protocol
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
-from lightning_spectral.capture.batch import batch_of, cut, num_samples, take
+from lightning_spectral.capture.batch import cut, num_samples, take
 from lightning_spectral.capture.contraction import LayerRows, owners
-from lightning_spectral.capture.shadow import BatchLoss
+from lightning_spectral.capture.shadow import BatchLoss, MetricTermError
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
 
@@ -60,7 +60,14 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     in_dims = (None, None, *axes)
     # The fused attention kernels have no rule for vmap.
     with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH):
-        gradients = vmap(grad(loss_of_one), in_dims=in_dims, randomness="different")(chosen, buffers, *tensors)
+        of_one = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")
+        try:
+            gradients, values = of_one(chosen, buffers, *tensors)
+        except BaseException:
+            loss.reset(anew=True)
+            raise
+        loss.reset()
+    loss.check(values)
     for name in names:
         out[name].copy_(gradients[keys[name]].flatten(1))
 
@@ -84,8 +91,10 @@ def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     loss.unfreeze()
     parameters = [loss.parameter(name)[1] for name in names]
     for index in range(num_samples(batch) or 0):
-        sample = batch_of(take(batch, index, index + 1))
-        for name, gradient in zip(names, _gradients(loss, sample, parameters), strict=True):
+        sample = take(batch, index, index + 1)
+        _, gradients = gradients_of(loss, sample, parameters)
+        loss.reset()
+        for name, gradient in zip(names, gradients, strict=True):
             row = out[name][index]
             if gradient is None:
                 row.zero_()
@@ -93,10 +102,12 @@ def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
                 row.copy_((gradient if gradient.layout is torch.strided else gradient.to_dense()).flatten())
 
 
-def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
-    value = loss(sample)
-    if not _is_reentrant(value):
-        return torch.autograd.grad(value, parameters, allow_unused=True)
+def gradients_of(loss: BatchLoss, batch: Any, parameters: list[nn.Parameter]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The loss of a batch, and its gradients in one backward pass; None for a parameter that it does not depend on."""
+    value = loss(batch)
+    loss.check(value.detach())
+    if not is_reentrant(value):
+        return value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)
     # It delivers into .grad only. The shadow's parameters are its own.
     for parameter in loss.parameters():
         parameter.grad = None
@@ -104,10 +115,10 @@ def _gradients(loss: BatchLoss, sample: Any, parameters: list[nn.Parameter]) -> 
     gradients = [parameter.grad for parameter in parameters]
     for parameter in loss.parameters():
         parameter.grad = None
-    return gradients
+    return value.detach(), gradients
 
 
-def _is_reentrant(value: Tensor) -> bool:
+def is_reentrant(value: Tensor) -> bool:
     """Whether reentrant checkpointing, whoever's, hides parameters in it from ``torch.autograd.grad``."""
     nodes: list[Any] = [value.grad_fn]
     seen: set[Any] = set()
@@ -160,13 +171,15 @@ class ByHooks:
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             wanted = [anchor, *(() if self.is_checked else parameters.values())]
-            value = loss(batch_of(batch))
-            if not self.is_checked and _is_reentrant(value):
+            value = loss(batch)
+            loss.check(value.detach())
+            if not self.is_checked and is_reentrant(value):
                 raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
             gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
         finally:
             for handle in handles:
                 handle.remove()
+            loss.reset()
         for name, gradient in zip(names, gradients[1:], strict=False):
             if gradient is not None:
                 rows.check(name, gradient)
@@ -222,7 +235,7 @@ class ByVmapOrLoop:
                 by_vmap(loss, names, batch, out)
                 return
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or isinstance(error, MetricTermError):
                     raise
                 cause = str(error).strip().partition("\n")[0] or type(error).__name__
         by_loop(loss, names, batch, out)

@@ -1,20 +1,17 @@
 """Per-sample gradients of a batch by passes of their own, so many samples at a time as memory allows."""
 
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.capture.batch import SampleCutter, Samples, batch_of, hold, load_cutter, num_samples, take
+from lightning_spectral.capture.batch import SampleCutter, Samples, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
 from lightning_spectral.capture.parameters import resolve_parameters
-from lightning_spectral.capture.shadow import BatchLoss, LossFunction, load_loss
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction, MetricTermError, load_loss
 
 LARGEST_CHUNK = {"cpu": 8}
 """More samples at a time are no faster: on two cores 8 are the best of 1 to 32 (``benchmarks/per_sample.py``)."""
@@ -33,7 +30,7 @@ def fill_rows(
     out: Mapping[str, Tensor],
     chunk_size: int | None = None,
 ) -> int:
-    """Write the per-sample gradients of a batch, so many samples at a time; to be called inside :func:`isolated`.
+    """Write the per-sample gradients of a batch, so many at a time; to be called inside :meth:`BatchLoss.isolated`.
 
     ``out`` is ``(B, P)`` by clean name. At the peak vmap takes, beside it (N x P numbers, P summed over parameters),
     about ``chunk_size (1.5 A + 4 P)`` bytes, A being what autograd saves for one sample (:func:`saved_bytes`) and 1.5
@@ -56,6 +53,8 @@ def fill_rows(
         part = {name: out[name][start:stop] for name in names}
         try:
             engine(loss, names, take(batch, start, stop), part)
+        except MetricTermError:
+            loss.compute_metrics()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -109,7 +108,7 @@ def per_sample_gradients(
     loss = BatchLoss(module, load_loss(loss_fn))
     batch = Samples(batch_dim, load_cutter(samples)).cut(hold(batch))
     size = batch.size
-    with isolated():
+    with loss.isolated(batch):
         out = {
             name: torch.empty(size, p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in chosen.items()
@@ -154,11 +153,13 @@ def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
             sdpa_kernel(SDPBackend.MATH),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            value = loss(batch_of(take(batch, 0, 1)))
+            value = loss(take(batch, 0, 1))
             # functorch keeps the graph of the backward pass, in case somebody differentiates it again.
             gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
     except Exception:
         return 0
+    finally:
+        loss.reset()
     del value, gradients
     return sum(storages.values())
 
@@ -170,19 +171,3 @@ def _free_bytes(device: torch.device) -> int:
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 2**32
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Random streams restored afterwards, gradients on even where a validation pass turned them off, no compiler."""
-    # Without dynamo in the process nothing is compiled, and importing it takes seconds.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    failure: BaseException | None = None
-    with isolate_rng(include_cuda=torch.cuda.is_available()):
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), eager:
-                yield
-        except BaseException as error:  # one that passes through isolate_rng keeps it from restoring anything
-            failure = error
-    if failure is not None:
-        raise failure

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.capture.activations import hidden_states
-from lightning_spectral.capture.batch import Cut, batch_of
-from lightning_spectral.capture.per_sample import isolated
+from lightning_spectral.capture.batch import Cut
 from lightning_spectral.capture.shadow import BatchLoss
 
 
@@ -35,8 +34,8 @@ def time_first(loss: BatchLoss, module: nn.Module, layers: Mapping[str, nn.Modul
         hook = lambda _, __, output, name=name: keep(name, output)  # noqa: E731
         handles.append(copied.register_forward_hook(hook))
     try:
-        with isolated(), torch.no_grad():
-            loss(batch_of(batch.part(0, 1)))
+        with loss.isolated(batch), torch.no_grad():
+            loss(batch.part(0, 1))
     finally:
         for handle in handles:
             handle.remove()

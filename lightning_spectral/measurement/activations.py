@@ -178,7 +178,7 @@ class ActivationMeasurement(Measurement):
         self._reader.is_open = False
 
     @override
-    def before_backward(self, scale: Callable[[], float]) -> None:
+    def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         # Activation checkpointing repeats forwards in a backward pass.
         self._reader.is_open = False
 

@@ -8,9 +8,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts, why_unreadable
+from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
+from lightning_spectral.capture.self_check import MOST_LOOPED
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
-from lightning_spectral.measurement.measurement import Scene
+from lightning_spectral.measurement.measurement import Scene, reason_of
+
+OWN_PASSES = (
+    "training_step calls backward several times itself, and its passes cannot be told apart: manual_backward can"
+)
 
 
 class BackwardGradients(GradientMeasurement):
@@ -33,6 +39,8 @@ class BackwardGradients(GradientMeasurement):
         self._grams: dict[str, Tensor] = {}
         self._rows: LayerRows | None = None
         self._had_backward = False
+        self._held: tuple[Cut, int] | None = None
+        """Samples of the first batch for the self-check, with its index."""
         self._reader = BackwardReader(scene.stopwatch.running)
         self._watch()
 
@@ -67,7 +75,11 @@ class BackwardGradients(GradientMeasurement):
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
             self._rows = LayerRows(size, self._store.open(wanted), mean_of, self.request.batch_dim or 0)
             self._had_backward = False
+            if self._held is None and self.is_checking:
+                self._hold(batch, size)
             is_last = wanted == self._store.room and self._world == 1
+            # Under manual optimisation a later pass may be the one that counts.
+            is_last = is_last and getattr(self._module, "automatic_optimization", True)
             self._reader.begin(self._rows, self._reduce if is_last else None)
             self._span = [*self._span[:1], step]
 
@@ -82,13 +94,41 @@ class BackwardGradients(GradientMeasurement):
         return self._grams.pop(name, None)
 
     @override
-    def before_backward(self, scale: Callable[[], float]) -> None:
+    def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
+        super().before_backward(scale, loss)
         self._had_backward = True
         if self._rows is not None:
             # Of those that the forward pass of the batch has made the size is known only now.
             self._store.sizes.update({name: p.numel() for name, p in self.parameters.items()})
+            self._reader.begin_pass()
             samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
             self._rows.scale = samples / scale()
+
+    @override
+    def before_optimizer_step(self, optimizer: Any) -> None:
+        if self._rows is not None:
+            self._reader.end_passes(p for group in optimizer.param_groups for p in group["params"])
+
+    def _hold(self, batch: Any, size: int) -> None:
+        try:
+            held = self.samples.cut(hold(batch))
+            self._held = copied(take(held, 0, min(size, MOST_LOOPED))), self.batch_idx
+        except Exception as error:  # a batch that cannot be cut can be read all the same
+            self.checked["span"] = reason_of(error)
+
+    @override
+    def finish(self, step: int) -> None:
+        held, self._held = self._held, None
+        if held is None or not self.is_checking:
+            return
+        batch, batch_idx = held
+        try:
+            loss = self._make_loss(None)
+            loss.batch_idx = batch_idx
+            with loss.isolated(batch) as kept:
+                self.check_span(loss, kept, batch, None)
+        except Exception as error:  # a module that cannot be copied can be read all the same
+            self.checked["span"] = reason_of(error)
 
     @override
     def close(self) -> None:
@@ -99,6 +139,8 @@ class BackwardGradients(GradientMeasurement):
             assert rows is not None
             if not (rows.seen or rows.failures or self._had_backward):
                 return  # a training step that gave no loss
+            if len(self._reader.passes) > 1 and not self._had_backward:
+                rows.failures |= dict.fromkeys(self.parameters, OWN_PASSES)
             unseen = {name: NO_GRADIENT for name in self.parameters if name not in rows.seen}
             self._failures |= unseen | rows.failures
             self._store.commit()
@@ -106,4 +148,4 @@ class BackwardGradients(GradientMeasurement):
     @override
     def forget(self) -> None:
         super().forget()
-        self._grams = {}
+        self._grams, self._held = {}, None

@@ -51,6 +51,10 @@ class GradientReport(Report):
     """The engine that gave the rows."""
     span: tuple[int, int]
     """First and last ``global_step`` at whose weights gradients were taken; equal but for hooks in training."""
+    checked: str = ""
+    """Which parts of the latest self-check ran, and what came of them."""
+    sample_weights_ratio: float = torch.nan
+    """Largest over smallest weight of a sample in its batch's loss, by the latest self-check."""
 
     @classmethod
     def of(
@@ -60,14 +64,22 @@ class GradientReport(Report):
         weights: Mapping[str, Spectrum],
         method: str,
         span: tuple[int, int],
+        checked: str = "",
+        sample_weights_ratio: float = torch.nan,
     ) -> "GradientReport":
         """With the spectra of both kinds."""
         gradients = {name: found.spectrum for name, found in parameters.items()}
-        return cls(step, {"gradient": gradients, "weight": weights}, parameters, method, span)
+        spectra = {"gradient": gradients, "weight": weights}
+        return cls(step, spectra, parameters, method, span, checked, sample_weights_ratio)
 
     @override
     def arrays_beside(self) -> dict[str, np.ndarray]:
-        arrays = {"method": np.asarray(self.method), "span": np.asarray(self.span)}
+        arrays = {
+            "method": np.asarray(self.method),
+            "span": np.asarray(self.span),
+            "checked": np.asarray(self.checked),
+            "sample_weights_ratio": np.asarray(self.sample_weights_ratio),
+        }
         for name, found in self.parameters.items():
             beside = {
                 "centred": found.centred.values.numpy(),

@@ -1,6 +1,8 @@
 """The measurement of per-sample gradients: rows of samples become Grams, exchanged between ranks and decomposed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from math import isnan
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +13,7 @@ from typing_extensions import override
 
 from lightning_spectral.capture.batch import path_of
 from lightning_spectral.capture.engines import Method
+from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.parameters import (
     Weight,
     named_parameters,
@@ -19,7 +22,8 @@ from lightning_spectral.capture.parameters import (
     resolve_parameters_again,
     weights_of,
 )
-from lightning_spectral.capture.shadow import LossFunction
+from lightning_spectral.capture.self_check import check_span, rounding
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.singular import gram, singular_values
 from lightning_spectral.measurement.arguments import check_choice, check_patterns, check_positive
@@ -29,6 +33,16 @@ from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
 from lightning_spectral.metrics.reduction import gather_numbers, world_size
+
+Check = Literal["refuse", "warn", "off"]
+
+CHECK_EVERY = 10
+"""Reports from one self-check to the next."""
+
+LOSS_TOLERANCE = 1e-3
+"""Relative difference of a loss between training and the shadow: kernels may differ, compiled ones for example."""
+
+LOSS_TOLERANCE_IN_SHORT = 3e-2
 
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -49,6 +63,8 @@ class GradientRequest(Request):
     parameters: str | tuple[str, ...] | None
     """Patterns."""
     loss_fn: LossFunction | None
+    check: Check = "refuse"
+    """What a loss that is no mean of samples' losses comes to."""
 
     @override
     def __post_init__(self) -> None:
@@ -62,6 +78,7 @@ class GradientRequest(Request):
             method=(self.method, ("auto", "vmap", "hooks", "loop")),
             loss_reduction=(self.loss_reduction, ("mean", "sum")),
             row_dtype=(self.row_dtype, tuple(ROW_DTYPES)),
+            check=(self.check, ("refuse", "warn", "off")),
         )
         check_patterns(parameters=self.parameters)
         if self.samples is not None and self.method not in ("auto", "loop"):
@@ -91,6 +108,11 @@ class GradientRequest(Request):
     def settings(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loss_fn"}
         return {"kind": self.kind, **values, "samples": path_of(self.samples)}
+
+
+def loss_tolerance(loss: BatchLoss) -> float:
+    """Relative difference that rounding alone may make between two evaluations of a loss."""
+    return LOSS_TOLERANCE_IN_SHORT if rounding(loss) > LOSS_TOLERANCE else LOSS_TOLERANCE
 
 
 class GradientMeasurement(Measurement):
@@ -145,6 +167,16 @@ class GradientMeasurement(Measurement):
         self._has_seen_samples = False
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
+        self._make_loss: Callable[[LossFunction | None], BatchLoss] = scene.make_loss
+        self._num_reports = 0
+        self._expected: tuple[float, float] | None = None
+        self._was_asked = False
+        self.doubts: dict[str, str] = {}
+        """Why the rows are not what they are taken for, by the part of the latest self-check that says so."""
+        self.checked: dict[str, str] = {}
+        """What each part of the latest self-check came to, ``"passed"``, ``"failed"`` or why it was not made."""
+        self.weights_ratio = torch.nan
+        """Largest over smallest weight of a sample in its batch's loss, by the latest self-check."""
         self._take_up()
 
     @override
@@ -162,6 +194,68 @@ class GradientMeasurement(Measurement):
         self.weights = weights_of(self._module, {name: held[name] for name in self.names if name in held})
         self.renamed = renamed(self._module, self.parameters)
         self._store.sizes.update({name: p.numel() for name, p in self.parameters.items() if not is_lazy(p)})
+
+    @property
+    def is_checking(self) -> bool:
+        """Whether the report that is being collected is one with a self-check."""
+        return self.request.check != "off" and self._num_reports % CHECK_EVERY == 0
+
+    def ask_shadow(self, batch: Any, step: int) -> None:
+        """The loss of a batch as a shadow has it, before training asks for it, in the same state."""
+        schedule = self.schedule
+        belongs = schedule.rows_per_step is not None or (step + 1) % schedule.every_n_steps == 0
+        if self.stage != "train" or self._was_asked or not belongs or not self.is_checking:
+            return
+        self._was_asked = True
+        if self.request.loss_fn is not None:
+            self.checked["loss"] = "loss_fn has one of its own"
+            return
+        try:
+            loss = self._make_loss(None)
+            loss.batch_idx = self.batch_idx
+            with loss.isolated(batch), torch.no_grad():
+                self._expected = loss.of_training(batch), loss_tolerance(loss)
+        except Exception as error:  # for the report to say, where it matters
+            self.checked["loss"] = reason_of(error)
+
+    @override
+    def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
+        # The first of the batch's, at the weights that the shadow has.
+        if self._expected is not None and loss is not None:
+            with self.stopwatch.running():
+                self.compare(float(loss) / scale())
+
+    def compare(self, found: float) -> None:
+        """Compare the shadow's loss of a batch with what training got for it."""
+        assert self._expected is not None
+        (value, tolerance), self._expected = self._expected, None
+        if abs(value - found) <= tolerance * abs(found) or value == found or isnan(found):
+            self.checked["loss"] = "passed"
+            self.doubts.pop("loss", None)
+            return
+        self.checked["loss"] = "failed"
+        self.doubts["loss"] = (
+            f"training_step gave {found:.6g} for a batch and {value:.6g} on a copy of the module in the same state: "
+            "its loss depends on what a copy does not have; give loss_fn"
+        )
+
+    def check_span(self, loss: BatchLoss, kept: Kept, batch: Any, rows: Mapping[str, Tensor] | None) -> None:
+        """See whether the loss of a batch is a mean of its samples' losses."""
+        try:
+            names = [name for name in self.parameters if name not in self._failures]
+            found = check_span(loss, kept, names, batch, rows)
+        except Exception as error:  # a batch that cannot be cut so, or does not fit into memory
+            self.checked["span"] = reason_of(error)
+            return
+        if found is None:
+            self.checked["span"] = "too few samples or numbers, none that are finite, or reentrant checkpoints"
+            return
+        self.weights_ratio = found.ratio
+        self.checked["span"] = "passed" if found.failure is None else "failed"
+        if found.failure is None:
+            self.doubts.pop("span", None)
+        else:
+            self.doubts["span"] = found.failure
 
     def collect(self, batch: Any, step: int) -> None:
         """Take in a batch of a report; whatever it raises is noted as a failure."""
@@ -188,6 +282,7 @@ class GradientMeasurement(Measurement):
         if self.is_collecting:
             with self.stopwatch.running():
                 try:
+                    self.ask_shadow(batch, step)
                     self.collect(batch, step)
                 except Exception as error:  # a batch of another kind, no memory for the rows
                     self.fail(error)
@@ -208,6 +303,12 @@ class GradientMeasurement(Measurement):
         settle(self._device)
         with self.stopwatch.running():
             self.finish(step)
+            if self.doubts and self.request.check == "refuse":
+                # What came to nothing by itself has its own reason.
+                for name in self.parameters:
+                    self._failures.setdefault(name, "; ".join(self.doubts.values()))
+            self._num_reports += 1
+            self._was_asked, self._expected = False, None
             with torch.inference_mode(False), torch.no_grad():
                 self._weight_spectra = self._weights(step) if self.request.weights else {}
 
@@ -218,7 +319,9 @@ class GradientMeasurement(Measurement):
             with torch.inference_mode(False), torch.no_grad():
                 parameters = self._decompose(step)
             span = (self._span[0], self._span[-1]) if self._span else (step, step)
-            self.report = GradientReport.of(step, parameters, self._weight_spectra or {}, self.method, span)
+            checked = "; ".join(f"{part}: {result}" for part, result in sorted(self.checked.items()))
+            weights = self._weight_spectra or {}
+            self.report = GradientReport.of(step, parameters, weights, self.method, span, checked, self.weights_ratio)
             self.reset()
 
     @override
@@ -247,7 +350,12 @@ class GradientMeasurement(Measurement):
         names = self.names
         self._failures |= self._absent
         good = [int(name not in self._failures) for name in names]
-        of_ranks = gather_numbers([self._store.count, self._offered, *good], self._device)
+        # The numbers that travel are integers.
+        ratio = 0 if isnan(self.weights_ratio) else int(min(self.weights_ratio, 1e9) * 2**20)
+        of_ranks = gather_numbers([self._store.count, self._offered, ratio, *good], self._device)
+        if self._world > 1:
+            of_all = of_ranks[:, 2]
+            self.weights_ratio = float(of_all.max()) / 2**20 if bool((of_all > 0).any()) else torch.nan
         counts = [int(count) for count in of_ranks[:, 0]]
         if self.steps_collected:
             self.schedule.rows_per_step = float(of_ranks[:, 1].sum()) / self.steps_collected
@@ -257,7 +365,7 @@ class GradientMeasurement(Measurement):
             name: missing(
                 name, num_rows, self._failures.get(name, "another rank could not measure it"), name in self._failures
             )
-            for name, is_good in zip(names, of_ranks[:, 2:].min(0).values.tolist(), strict=True)
+            for name, is_good in zip(names, of_ranks[:, 3:].min(0).values.tolist(), strict=True)
             if not is_good
         }
         wanted = [name for name in names if name not in found]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_spectral.capture.batch import SampleCutter, Samples, path_of
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
@@ -113,6 +113,8 @@ class Measurement:
         self._is_renewed = False
         self.rows: dict[str, str] = {}
         """What a row of each layer that has run is, in words."""
+        self.batch_idx = 0
+        """Of the batch under way, as ``training_step`` is told."""
 
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
         """A batch begins; it is to be collected if ``is_collecting``. It may be of the other stage."""
@@ -122,10 +124,11 @@ class Measurement:
         """The batch has ended."""
         raise NotImplementedError
 
-    def before_backward(self, scale: Callable[[], float]) -> None:
+    def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         """A backward pass begins.
 
         Args:
+            loss: What is differentiated, the batch's own loss times that factor.
             scale: Tells the factor between the gradients it gives and those of the batch's own loss; a GPU may have to
                 be waited for.
         """
@@ -186,13 +189,17 @@ class Measurement:
         """Training begins, or resumes, at a step."""
         self.schedule.start(step)
 
-    def start_train_batch(self, batch: Any, step: int) -> None:
+    def start_train_batch(self, batch: Any, step: int, batch_idx: int = 0) -> None:
         """A training batch begins."""
         was_collecting = self.is_collecting
+        self.batch_idx = batch_idx
         self.is_collecting = self.stage == "train" and self.schedule.collects(step)
         if self.is_collecting and not was_collecting:
             self._renew()
         self.open(batch, step, has_right_stage=self.stage == "train")
+
+    def before_optimizer_step(self, optimizer: Any) -> None:
+        """An optimizer is about to move its parameters by the gradients that are there now."""
 
     def end_train_batch(self, step: int) -> None:
         """A training batch has ended; makes the report if one is due."""
@@ -214,11 +221,12 @@ class Measurement:
         self.is_collecting = self.stage == "validate" and (always or not early)
         self._is_renewed = False
 
-    def start_validation_batch(self, batch: Any, step: int) -> None:
+    def start_validation_batch(self, batch: Any, step: int, batch_idx: int = 0) -> None:
         """A batch of the loader that is measured, in a validation run or in the sanity check, begins."""
         if self.is_collecting and not self._is_renewed:
             self._is_renewed = True
             self._renew()
+        self.batch_idx = batch_idx
         self.open(batch, step, has_right_stage=self.stage == "validate")
 
     def end_validation_batch(self, step: int, is_last: bool) -> None:

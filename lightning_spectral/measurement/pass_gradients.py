@@ -1,15 +1,15 @@
 """Rows of per-sample gradients by passes at the report, over a shadow of the module, at one and the same weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.capture.backward import check_contracts, why_unreadable
-from lightning_spectral.capture.batch import Cut, hold, take
+from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of
-from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk, isolated
+from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
 from lightning_spectral.measurement.measurement import Scene, reason_of
@@ -33,9 +33,9 @@ class PassGradients(GradientMeasurement):
         if request.method == "hooks":
             check_contracts(scene.module, self.parameters)
         self.chunk_size = request.chunk_size
-        self._make_loss: Callable[[], BatchLoss] = lambda: scene.make_loss(request.loss_fn)
         self._engine = engine_of(request.method, request.loss_reduction)
-        self._batches: list[tuple[Cut, int]] = []
+        self._batches: list[tuple[Cut, int, int]] = []
+        """Each with its number of samples and its index in the loader."""
         self._waiting = 0
 
     @property
@@ -56,7 +56,7 @@ class PassGradients(GradientMeasurement):
         self._offered += cut.size
         wanted = min(cut.size, self._store.room - self._waiting)
         if wanted > 0:
-            self._batches.append((take(cut, 0, wanted), wanted))
+            self._batches.append((copied(take(cut, 0, wanted)), wanted, self.batch_idx))
             self._waiting += wanted
 
     @override
@@ -64,11 +64,16 @@ class PassGradients(GradientMeasurement):
         # Since the first batch of the report, and by it, parameters may have come and gone.
         self.renew()
         try:
-            loss = self._make_loss()
+            loss = self._make_loss(self.request.loss_fn)
+            loss.dataloader_idx = self.loader
             # Once for all batches, so that each sample meets a mask of its own.
-            with isolated():
-                for batch, size in self._batches:
-                    self._fill(loss, batch, self._store.open(size))
+            with loss.isolated([batch for batch, _, _ in self._batches]) as kept:
+                for index, (batch, size, loss.batch_idx) in enumerate(self._batches):
+                    rows = self._store.open(size)
+                    self._fill(loss, batch, rows)
+                    if index == 0 and self.is_checking:
+                        # By hooks rows are parts of the batch's gradient, whatever the loss.
+                        self.check_span(loss, kept, batch, None if self.method == "hooks" else rows)
                     self._store.commit()
         except Exception as error:  # whatever the model's loss does to be unfit for this
             self.fail(error)

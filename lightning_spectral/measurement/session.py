@@ -139,20 +139,25 @@ class Session(Generic[R]):
         for measurement in self.measurements:
             measurement.start_training(step)
 
-    def start_train_batch(self, batch: Any, step: int) -> None:
+    def start_train_batch(self, batch: Any, step: int, batch_idx: int = 0) -> None:
         """A training batch begins."""
         for measurement in self.measurements:
-            measurement.start_train_batch(batch, step)
+            measurement.start_train_batch(batch, step, batch_idx)
 
-    def before_backward(self, scale: Callable[[], float]) -> None:
+    def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         """A backward pass begins, see :meth:`Measurement.before_backward`."""
         for measurement in self.measurements:
-            measurement.before_backward(scale)
+            measurement.before_backward(scale, loss)
 
     def after_backward(self, is_last: bool) -> None:
         """A backward pass has ended."""
         for measurement in self.measurements:
             measurement.after_backward(is_last)
+
+    def before_optimizer_step(self, optimizer: Any) -> None:
+        """An optimizer is about to move its parameters."""
+        for measurement in self.measurements:
+            measurement.before_optimizer_step(optimizer)
 
     def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
         """A training batch has ended; all reports that are due are made."""
@@ -168,13 +173,13 @@ class Session(Generic[R]):
         for measurement in self.measurements:
             measurement.start_validation(step, always)
 
-    def start_validation_batch(self, batch: Any, loader: int, step: int, is_check: bool) -> None:
+    def start_validation_batch(self, batch: Any, loader: int, step: int, is_check: bool, batch_idx: int = 0) -> None:
         """A validation batch begins, maybe of the sanity check."""
         if not is_check:
             self.recorder.start_validation_batch(batch, loader)
         for measurement in self.measurements:
             if measurement.loader == loader:
-                measurement.start_validation_batch(batch, step)
+                measurement.start_validation_batch(batch, step, batch_idx)
 
     def end_validation_batch(self, loader: int, step: int, is_last: bool) -> None:
         """A validation batch has ended, maybe the last of its loader."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import per_sample_gradients
 from lightning_spectral.capture.engines import ByVmapOrLoop
-from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fitting_chunk, isolated
+from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fitting_chunk
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.functional import singular_spectrum
 from lightning_spectral.nanogpt import NanoGPT
@@ -180,7 +180,7 @@ def test_auto_is_vmap_where_that_works(case: tuple) -> None:
     module, batch, _, hooked = case
     names = list(per_sample_gradients(module, batch, hooked or "*.weight"))
     engine, loss = ByVmapOrLoop(), BatchLoss(module)
-    with isolated():
+    with loss.isolated():
         out = {name: torch.empty(5, loss.parameter(name)[1].numel()) for name in names}
         fill_rows(engine, loss, names, batch, out)
     assert engine.cause is None
@@ -341,7 +341,7 @@ def test_auto_loops_where_vmap_fails_and_knows_why(make: Callable[[], LanguageMo
     model, batch = make(), language_batch()
     engine, loss, names = ByVmapOrLoop(), BatchLoss(model), ["network.logits.weight"]
     out = {names[0]: torch.empty(4, model.network.logits.weight.numel())}
-    with isolated():
+    with loss.isolated():
         fill_rows(engine, loss, names, batch, out, chunk_size=2)
     assert cause in engine.cause
     assert_rows(out, per_sample_gradients(model, batch, names, method="loop"))

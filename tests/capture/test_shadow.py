@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, MetricCollection, MinMaxMetric
 
+from lightning_spectral.capture.activations import ActivationReader
 from lightning_spectral.capture.shadow import BatchLoss, load_loss
 from tests.models import Alternating, LanguageModel, token_loader
 
@@ -79,13 +80,14 @@ def test_nested_metrics_are_neither_updated_nor_computed() -> None:
     assert model.stages["fit"]["mean"].forward.__func__ is MeanMetric.forward
 
 
-def test_parameters_share_memory_and_nothing_else() -> None:
+def test_parameters_are_copies() -> None:
     model = LanguageModel()
     loss = BatchLoss(model)
     for name, parameter in model.named_parameters():
         _, mine = loss.parameter(name)
         assert mine is not parameter
-        assert mine.data_ptr() == parameter.data_ptr()
+        assert mine.data_ptr() != parameter.data_ptr()
+        assert torch.equal(mine, parameter)
     loss(batch()).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     loss.freeze()
@@ -95,14 +97,40 @@ def test_parameters_share_memory_and_nothing_else() -> None:
     assert loss(batch()).requires_grad
 
 
-def test_hooks_that_compute_weights_stay() -> None:
+def test_hooks_of_the_user_stay_and_mean_the_shadow() -> None:
     model = LanguageModel()
     with pytest.warns(FutureWarning, match="weight_norm"):
         torch.nn.utils.weight_norm(model.network.logits)
-    model.network.logits.register_forward_pre_hook(lambda *_: pytest.fail("the user's hook was called"))
-    loss = BatchLoss(model)
-    loss(batch()).backward()
+    seen: list[Tensor] = []
+
+    def halve(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        model.halved = True
+        seen.append(output)
+        return output / 2
+
+    model.network.logits.register_forward_hook(halve)
+    loss, data = BatchLoss(model), batch()
+    with loss.isolated():
+        value = loss(dict(data))
+        value.backward()
     assert loss.shadow.network.logits.weight_g.grad.any()
+    assert loss.shadow.halved
+    assert not hasattr(model, "halved")
+    assert seen == []
+    assert value.item() == pytest.approx(model.loss(data).item())
+
+
+def test_hooks_of_ours_do_not_see_the_shadow() -> None:
+    model, seen = LanguageModel(), []
+    reader = ActivationReader(lambda name, rows: seen.append(name))
+    reader.add("logits", model.network.logits)
+    reader.is_open = True
+    loss = BatchLoss(model)
+    with loss.isolated():
+        loss(batch())
+    assert seen == []
+    model.loss(batch())
+    assert seen == ["logits"]
 
 
 def test_tied_parameters_stay_tied() -> None:

@@ -1,0 +1,323 @@
+"""What a loss can reach, noted as it is and put back: tensors, containers, attributes, generators, in place."""
+
+import collections
+import functools
+import logging
+import random
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MANY = 10_000
+"""Entries of a container from which on it is taken for data, which a training step reads."""
+
+PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_MISSING = object()
+
+PutBack = Callable[[], bool]
+"""Puts one thing back as it was; tells whether it had been changed."""
+
+
+class Kept:
+    """All that can be reached from some roots, as it is now, to be put back after a loss was asked for.
+
+    Followed are containers, attributes, closures, defaults, partials, bound objects, and, through functions and classes
+    of the user's own, the globals that their code names. What a library keeps to itself is not.
+
+    Args:
+        roots: Where to begin: a shadow, a loss function, a batch.
+        originals: What each object of a copy was copied from, by the copy's id: the memory of the original does for a
+            tensor's, and a copy need not be put back in the end.
+        stops: Objects, by class, that are not followed.
+
+    Raises:
+        ValueError: If a Python iterator is among what is not a copy: it cannot be put back.
+    """
+
+    def __init__(
+        self, roots: Iterable[Any], originals: Mapping[int, Any] | None = None, stops: tuple[type, ...] = ()
+    ) -> None:
+        originals = originals or {}
+        self.generators: list[Any] = []
+        """Generators of random numbers, of copies too."""
+        self._outside: list[PutBack] = []
+        self._inside: list[PutBack] = []
+        self._changed: list[PutBack] | None = None
+        self._random: list[tuple[PutBack, bool]] = []
+        # It also keeps what was seen alive, so that no id means two things.
+        self._seen: dict[int, Any] = {}
+        left: list[Any] = list(roots)
+        while left:
+            part = left.pop()
+            if isinstance(part, PLAIN) or id(part) in self._seen or isinstance(part, stops) or _is_trainer(part):
+                continue
+            self._seen[id(part)] = part
+            if isinstance(part, GENERATORS):
+                self.generators.append(part)
+                self._random.append((_generator(part), id(part) in originals))
+                continue
+            if isinstance(part, collections.abc.Iterator) and id(part) not in originals and not hasattr(part, "read"):
+                raise ValueError(
+                    f"training_step must not draw from an iterator that a copy shares with training, got a "
+                    f"{type(part).__name__}: give loss_fn, which takes all it needs from the batch"
+                )
+            for put_back in _notes(part, originals):
+                (self._inside if id(part) in originals else self._outside).append(put_back)
+            left.extend(_children(part))
+
+    def random_state(self) -> list[Any]:
+        """The states of all generators that can be reached, to see whether a loss has drawn from one."""
+        return [_state(generator) for generator in self.generators]
+
+    def reset(self, anew: bool = False) -> None:
+        """Put all but generators back between two losses; from the second time on only what the first had changed.
+
+        ``anew`` puts all back and forgets what that was: the next loss may write something else.
+        """
+        if self._changed is None or anew:
+            changed = [put_back for put_back in (*self._inside, *self._outside) if put_back()]
+            self._changed = None if anew else changed
+        else:
+            for put_back in self._changed:
+                put_back()
+
+    def put_back(self) -> None:
+        """Put everything outside of copies back, generators included."""
+        for put_back in self._outside:
+            put_back()
+        for put_back, is_copy in self._random:
+            if not is_copy:
+                put_back()
+
+    def rewind(self) -> None:
+        """Let all generators begin again."""
+        for put_back, _ in self._random:
+            put_back()
+
+
+def _is_trainer(part: Any) -> bool:
+    return any(base.__name__ == "Trainer" for base in type(part).__mro__)
+
+
+def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
+    if isinstance(part, Tensor):
+        if (tensor := _tensor(part, originals.get(id(part)))) is not None:
+            yield tensor
+    elif isinstance(part, np.ndarray):
+        if part.dtype != object:
+            yield _array(part)
+    elif isinstance(part, type):
+        yield _class(part)
+    elif isinstance(part, types.CellType):
+        yield _cell(part)
+    elif isinstance(part, types.FunctionType):
+        if named := _globals(part):
+            yield _mapping(part.__globals__, named)
+    elif isinstance(part, (dict, list, set, collections.deque)):
+        if len(part) <= MANY:
+            yield _mapping(part) if isinstance(part, dict) else _collection(part)
+    elif isinstance(attributes := getattr(part, "__dict__", None), dict):
+        yield _mapping(attributes)
+
+
+def _children(part: Any) -> Iterable[Any]:
+    if isinstance(part, (Tensor, np.ndarray, logging.Logger)) or type(part).__module__ in ("_thread", "threading"):
+        return ()
+    if isinstance(part, Mapping):
+        return list(part.values()) if len(part) <= MANY else ()
+    if isinstance(part, (list, tuple, set, frozenset, collections.deque)):
+        return list(part) if len(part) <= MANY else ()
+    if isinstance(part, functools.partial):
+        return [part.func, *part.args, *part.keywords.values()]
+    if isinstance(part, types.MethodType):
+        return [part.__self__, part.__func__]
+    if isinstance(part, types.CellType):
+        return [content_of(part)]
+    if isinstance(part, types.FunctionType):
+        beside = [part.__defaults__ or (), part.__kwdefaults__ or {}, dict(part.__dict__)]
+        return [*(part.__closure__ or ()), *beside, *_globals(part).values(), *_of_modules(part)]
+    if isinstance(part, (staticmethod, classmethod)):
+        return [part.__func__]
+    if isinstance(part, property):
+        return [part.fget, part.fset]
+    if isinstance(part, type):
+        if not _is_users(part.__module__):
+            return ()
+        return [value for base in part.__mro__ if _is_users(base.__module__) for value in vars(base).values()]
+    slots = [getattr(part, name, None) for base in type(part).__mro__ for name in _slots(base)]
+    attributes = getattr(part, "__dict__", None)
+    held = list(attributes.values()) if isinstance(attributes, dict) else []
+    return [*held, *slots, type(part)]
+
+
+def _slots(base: type) -> tuple[str, ...]:
+    slots = vars(base).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+@functools.cache
+def _is_users(module: str) -> bool:
+    """Whether a module is neither Python's own nor installed, nor this package's."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__":
+        return True
+    if file is None or module.partition(".")[0] in ("lightning_spectral", "torch", "lightning", "pytorch_lightning"):
+        return False
+    paths = sysconfig.get_paths()
+    libraries = (paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"])
+    return not file.startswith(libraries) and "site-packages" not in file and "dist-packages" not in file
+
+
+def _globals(function: types.FunctionType) -> dict[str, Any]:
+    """What a user's function names of its module's globals."""
+    return {name: function.__globals__[name] for name in _names(function) if name in function.__globals__}
+
+
+def _of_modules(function: types.FunctionType) -> list[Any]:
+    """What it names of other modules of the user's."""
+    modules = [part for part in _globals(function).values() if isinstance(part, types.ModuleType)]
+    names = _names(function)
+    return [vars(part)[name] for part in modules if _is_users(part.__name__) for name in names if name in vars(part)]
+
+
+def _names(function: types.FunctionType) -> set[str]:
+    names: set[str] = set()
+    codes = [function.__code__] if _is_users(function.__module__ or "") else []
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
+    return names
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What a closure's cell holds; None while it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _tensor(tensor: Tensor, original: Any) -> PutBack | None:
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_meta
+        or tensor.is_nested
+        or isinstance(tensor, nn.UninitializedParameter)
+    ):
+        return None
+    is_twin = isinstance(original, Tensor) and original.shape == tensor.shape
+    kept = original.detach() if is_twin else tensor.detach().clone()
+
+    @torch.no_grad()
+    def put_back() -> bool:
+        now = tensor.detach()
+        if now.shape != kept.shape or torch.equal(now, kept):
+            return False
+        now.copy_(kept)
+        return True
+
+    return put_back
+
+
+def _array(array: np.ndarray) -> PutBack:
+    kept = array.copy()
+
+    def put_back() -> bool:
+        if np.array_equal(array, kept):
+            return False
+        np.copyto(array, kept)
+        return True
+
+    return put_back
+
+
+def _mapping(mapping: dict[Any, Any], named: Mapping[Any, Any] | None = None) -> PutBack:
+    kept = dict(mapping) if named is None else dict(named)
+
+    def put_back() -> bool:
+        is_same = all(mapping.get(key, _MISSING) is value for key, value in kept.items())
+        if is_same and (named is not None or len(mapping) == len(kept)):
+            return False
+        if named is None:
+            mapping.clear()
+        mapping.update(kept)
+        return True
+
+    return put_back
+
+
+def _collection(collection: Any) -> PutBack:
+    kept = list(collection)
+
+    def put_back() -> bool:
+        now = list(collection)
+        if len(now) == len(kept) and all(map(_is, now, kept)):
+            return False
+        collection.clear()
+        (collection.update if isinstance(collection, set) else collection.extend)(kept)
+        return True
+
+    return put_back
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _class(cls: type) -> PutBack:
+    kept = dict(vars(cls)) if _is_users(cls.__module__) else {}
+
+    def put_back() -> bool:
+        changed = [name for name, value in kept.items() if vars(cls).get(name, _MISSING) is not value]
+        for name in changed:
+            setattr(cls, name, kept[name])
+        return bool(changed)
+
+    return put_back
+
+
+def _cell(cell: types.CellType) -> PutBack:
+    kept = content_of(cell)
+
+    def put_back() -> bool:
+        if content_of(cell) is kept:
+            return False
+        cell.cell_contents = kept
+        return True
+
+    return put_back
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().tolist()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    return repr(generator.get_state(legacy=False))
+
+
+def _generator(generator: Any) -> PutBack:
+    state: Any
+    put: Callable[[Any], Any]
+    if isinstance(generator, random.Random):
+        state, put = generator.getstate(), generator.setstate
+    elif isinstance(generator, np.random.Generator):
+        state, put = generator.bit_generator.state, functools.partial(setattr, generator.bit_generator, "state")
+    else:
+        state, put = generator.get_state(), generator.set_state
+
+    def put_back() -> bool:
+        put(state)
+        return True
+
+    return put_back
