@@ -38,8 +38,8 @@ class BackwardReader:
         self._completed: set[str] = set()
         self._gradients: dict[str, Tensor] = {}
         self._batch_handles: list[RemovableHandle] = []
-        self.passes: set[int] = set()
-        """Backward passes of the batch that were read, by autograd's number."""
+        self.passes: dict[str, set[int]] = {}
+        """Backward passes of the batch that were read, by name of the parameter and autograd's number."""
 
     def add(self, name: str, parameter: nn.Parameter, root: nn.Module) -> None:
         """Watch one more parameter of the tree, or another one of that name, that can be read (:func:`why_unreadable`).
@@ -176,7 +176,7 @@ class BackwardReader:
         def read(grad: Tensor) -> None:
             if name in rows.final:
                 return
-            self.passes.add(torch._C._current_graph_task_id())
+            self.passes.setdefault(name, set()).add(torch._C._current_graph_task_id())
             if name in self._completed:
                 self._in_parts.add(name)
                 rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"

@@ -139,8 +139,9 @@ class BackwardGradients(GradientMeasurement):
             assert rows is not None
             if not (rows.seen or rows.failures or self._had_backward):
                 return  # a training step that gave no loss
-            if len(self._reader.passes) > 1 and not self._had_backward:
-                rows.failures |= dict.fromkeys(self.parameters, OWN_PASSES)
+            if not self._had_backward:
+                several = [name for name, passes in self._reader.passes.items() if len(passes) > 1]
+                rows.failures |= dict.fromkeys(several, OWN_PASSES)
             unseen = {name: NO_GRADIENT for name in self.parameters if name not in rows.seen}
             self._failures |= unseen | rows.failures
             self._store.commit()

@@ -1,0 +1,286 @@
+"""GradientSpectrum asks whether its samples' losses make up the loss of training; where they do not it says so."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanAbsoluteError
+
+from lightning_spectral import GradientSpectrum
+from tests.models import tiny_trainer
+
+WIDTH, BATCH = 8, 16
+METHODS = pytest.mark.parametrize("method", ["vmap", "loop", "hooks"])
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.norms: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc(x).tanh())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), batch[1])
+
+    def on_after_backward(self) -> None:
+        self.norms.append(float(self.fc.weight.grad.norm()))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class TokenMean(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        losses = (self(batch[0]) - batch[1]).square().mean(-1)
+        return (losses * batch[2]).sum() / batch[2].sum()
+
+
+class Dropping(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.dropout(self.fc(x + 0.1 * torch.randn_like(x)).tanh(), 0.3, self.training))
+
+
+class Annealed(Net):
+    """Its hook moves what its loss depends on, before each step."""
+
+    factor = 1.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.factor *= 0.5
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.factor * super().training_step(batch, batch_idx)
+
+
+class Contrastive(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]) @ batch[1].mT, torch.arange(len(batch[0])))
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x).unsqueeze(-1).expand(-1, -1, 2) * torch.tensor([1.0, 2.0])).sum(-1)
+
+
+class TimeFirst(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc(x).cumsum(0).tanh())
+
+
+class MetricTerm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mae = MeanAbsoluteError()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        y = self(batch[0])
+        return F.mse_loss(y, batch[1]) + 5 * self.mae(y, batch[1])
+
+
+def fit(folder: Path, model: Net, *callbacks: Any, steps: int = 1, **kwargs: Any) -> Trainer:
+    trainer = tiny_trainer(folder, max_steps=steps, callbacks=list(callbacks), **kwargs)
+    torch.manual_seed(1)
+    data = torch.randn(64, WIDTH), torch.randn(64, 4), (torch.arange(64.0) % BATCH) + 1
+    trainer.fit(model, DataLoader(TensorDataset(*data), BATCH))
+    return trainer
+
+
+class Kept(GradientSpectrum):
+    """Keeps its reports."""
+
+    def __init__(self, every_n_steps: int = 1, **kwargs: Any) -> None:
+        common = {"num_samples": BATCH, "head": (1, 3), "num_groups": 2, "tail": (2, 6)}
+        super().__init__("fc.weight", every_n_steps, **common | kwargs)
+        self.reports: list[Any] = []
+
+    def measured(self, report: Any) -> dict[str, float]:
+        self.reports.append(report)
+        return super().measured(report)
+
+
+def ratio(trainer: Trainer) -> float:
+    return float(trainer.callback_metrics["gradient/sample_weights_ratio"])
+
+
+def norm(trainer: Trainer) -> float:
+    return float(trainer.callback_metrics["gradient/fc.weight/grad_norm"])
+
+
+@METHODS
+@pytest.mark.parametrize(("make", "expected"), [(Net, 1), (TokenMean, BATCH), (Dropping, 1), (Annealed, 1)])
+def test_means_pass_with_their_weights(tmp_path: Path, make: type[Net], expected: float, method: Any) -> None:
+    torch.manual_seed(0)
+    spectrum = Kept(method=method)
+    trainer = fit(tmp_path, make(), spectrum, accumulate_grad_batches=2)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+    assert ratio(trainer) == pytest.approx(expected, rel=1e-2)
+    assert norm(trainer) > 0
+
+
+@METHODS
+@pytest.mark.parametrize("make", [Contrastive, Normed, TimeFirst])
+def test_losses_between_samples_are_nan_with_the_reason(tmp_path: Path, make: type[Net], method: Any) -> None:
+    torch.manual_seed(0)
+    reason = "the loss is no mean of samples' losses|a batch of one|vmap"
+    spectrum = Kept(method=method if make is not Normed or method == "hooks" else "loop")
+    with pytest.warns(UserWarning, match=reason) as caught:
+        trainer = fit(tmp_path, make(), spectrum, steps=2)
+    assert math.isnan(norm(trainer))
+    assert math.isnan(ratio(trainer))
+    assert trainer.callback_metrics["gradient/failed"] == 2
+    # The second report is not checked, and not believed either.
+    assert sum("NaN, because" in str(warning.message) for warning in caught) == 1
+
+
+def test_it_may_be_a_warning_or_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="logs numbers that may mean nothing: the loss is no mean") as caught:
+        trainer = fit(tmp_path, TimeFirst(), Kept(check="warn"), steps=2)
+    assert norm(trainer) > 0
+    assert len([warning for warning in caught if "may mean nothing" in str(warning.message)]) == 1
+    spectrum = Kept(check="off")
+    assert norm(fit(tmp_path, TimeFirst(), spectrum)) > 0
+    assert spectrum.reports[0].checked == ""
+
+
+@METHODS
+def test_a_loss_that_a_copy_cannot_have_is_refused(tmp_path: Path, method: Any) -> None:
+    class OnlyHere(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            # What stands for the Trainer has no callbacks.
+            return super().training_step(batch, batch_idx) * len(self.trainer.callbacks)
+
+    with pytest.warns(
+        UserWarning, match=r"training_step gave [\d.e-]+ for a batch and [\d.e-]+ on a copy of the module"
+    ):
+        trainer = fit(tmp_path, OnlyHere(), Kept(method=method))
+    assert math.isnan(norm(trainer))
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+@pytest.mark.filterwarnings("ignore:.*method='auto' loops over samples")
+def test_a_metric_may_be_a_term(tmp_path: Path, method: Any) -> None:
+    torch.manual_seed(0)
+    model = MetricTerm()
+    trainer = fit(tmp_path, model, Kept(method=method, every_n_steps=1), steps=1)
+    assert norm(trainer) > 0
+    assert model.mae.update_count == 1
+    if method == "hooks":
+        assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
+
+
+@METHODS
+def test_it_is_made_at_the_first_report_and_every_tenth(
+    tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_spectral.measurement import gradients
+
+    steps, check = [], gradients.check_span
+
+    def count(*args: Any) -> Any:
+        steps.append(trainer[0].global_step)
+        return check(*args)
+
+    monkeypatch.setattr(gradients, "check_span", count)
+    model = Net()
+    trainer: list[Any] = [None]
+    model.on_train_start = lambda: trainer.__setitem__(0, model.trainer)
+    fit(tmp_path, model, Kept(every_n_steps=2, method=method), steps=44)
+    assert steps == [2, 22, 42]
+
+
+@METHODS
+def test_training_step_is_told_the_index_of_its_batch(tmp_path: Path, method: Any) -> None:
+    class Indexed(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (1 + batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    model = Indexed()
+    trainer = fit(tmp_path, model, Kept(every_n_steps=4, method=method), steps=4)
+    assert norm(trainer) == pytest.approx(model.norms[3], rel=1e-5)
+
+
+def test_rows_by_hooks_are_of_the_first_evaluation_of_a_closure(tmp_path: Path) -> None:
+    class Closures(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    model, spectrum = Closures(), Kept(method="hooks")
+    trainer = fit(tmp_path, model, spectrum)
+    assert len(model.norms) > 2
+    assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+
+
+class Adversaries(Net):
+    """Two networks, one after the other trained on losses that pass through both."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = nn.Linear(4, 1)
+        self.by_hand = by_hand
+        self.grads: dict[str, float] = {}
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        maker, judge = self.optimizers()
+        for name, optimizer, sign in (("fc.weight", maker, 1), ("judge.weight", judge, -1)):
+            optimizer.zero_grad()
+            loss = F.softplus(sign * self.judge(self(batch[0]))).mean()
+            loss.backward() if self.by_hand else self.manual_backward(loss)
+            self.grads[name] = float(self.get_parameter(name).grad.norm())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        makers = [*self.fc.parameters(), *self.out.parameters()]
+        return torch.optim.SGD(makers, 0.1), torch.optim.SGD(self.judge.parameters(), 0.1)
+
+
+def adversaries() -> GradientSpectrum:
+    names = ["fc.weight", "judge.weight"]
+    return GradientSpectrum(names, 2, num_samples=BATCH, method="hooks", head=(1, 3), tail=(1, 3), num_groups=2)
+
+
+def test_rows_by_hooks_are_of_each_optimizers_own_pass(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Adversaries(by_hand=False)
+    trainer = fit(tmp_path, model, adversaries(), steps=2)
+    for name, expected in model.grads.items():
+        assert float(trainer.callback_metrics[f"gradient/{name}/grad_norm"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_passes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="training_step calls backward several times itself"):
+        trainer = fit(tmp_path, Adversaries(by_hand=True), adversaries(), steps=2)
+    assert math.isnan(trainer.callback_metrics["gradient/judge.weight/grad_norm"])
+    # Here the first pass was its own.
+    assert norm(trainer) > 0
+
+
+def test_validation_is_checked_too(tmp_path: Path) -> None:
+    class Validated(TimeFirst):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    torch.manual_seed(0)
+    trainer = tiny_trainer(tmp_path, callbacks=[Kept(stage="validate")])
+    data = TensorDataset(torch.randn(32, WIDTH), torch.randn(32, 4))
+    with pytest.warns(UserWarning, match="the loss is no mean of samples' losses"):
+        trainer.validate(Validated(), DataLoader(data, BATCH), verbose=False)
+    assert math.isnan(norm(trainer))
