@@ -9,6 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
 from lightning_spectral.capture.batch import cut, num_samples, take
@@ -59,7 +60,7 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
 
     in_dims = (None, None, *axes)
     # The fused attention kernels have no rule for vmap.
-    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH):
+    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH), _NoAssignedData():
         of_one = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")
         try:
             gradients, values = of_one(chosen, buffers, *tensors)
@@ -84,6 +85,15 @@ def _parameters_kept(loss: BatchLoss) -> Iterator[None]:
     finally:
         for table, tensors in held:
             table.update(tensors)
+
+
+class _NoAssignedData(TorchFunctionMode):
+    """Raises where ``tensor.data = other`` would end the process: under torch.func it is a segmentation fault."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__":
+            raise RuntimeError("tensor.data = other, in training_step, is nothing that torch.func can follow")
+        return func(*args, **(kwargs or {}))
 
 
 def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
