@@ -1,0 +1,94 @@
+"""What can be reached from a loss is put back as it was; what a copy holds for its own is not looked at in the end."""
+
+import copy
+import functools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_spectral.capture.kept import Kept
+
+counts = {"calls": 0}
+generator = torch.Generator()
+number = 0
+
+
+class Loss:
+    """Holds what a loss may hold."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        self.weight, self.table, self.names = torch.zeros(3), np.zeros(3), ["a"]
+        self.dice, self.bits, self.old_bits = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
+
+    def compute(self, module: Any, batch: Any, *, cache: dict[str, Tensor]) -> None:
+        global number
+        number += 1
+        counts["calls"] += 1
+        type(self).calls += 1
+        self.weight.data.add_(1)
+        self.table += 1
+        self.names.append("b")
+        self.latest = batch
+        cache["batch"] = batch
+        self.dice.random(), self.bits.random(), self.old_bits.rand()
+        torch.rand(1, generator=generator)
+
+
+def state(loss: Loss, cache: dict[str, Tensor]) -> list[Any]:
+    generators = [loss.dice.getstate(), str(loss.bits.bit_generator.state), str(loss.old_bits.get_state())]
+    held = [loss.weight.tolist(), loss.table.tolist(), list(loss.names), sorted(vars(loss)), dict(cache)]
+    return [number, dict(counts), Loss.calls, generator.get_state().tolist(), *generators, *held]
+
+
+def test_all_that_a_loss_reaches_is_put_back() -> None:
+    loss, cache = Loss(), {}
+    bound = functools.partial(loss.compute, cache=cache)
+    before = state(loss, cache)
+    kept = Kept([bound])
+    for _ in range(2):
+        bound(None, torch.ones(1))
+        assert state(loss, cache) != before
+        kept.put_back()
+        assert state(loss, cache) == before
+
+
+def test_between_two_losses_generators_go_on() -> None:
+    loss, cache = Loss(), {}
+    bound = functools.partial(loss.compute, cache=cache)
+    kept = Kept([bound])
+    drawn = kept.random_state()
+    for _ in range(3):
+        bound(None, torch.ones(1))
+        kept.reset()
+        assert loss.weight.tolist() == [0, 0, 0]
+        assert loss.names == ["a"]
+        assert counts["calls"] == 0
+        assert kept.random_state() != drawn
+        drawn = kept.random_state()
+    kept.put_back()
+    assert kept.random_state() == Kept([bound]).random_state() != drawn
+
+
+def test_a_copy_begins_again_from_its_original() -> None:
+    module = nn.BatchNorm1d(2)
+    memo: dict[int, Any] = {}
+    shadow = copy.deepcopy(module, memo)
+    originals = {id(memo[id(part)]): part for part in memo[id(memo)]}
+    kept = Kept([shadow], originals)
+    shadow(torch.randn(4, 2))
+    shadow.register_buffer("queue", torch.ones(1))
+    kept.reset()
+    assert all(map(torch.equal, shadow.buffers(), module.buffers()))
+    assert not hasattr(shadow, "queue")
+
+
+def test_iterators_are_refused() -> None:
+    drawn = iter(range(3))
+    with pytest.raises(ValueError, match=r"training_step must not draw from an iterator .* got a range_iterator"):
+        Kept([lambda: next(drawn)])
