@@ -197,5 +197,6 @@ def loss_at(run: Run, tokens: float) -> float:
     """
     entries, losses = run.history.with_loss()
     at = run.history.tokens[entries]
+    at, losses = at[at > 0], losses[at > 0]  # before the first token there is no logarithm
     inside = len(at) and at[0] * (1 - 1e-12) <= tokens <= at[-1] * (1 + 1e-12)
     return float(np.interp(log(tokens), np.log(at), losses)) if inside else nan
