@@ -46,10 +46,11 @@ def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table
 def console() -> Console:
     """Where tables go: a console as wide as the terminal.
 
-    It has 120 columns for a log file, which has no width of its own, and where a number cut off says nothing.
+    It has 120 columns for a log file, which has no width of its own, and where a number cut off says nothing. Names and
+    paths are shown as they are: brackets in them are no markup, ``:x:`` is no picture.
     """
     found = Console()
-    return Console(width=found.width if found.is_terminal else 120, highlight=False)
+    return Console(width=found.width if found.is_terminal else 120, highlight=False, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)

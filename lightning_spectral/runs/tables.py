@@ -5,6 +5,7 @@ from math import isnan, nan
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
@@ -34,7 +35,7 @@ def print_comparison(comparison: Comparison) -> None:
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
     for key, reason in comparison.left_out.items():
         out.print(f"without {key.kind} {key.name}, in {reason}")
-    out.print(f"[bold]verdict[/bold]  {comparison.verdict.text}")
+    out.print(Text.assemble(("verdict", "bold"), f"  {comparison.verdict.text}"))
     out.print(f"rule     {comparison.verdict.rule}", style="dim")
 
 
@@ -52,9 +53,14 @@ def _gain_cells(gain: Gain) -> Iterator[str]:
     ]
     digits = 1 if gain.quantity == "seconds" else 0
     yield from (show_number(number, digits) for number in (gain.base, gain.variant))
-    yield f"{'* ' if gain.is_detected else ''}{gain.gain:+.1%}"
+    yield f"{'* ' if gain.is_detected else ''}{_signed(gain.gain, '.1%')}"
     yield "-" if isnan(gain.low) else f"{gain.low:+.1%} .. {gain.high:+.1%}"
-    yield "-" if isnan(gain.run_floor) else f"{gain.run_floor:+.1%}"
+    yield _signed(gain.run_floor, ".1%")
+
+
+def _signed(number: float, form: str) -> str:
+    """A number with its sign; a dash for NaN."""
+    return "-" if isnan(number) else f"{number:+{form}}"
 
 
 def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
@@ -65,7 +71,7 @@ def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
         name = shift.name.removesuffix(".weight") or "mean over all"
         label, digits = QUANTITIES[shift.quantity]
         interval = "-" if isnan(shift.low) else f"{shift.low:+.{digits}f} .. {shift.high:+.{digits}f}"
-        moved = f"{shift.shift:.{digits}f}" if shift.quantity == "js" else f"{shift.shift:+.{digits}f}"
+        moved = f"{shift.shift:.{digits}f}" if shift.quantity == "js" else _signed(shift.shift, f".{digits}f")
         table.add_row(
             "" if name == before else name,
             label,
@@ -166,8 +172,7 @@ def _predictors(point: Point) -> Table:
         error = "-" if isnan(predictor.median_error) else f"{predictor.median_error:.0%}"
         if 0 < predictor.num_forecasts < len(predictor.forecasts):
             error += f" ({predictor.num_forecasts} of {len(predictor.forecasts)})"
-        signed = ("-" if isnan(x) else f"{x:+.2f}" for x in (predictor.rho, predictor.partial_rho, predictor.skill))
-        rho, partial, skill = signed
+        rho, partial, skill = (_signed(x, ".2f") for x in (predictor.rho, predictor.partial_rho, predictor.skill))
         table.add_row(predictor.name, rho, interval, partial, skill, error)
     return table
 
@@ -180,7 +185,7 @@ def _layers(family: FamilyForecast) -> Table:
     )
     for layer in family.points[0].by_layer:
         for point in family.points:
-            cells = (f"{rho:+.2f}" if not isnan(rho) else "-" for rho in point.by_layer[layer].values())
+            cells = (_signed(rho, ".2f") for rho in point.by_layer[layer].values())
             table.add_row(layer if point is family.points[0] else "", f"{point.tokens:,.0f}", *cells)
     return table
 

@@ -1,0 +1,267 @@
+"""Tables of runs and comparisons, cell by cell, as somebody reads them; and what a path may hold without harm."""
+
+import json
+import re
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_spectral import Run, compare
+from lightning_spectral.runs import Comparison, FamilyForecast, Gain, Shift
+from lightning_spectral.runs.forecasting import Point, Predictor
+from lightning_spectral.runs.kinds import Key
+from lightning_spectral.runs.spread import spread
+from lightning_spectral.runs.tables import evolution, print_comparison, print_forecast, print_run
+from lightning_spectral.runs.verdict import Verdict
+from tests.runs.made_up import LAYER, made_up
+
+Printed = pytest.CaptureFixture[str]
+
+
+def rows_of(printed: str) -> list[list[str]]:
+    """Cells of each line: those of a table stand two or more spaces apart."""
+    return [re.split(r" {2,}", line.strip()) for line in printed.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    base, variant = ([made_up(tmp_path / f"{side}{n}", 100 + n, 1) for n in range(2)] for side in "bv")
+    return compare(base, variant, at_loss=1.0)
+
+
+def gain(quantity: str = "tokens", **changes) -> Gain:
+    known = Gain(quantity, 2e6, 1234567.0, 0.62, 0.5, 0.75, 0.08, True)
+    return known._replace(**changes)
+
+
+def shift(quantity: str = "rankme", name: str = "b.0.weight", **changes) -> Shift:
+    known = Shift("activation", name, quantity, 1234.5, 1200.0, -34.5, -40.0, -29.0, 2.0, 5.5, True)
+    return known._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (
+            gain(),
+            ["tokens to the loss", "2,000,000", "1,234,567", "* +62.0%", "+50.0% .. +75.0%", "+8.0%"],
+        ),
+        (
+            gain("throughput", base=10.4, variant=9.6, gain=-0.08, low=-0.2, high=0.05, run_floor=-0.1, is_detected=0),
+            ["tokens a second", "10", "10", "-8.0%", "-20.0% .. +5.0%", "-10.0%"],
+        ),
+        (
+            gain("seconds", base=1234.56, variant=0.04, low=nan, high=nan, run_floor=nan, is_detected=False),
+            ["seconds to the loss", "1,234.6", "0.0", "+62.0%", "-", "-"],
+        ),
+        (
+            gain("throughput", base=nan, variant=nan, gain=nan, low=nan, high=nan, run_floor=nan, is_detected=False),
+            ["tokens a second", "-", "-", "-", "-", "-"],
+        ),
+    ],
+    ids=["detected", "within", "no floor", "not known"],
+)
+def test_a_gain_is_a_line(comparison: Comparison, capsys: Printed, row: Gain, cells: list[str]) -> None:
+    print_comparison(comparison._replace(gains={row.quantity: row}, shifts=[]))
+    assert cells in rows_of(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (shift(), ["b.0", "RankMe", "1,234.5", "1,200.0", "* -34.5", "-40.0 .. -29.0", "2.0", "5.5"]),
+        (
+            shift("alpha_tail", "c", base=1.0, variant=1.25, shift=0.25, low=nan, run_floor=nan, is_detected=False),
+            ["c", "alpha_tail", "1.000", "1.250", "+0.250", "-", "2.000", "-"],
+        ),
+        (
+            shift("alpha_head", "c", base=nan, variant=nan, shift=nan, low=nan, run_floor=nan, is_detected=False),
+            ["c", "alpha_head", "-", "-", "-", "-", "2.000", "-"],
+        ),
+        (
+            shift("js", "", base=nan, variant=nan, shift=0.012, low=nan, high=nan, sampling_floor=0.001, run_floor=0.0),
+            ["mean over all", "JS", "-", "-", "* 0.01200", "-", "0.00100", "0.00000"],
+        ),
+    ],
+    ids=["detected", "no floor", "not known", "mean"],
+)
+def test_a_shift_is_a_line(comparison: Comparison, capsys: Printed, row: Shift, cells: list[str]) -> None:
+    print_comparison(comparison._replace(shifts=[row]))
+    assert cells in rows_of(capsys.readouterr().out)
+
+
+def test_a_name_stands_in_the_first_of_its_lines_and_each_kind_has_a_table(
+    comparison: Comparison, capsys: Printed
+) -> None:
+    shifts = [shift(name=""), shift(name="b.0"), shift("alpha_tail", "b.0"), shift(name="c"), shift(kind="gradient")]
+    print_comparison(comparison._replace(shifts=shifts))
+    printed = capsys.readouterr().out
+    shown = [row[0] for row in rows_of(printed) if "RankMe" in row or "alpha_tail" in row]
+    assert shown == ["mean over all", "b.0", "alpha_tail", "c", "b.0"]
+    for kind in ("activation", "gradient"):
+        assert printed.count(f"{kind} spectra at the matched loss (* beyond its floors)") == 1
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "said"), [(1, "1 run of F"), (3, "3 runs of F"), (4, "4 runs of F")], ids=["one", "three", "more"]
+)
+def test_sides_are_introduced(comparison: Comparison, capsys: Printed, num_runs: int, said: str) -> None:
+    run = comparison.base[0]
+    print_comparison(comparison._replace(base=[run] * num_runs))
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"base {said}: {run.path}" in words
+    assert words.partition("variant")[0].count(str(run.path)) == min(num_runs, 3)
+    assert (", ... variant" in words) == (num_runs > 3)
+    assert "matched at val_loss 1.0000" in words
+
+
+def test_brackets_and_colons_are_shown_as_they_are(comparison: Comparison, capsys: Printed) -> None:
+    """What rich takes for markup comes up in names, paths and messages, where a closing tag would end the program."""
+    odd = "m[bold].x[/b] :warning:"
+    left_out = {Key("js", "activation", odd): f"{odd}: no values"}
+    verdict = Verdict("none", "", f"nothing in {odd}")
+    print_comparison(comparison._replace(shifts=[shift(name=odd)], left_out=left_out, verdict=verdict))
+    printed = capsys.readouterr().out
+    assert f"without activation {odd}, in {odd}: no values" in printed
+    assert [odd, "RankMe"] in [row[:2] for row in rows_of(printed)]
+    assert f"verdict  nothing in {odd}" in printed
+
+
+def test_what_is_said_of_a_run_is_shown_as_it_is(tmp_path: Path, capsys: Printed) -> None:
+    folder = made_up(tmp_path / "[red]", 100, 1, family="F[a]", layer="m[b].c")
+    about = folder / "spectra" / "run.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"tags": {"warmup": "[/b]", "lr": 0.1}}))
+    print_run(Run(folder), ["activation"])
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "[red]  F[a]  warmup=[/b]  lr=0.1" in printed
+    assert " m[b].c " in printed
+
+
+def test_a_run_is_shown_with_its_losses_and_a_few_reports(tmp_path: Path, capsys: Printed) -> None:
+    folder = made_up(tmp_path / "a", 1e6, 4000.0, exponent=1.5, stage="train")
+    first = folder / "spectra" / "activation-validate-000000100.npz"
+    for step in range(110, 190, 10):
+        (first.with_name(f"activation-validate-{step:09d}.npz")).write_bytes(first.read_bytes())
+    run = Run(folder)
+    print_run(run, ["activation"])
+    rows = rows_of(capsys.readouterr().out)
+    assert ["val_loss 2.0000 to 0.5000 (lowest 0.5000) over 600 steps, 2,000,000 tokens, 8,000.0 s"] in rows
+    assert ["activation spectra, train"] in rows
+    assert ["activation", "step", "tokens", "alpha_tail", "alpha_head", "RankMe"] in rows
+    shown = [row for row in rows if any(cell.startswith("1.500 +/- ") for cell in row)]
+    assert [row[-5].replace(",", "") for row in shown] == [str(step) for step in spread(run.steps("activation"))]
+    assert [row[0] for row in shown][:1] == [LAYER]
+    assert {len(row) for row in shown[1:]} == {5}  # the name is not repeated
+    assert shown[0][2] == "250,000"
+
+
+def test_a_run_without_losses_says_nothing_of_them(tmp_path: Path, capsys: Printed) -> None:
+    folder = made_up(tmp_path / "a", 100, 1)
+    (folder / "spectra" / "history.csv").write_text("")
+    print_run(Run(folder), [])
+    assert "loss " not in capsys.readouterr().out
+
+
+def test_evolution_gives_the_numbers_of_the_spectra(tmp_path: Path) -> None:
+    run = Run(made_up(tmp_path / "a", 100, 1, head=[2, 9], tail=[0.25, 0.5]))
+    rows = list(evolution(run, "activation", [200, 500]))
+    assert [(row["kind"], row["name"], row["step"], row["tokens"]) for row in rows] == [
+        ("activation", LAYER, 200, 50.0),
+        ("activation", LAYER, 500, 150.0),
+    ]
+    for row in rows:
+        spectrum = run.spectrum("activation", LAYER, row["step"])
+        tail = spectrum.exponent((0.25, 0.5))
+        assert (row["alpha_tail"], row["alpha_tail_stderr"]) == (tail.value, tail.stderr)
+        assert row["alpha_head"] == spectrum.exponent((2, 9)).value
+        assert row["rankme"] == spectrum.rankme().value
+        assert np.isnan(row["overlap"])  # no eigenvectors were kept
+
+
+def test_overlap_is_that_with_the_first_report(tmp_path: Path, capsys: Printed) -> None:
+    """A plane that turns about one of its two axes keeps half of it, and the cosine squared of the rest."""
+    folder = made_up(tmp_path / "a", 100, 1, rank=2)
+    for index, path in enumerate(sorted((folder / "spectra").glob("*.npz"))):
+        basis = np.zeros((32, 2))
+        basis[0, 0] = 1
+        basis[1, 1], basis[2, 1] = np.cos(0.2 * index), np.sin(0.2 * index)
+        np.savez(path, **(dict(np.load(path)) | {f"activation/{LAYER}/vectors": basis}))
+    run = Run(folder)
+    found = [row["overlap"] for row in evolution(run, "activation", run.steps("activation"))]
+    expected = (1 + np.cos(0.2 * np.arange(6)) ** 2) / 2
+    assert found == pytest.approx(expected)
+    print_run(run, ["activation"])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[-1] for row in rows if row[-1].startswith(("0.", "1."))][-6:] == [f"{one:.3f}" for one in expected]
+
+
+def predictor(name: str, error: float, **changes) -> Predictor:
+    return Predictor(name, 0.9, 0.5, 0.99, 0.8, -0.25, error, 5, [None] * 5)._replace(**changes)
+
+
+def family(runs: list[Run], *predictors: Predictor, **changes) -> FamilyForecast:
+    by_layer = {LAYER: {"0.125-0.5": 0.5, "0.25-0.5": nan}}
+    points = [Point(tokens, 0.25, list(predictors), by_layer) for tokens in (1234.0, 5678.0)]
+    known = FamilyForecast("F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {})
+    return known._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (predictor("alpha_tail", 0.126), ["alpha_tail", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "13%"]),
+        (
+            predictor("x", nan, rho=nan, low=nan, high=nan, partial_rho=nan, skill=nan, num_forecasts=0),
+            ["x", "-", "-", "-", "-", "-"],
+        ),
+        (predictor("x", inf, num_forecasts=3), ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "inf% (3 of 5)"]),
+    ],
+    ids=["known", "not known", "some"],
+)
+def test_a_predictor_is_a_line(capsys: Printed, row: Predictor, cells: list[str]) -> None:
+    print_forecast(family([], row))
+    rows = rows_of(capsys.readouterr().out)
+    assert rows.count(cells) == 2
+    assert ["at 1,234 tokens, 25% of the fastest run"] in rows
+    assert [LAYER, "1,234", "+0.50", "-"] in rows
+    assert ["5,678", "+0.50", "-"] in rows
+
+
+def test_a_forecast_says_what_it_is_of_and_what_was_passed_over(capsys: Printed) -> None:
+    print_forecast(family([None] * 3, predictor("alpha_tail", 0.1), skipped={"logs/[a]": "never came down to 1"}))
+    printed = capsys.readouterr().out
+    assert printed.startswith("F: 3 runs took 1,500 to 98,765 tokens; tail of gpt.blocks.3, band 0.125 to 0.5\n")
+    assert "without logs/[a], which never came down to 1\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("others", "conclusion"),
+    [
+        ({"RankMe": 0.2}, "errs by 10%, not beaten by any other"),
+        ({"RankMe": 0.096, "early loss": nan}, "errs by 10%, not beaten by any other"),  # half a percent is nothing
+        ({"RankMe": 0.09, "early loss": 0.05}, "errs by 10%, beaten by RankMe, early loss"),
+    ],
+    ids=["best", "hardly beaten", "beaten"],
+)
+def test_the_conclusion_is_by_the_median_error(capsys: Printed, others: dict[str, float], conclusion: str) -> None:
+    rest = [predictor(name, error) for name, error in others.items()]
+    print_forecast(family([], predictor("alpha_tail", 0.1), *rest))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"at {tokens} tokens the tail {conclusion}" for tokens in ("1,234", "5,678")]
+
+
+def test_without_an_error_of_the_tail_there_is_no_conclusion(capsys: Printed) -> None:
+    print_forecast(family([], predictor("alpha_tail", nan), predictor("RankMe", 0.1)))
+    assert "errs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 6, 7, 11, 40, 1000])
+def test_a_few_of_many_are_spread_evenly(num: int) -> None:
+    found = spread(range(num))
+    assert found == sorted(set(found))
+    assert len(found) == min(num, 6)
+    if num:
+        assert (found[0], found[-1]) == (0, num - 1)
+        assert np.ptp(np.diff(found)) <= 1 if num > 1 else True
