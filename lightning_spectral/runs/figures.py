@@ -10,7 +10,6 @@ import torch
 
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, forecast_tokens
-from lightning_spectral.functional.powerlaw import resolve_band
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
@@ -64,12 +63,13 @@ def comparison_figure(comparison: Comparison) -> "Figure":
     sides = {"base": comparison.base, "variant": comparison.variant}
     _draw_losses(by_tokens, sides, comparison, "tokens")
     _draw_losses(by_seconds, sides, comparison, "seconds")
+    # Of the first kind the last that was compared: one that was left out has no shift.
     kind = next((shift.kind for shift in comparison.shifts), None)
     if kind is None:
         spectra.set_visible(False)
         drift.set_visible(False)
     else:
-        name = comparison.base[0].names(kind)[-1]
+        name = [shift.name for shift in comparison.shifts if shift.kind == kind][-1]
         _draw_matched_spectra(spectra, sides, comparison, kind, name)
         _draw_drift(drift, sides, kind, name)
     figure.suptitle(comparison.verdict.text, fontsize="medium")
@@ -131,8 +131,10 @@ def _draw_matched_spectra(
     axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: Comparison, kind: str, name: str
 ) -> None:
     spectrum = comparison.base[0].at_loss(comparison.loss).spectrum(kind, name)
-    first, last = resolve_band(bands_of(comparison.base[0], kind)["head"], len(spectrum.values))
-    axes.axvspan(first, last, color="black", alpha=0.07, lw=0, label=f"head, ranks {first} to {last}")
+    ranks = spectrum.exponent(bands_of(comparison.base[0], kind)["head"]).band
+    if ranks is not None:  # the default head may lie beyond a narrow spectrum
+        first, last = ranks
+        axes.axvspan(first, last, color="black", alpha=0.07, lw=0, label=f"head, ranks {first} to {last}")
     _for_each(
         sides,
         lambda run, style: _draw_spectrum(axes, run.at_loss(comparison.loss).spectrum(kind, name), share=True, **style),
@@ -147,7 +149,7 @@ def _draw_matched_spectra(
 def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, name: str) -> None:
     def draw(run: Run, style: dict[str, Any]) -> None:
         spectra = [run.spectrum(kind, name, step) for step in run.steps(kind)]
-        known = [spectrum for spectrum in spectra if spectrum.failure is None]
+        known = [spectrum for spectrum in spectra if spectrum.failure is None and not spectrum.is_zero]
         moved = [float(js_divergence(spectrum.values, known[0].values)) for spectrum in known[1:]]
         axes.plot([spectrum.tokens for spectrum in known[1:]], moved, marker=".", **style)
 
@@ -182,6 +184,8 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
         if index in shown:
             course.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
     course.axhline(1, color="black", lw=0.8, ls="--")
+    # Without any forecast, as of four runs, there would be nothing to scale the axes by.
+    course.update_datalim([(tokens[0], 1), (tokens[-1], 1)])
     course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
     title = "each run from the others; 80% bands of the fastest, middle and slowest"
     course.set_title(title, fontsize="small")
