@@ -1,6 +1,6 @@
 """The commands that read runs: show, compare, forecast."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,7 +134,10 @@ def _forecast(words: Sequence[str]) -> None:
 
 
 def _number(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be ranks or fractions, got {text!r}") from None
 
 
 def _numbered(path: str, number: int) -> Path:
