@@ -256,10 +256,25 @@ def _rebind_hooks(part: nn.Module, memo: Mapping[int, Any]) -> None:
     for attribute in HOOKS:
         hooks = getattr(part, attribute, {})
         for key, hook in list(hooks.items()):
-            if (getattr(hook, "__module__", None) or "").partition(".")[0] in WATCHERS:
+            package = (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+            if package in WATCHERS:
                 del hooks[key]
-            elif isinstance(hook, types.FunctionType) and hook.__closure__:
-                hooks[key] = _rebound(hook, memo)
+            elif package != "torch":  # whose hooks compute weights
+                is_closure = isinstance(hook, types.FunctionType) and hook.__closure__
+                hooks[key] = functools.partial(_run_if_it_can, _rebound(hook, memo) if is_closure else hook)
+
+
+def _run_if_it_can(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A hook that looks at a whole batch may not be able to look at one sample, and is passed over there.
+
+    If it did more than look, the losses of samples are others than that of the batch, which the self-check finds.
+    """
+    try:
+        return hook(*args, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        return None
 
 
 def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.FunctionType:

@@ -36,10 +36,11 @@ def time_first(loss: BatchLoss, module: nn.Module, layers: Mapping[str, nn.Modul
     try:
         with loss.isolated(batch), torch.no_grad():
             loss(batch.part(0, 1))
+            seen = dict(shapes)  # what hooks have filled is put back, too
     finally:
         for handle in handles:
             handle.remove()
-    known = {name: shape[:2] for name, shape in shapes.items() if len(shape) > 2 and (shape[0] == 1) != (shape[1] == 1)}
+    known = {name: shape[:2] for name, shape in seen.items() if len(shape) > 2 and (shape[0] == 1) != (shape[1] == 1)}
     return {name: shape[1] == 1 for name, shape in known.items()}
 
 

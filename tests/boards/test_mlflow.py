@@ -1,6 +1,7 @@
 """A run in MLflow's database, read back through its client."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from lightning_spectral.boards import boards_of
 def logger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLFlowLogger]:
     """One database for all: its tables take seconds to make."""
     home = tmp_path_factory.mktemp("mlflow")
+    # The database's migrations set up logging anew, and switch all loggers off that there were.
+    loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    before = {one: one.disabled for one in loggers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.chdir(home)  # whatever it may put beside the database
         yield MLFlowLogger(tracking_uri=f"sqlite:///{home}/runs.db", artifact_location=f"file://{home}/artifacts")
+    for one, is_disabled in before.items():
+        one.disabled = is_disabled
 
 
 def fetch(logger: MLFlowLogger, path: str, to: Path) -> Path:

@@ -197,3 +197,21 @@ def test_gathering_over_ranks_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="training_step gathers over ranks"):
         BatchLoss(Gathering())(batch())
+
+
+def test_a_hook_that_cannot_look_at_one_sample_is_passed_over() -> None:
+    module, seen = torch.nn.Linear(3, 2), []
+
+    def look(_: Any, __: Any, output: torch.Tensor) -> None:
+        if len(output) == 1:
+            raise IndexError("this looks at pairs")
+        seen.append(output.shape)
+
+    module.register_forward_hook(look)
+    loss = BatchLoss(module, lambda module, batch: module(batch).square().mean())
+    rows = torch.randn(4, 3)
+    with torch.no_grad(), loss.isolated(rows):
+        for size in (1, 4):
+            expected = (rows[:size] @ module.weight.T + module.bias).square().mean()
+            assert float(loss(rows[:size])) == pytest.approx(float(expected))
+    assert seen == []  # what it noted of the shadow is taken back

@@ -16,6 +16,7 @@ from scipy import stats
 from lightning_spectral import Run, cli, compare
 from lightning_spectral.functional import js_divergence, normalize
 from lightning_spectral.measurement import stopwatch
+from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.to_json import to_json
 from lightning_spectral.runs.verdict import decide
 from tests.runs import planted
@@ -77,12 +78,12 @@ def test_one_run_a_side_gives_no_verdict(runs: Path) -> None:
 def test_a_recorded_run_floor_gives_one(runs: Path, tmp_path: Path) -> None:
     seeds = compare(f"{runs}/base/0", f"{runs}/both/12", floor=f"{runs}/same/*")
     assert seeds.verdict.kind == "both"
-    assert seeds.run_floor.variances["tokens"].degrees == 2
+    assert seeds.run_floor.variances[Key("tokens")].degrees == 2
     earlier = tmp_path / "earlier.json"
     earlier.write_text(to_json(compare(f"{runs}/same/*", f"{runs}/slow/*").as_dict()))
     recorded = compare(f"{runs}/base/0", f"{runs}/both/12", floor=earlier)
     assert recorded.verdict.kind == "both"
-    assert recorded.run_floor.variances["tokens"].degrees == 4
+    assert recorded.run_floor.variances[Key("tokens")].degrees == 4
 
 
 def test_matched_loss_is_the_lowest_that_all_reached(runs: Path) -> None:
@@ -128,7 +129,10 @@ def test_show_prints_tables_json_and_a_figure(runs: Path, tmp_path: Path, capsys
     assert first["about"]["tags"] == second["about"]["tags"] == {"setting": "base"}
     assert first["history"]["step"] == list(range(20, planted.NUM_STEPS + 1, 20))
     exponent = Run(f"{runs}/base/0").spectrum("activation", "gpt.blocks.0", 20).exponent((0.125, 0.5))
-    assert [first["spectra"][0][key] for key in ("alpha_tail", "alpha_tail_stderr")] == list(exponent)
+    assert [first["spectra"][0][key] for key in ("alpha_tail", "alpha_tail_stderr")] == [
+        exponent.value,
+        exponent.stderr,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,10 @@ def test_seeds_alone_raise_few_alarms() -> None:
     for _ in range(2000):
         logs = 0.1 * generator.standard_normal((2, 3, 3))
         sides = [
-            [Measured(SimpleNamespace(id="", family="F"), dict(zip(BETTER, run, strict=True)), {}, {}) for run in side]
+            [
+                Measured(SimpleNamespace(id="", family="F"), dict(zip(map(Key, BETTER), run, strict=True)), {}, {})
+                for run in side
+            ]
             for side in logs
         ]
         both = _Sides(*sides, scatter(sides))
