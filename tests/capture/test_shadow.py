@@ -210,7 +210,7 @@ def test_a_hook_that_cannot_look_at_one_sample_is_passed_over() -> None:
     module.register_forward_hook(look)
     loss = BatchLoss(module, lambda module, batch: module(batch).square().mean())
     rows = torch.randn(4, 3)
-    with torch.no_grad(), loss.isolated(rows):
+    with loss.isolated(rows), torch.no_grad():
         for size in (1, 4):
             expected = (rows[:size] @ module.weight.T + module.bias).square().mean()
             assert float(loss(rows[:size])) == pytest.approx(float(expected))
