@@ -6,11 +6,11 @@ import pkgutil
 
 import pytest
 
-from lightning_spectral import functional, metrics, nanogpt
+from lightning_spectral import functional, metrics, nanogpt, theory
 
 MODULES = sorted(
     module.name
-    for package in (functional, metrics, nanogpt)
+    for package in (functional, metrics, nanogpt, theory)
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 )
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_spectral"
 ALLOWED = {
     "functional": set(),
     "metrics": {"functional"},
+    "theory": {"functional"},
     "capture": set(),
     "measurement": {"functional", "metrics", "capture"},
     "boards": set(),
@@ -29,6 +30,7 @@ ALLOWED = {
 
 FOREIGN = {
     "functional": {"torch", "scipy"},
+    "theory": {"torch"},
     "nanogpt": {"torch", "lightning", "numpy", "rich", "typing_extensions"},
     "boards": {"torch", "numpy", "matplotlib", "wandb", "typing_extensions"},
 }

@@ -1,0 +1,72 @@
+"""How much of a model's loss its last layer could still take away, mode by mode of the features that it reads."""
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.theory.checks import check_positive, power_of, spectrum_of, steps_of
+
+
+def task_power(eigenvalues: Tensor, basis: Tensor, readout_gradient: Tensor) -> Tensor:
+    r"""Which part of the loss that is still to be had lies in which mode of the features.
+
+    With logits :math:`z = W h`, predictions p, targets y and :math:`G = E[(p - y) h^\top]`, the gradient of the
+    cross-entropy with respect to W, mode j of :math:`E[h h^\top]` holds
+    :math:`c_j = |G u_j|^2 / \lambda_j`. For the squared error :math:`E|W h - y|^2` (where G is half the gradient)
+    :math:`G u_j = \lambda_j (W - W^*) u_j`, and c_j is exactly what moving W along u_j takes off it. For the
+    cross-entropy the curvature in the logits is at most one half, so that a step to the minimum of the quadratic of
+    unit curvature, :math:`W - G E[h h^\top]^{-1}`, takes off at least half their sum.
+
+    Args:
+        eigenvalues: ``(k,)`` of the features' covariance, descending: of the same rows as ``readout_gradient``, about
+            their mean where the readout has a bias and h there is centred too, about zero where it has none.
+        basis: ``(d, k)`` their eigenvectors, in columns.
+        readout_gradient: ``(classes, d)`` G.
+
+    Returns:
+        ``(k,)`` float64; 0 for modes without variance.
+
+    Raises:
+        ValueError: If shapes do not fit, or the eigenvalues are no descending spectrum.
+
+    Example:
+        >>> import torch
+        >>> error = torch.tensor([[0.5, 2.0]])  # W - W*, features with variances 4 and 1
+        >>> task_power(torch.tensor([4.0, 1.0]), torch.eye(2), error * torch.tensor([4.0, 1.0]))
+        tensor([1., 4.], dtype=torch.float64)
+    """
+    spectrum = spectrum_of(eigenvalues)
+    if basis.ndim != 2 or basis.shape[1] != len(spectrum):
+        raise ValueError(f"basis must be (d, {len(spectrum)}), a column an eigenvalue, got {tuple(basis.shape)}")
+    if readout_gradient.ndim != 2 or readout_gradient.shape[1] != basis.shape[0]:
+        raise ValueError(f"readout_gradient must be (classes, {basis.shape[0]}), got {tuple(readout_gradient.shape)}")
+    along = readout_gradient.to(torch.float64) @ basis.to(torch.float64)
+    has_variance = spectrum > spectrum[0] * torch.finfo(torch.float64).eps * basis.shape[0]
+    return torch.where(has_variance, along.square().sum(0) / torch.where(has_variance, spectrum, 1.0), 0.0)
+
+
+def readout_loss(loss: float, eigenvalues: Tensor, power: Tensor, rate: float, steps: Tensor | float) -> Tensor:
+    r"""The loss that training the last layer alone is to reach, as a diagnostic: all other learning comes on top.
+
+    Gradient flow of W at rate :math:`\eta` on the quadratic of unit curvature takes off
+    :math:`\tfrac 12 \sum_j c_j (1 - e^{-2 \eta \lambda_j t})`. At the start its slope,
+    :math:`-\eta |G|^2 = -\eta \sum_j \lambda_j c_j`, is that of the true loss. Features are held still, so this is a
+    lower bound in spirit on what a run gains, not a forecast of it.
+
+    Args:
+        loss: Cross-entropy now, in nats.
+        eigenvalues: ``(k,)`` descending.
+        power: ``(k,)`` of :func:`task_power`.
+        rate: Learning rate of plain gradient descent.
+        steps: ``(...)`` times, in steps.
+
+    Returns:
+        ``(...)`` float64, nats.
+
+    Raises:
+        ValueError: If an argument is negative, not finite or of another shape.
+    """
+    spectrum = spectrum_of(eigenvalues)
+    power = power_of(power, spectrum)
+    check_positive(rate=rate)
+    times = steps_of(steps, spectrum)
+    return loss + torch.expm1(-2 * rate * times.unsqueeze(-1) * spectrum) @ power / 2
