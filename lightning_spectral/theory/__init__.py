@@ -1,6 +1,7 @@
 """The mechanistic model: fixed features, a linear readout, and what their spectrum makes of the rate of learning."""
 
 from lightning_spectral.theory.gradient_flow import gradient_flow_risk, power_law_risk
+from lightning_spectral.theory.harmonics import band_concentration, harmonic_energy
 from lightning_spectral.theory.power_law import crossover_rank, power_law_spectrum
 from lightning_spectral.theory.readout import readout_loss, task_power
 from lightning_spectral.theory.sgd import (
@@ -15,9 +16,11 @@ from lightning_spectral.theory.sgd import (
 
 __all__ = [
     "Stability",
+    "band_concentration",
     "critical_batch_size",
     "crossover_rank",
     "gradient_flow_risk",
+    "harmonic_energy",
     "noise_scale",
     "power_law_risk",
     "power_law_spectrum",
