@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
 from lightning_spectral.capture.batch import cut, num_samples, take
 from lightning_spectral.capture.contraction import LayerRows, owners
-from lightning_spectral.capture.shadow import BatchLoss, MetricTermError
+from lightning_spectral.capture.shadow import BatchLoss
+from lightning_spectral.capture.stand_ins import MetricTermError
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
 
@@ -69,6 +70,11 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
             raise
         loss.reset()
     loss.check(values)
+    if not loss.is_dependent and not any(bool(gradient.any()) for gradient in gradients.values()):
+        loss.unfreeze()
+        loss.is_reentrant(loss(take(batch, 0, 1)))  # which refuses a loss that depends on nothing
+        loss.reset()
+    loss.is_dependent = True
     for name in names:
         out[name].copy_(gradients[keys[name]].flatten(1))
 
@@ -116,7 +122,7 @@ def gradients_of(loss: BatchLoss, batch: Any, parameters: list[nn.Parameter]) ->
     """The loss of a batch, and its gradients in one backward pass; None for a parameter that it does not depend on."""
     value = loss(batch)
     loss.check(value.detach())
-    if not is_reentrant(value):
+    if not loss.is_reentrant(value):
         return value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)
     # It delivers into .grad only. The shadow's parameters are its own.
     for parameter in loss.parameters():
@@ -126,21 +132,6 @@ def gradients_of(loss: BatchLoss, batch: Any, parameters: list[nn.Parameter]) ->
     for parameter in loss.parameters():
         parameter.grad = None
     return value.detach(), gradients
-
-
-def is_reentrant(value: Tensor) -> bool:
-    """Whether reentrant checkpointing, whoever's, hides parameters in it from ``torch.autograd.grad``."""
-    nodes: list[Any] = [value.grad_fn]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__.startswith("CheckpointFunction"):
-            return True
-        seen.add(node)
-        nodes.extend(following for following, _ in node.next_functions)
-    return False
 
 
 class ByHooks:
@@ -183,7 +174,7 @@ class ByHooks:
             wanted = [anchor, *(() if self.is_checked else parameters.values())]
             value = loss(batch)
             loss.check(value.detach())
-            if not self.is_checked and is_reentrant(value):
+            if not self.is_checked and loss.is_reentrant(value):
                 raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
             gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
         finally:

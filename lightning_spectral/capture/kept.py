@@ -2,10 +2,7 @@
 
 import collections
 import functools
-import logging
 import random
-import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MANY = 10_000
-"""Entries of a container from which on it is taken for data, which a training step reads."""
+from lightning_spectral.capture.reachable import MANY, children_of, content_of, is_trainer, is_users, named_globals
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
@@ -56,7 +52,7 @@ class Kept:
         left: list[Any] = list(roots)
         while left:
             part = left.pop()
-            if isinstance(part, PLAIN) or id(part) in self._seen or isinstance(part, stops) or _is_trainer(part):
+            if isinstance(part, PLAIN) or id(part) in self._seen or isinstance(part, stops) or is_trainer(part):
                 continue
             self._seen[id(part)] = part
             if isinstance(part, GENERATORS):
@@ -70,7 +66,7 @@ class Kept:
                 )
             for put_back in _notes(part, originals):
                 (self._inside if id(part) in originals else self._outside).append(put_back)
-            left.extend(_children(part))
+            left.extend(children_of(part))
 
     def random_state(self) -> list[Any]:
         """The states of all generators that can be reached, to see whether a loss has drawn from one."""
@@ -102,10 +98,6 @@ class Kept:
             put_back()
 
 
-def _is_trainer(part: Any) -> bool:
-    return any(base.__name__ == "Trainer" for base in type(part).__mro__)
-
-
 def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
     if isinstance(part, Tensor):
         if (tensor := _tensor(part, originals.get(id(part)))) is not None:
@@ -118,91 +110,13 @@ def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
     elif isinstance(part, types.CellType):
         yield _cell(part)
     elif isinstance(part, types.FunctionType):
-        if named := _globals(part):
+        if named := named_globals(part):
             yield _mapping(part.__globals__, named)
     elif isinstance(part, (dict, list, set, collections.deque)):
         if len(part) <= MANY:
             yield _mapping(part) if isinstance(part, dict) else _collection(part)
     elif isinstance(attributes := getattr(part, "__dict__", None), dict):
         yield _mapping(attributes)
-
-
-def _children(part: Any) -> Iterable[Any]:
-    if isinstance(part, (Tensor, np.ndarray, logging.Logger)) or type(part).__module__ in ("_thread", "threading"):
-        return ()
-    if isinstance(part, Mapping):
-        return list(part.values()) if len(part) <= MANY else ()
-    if isinstance(part, (list, tuple, set, frozenset, collections.deque)):
-        return list(part) if len(part) <= MANY else ()
-    if isinstance(part, functools.partial):
-        return [part.func, *part.args, *part.keywords.values()]
-    if isinstance(part, types.MethodType):
-        return [part.__self__, part.__func__]
-    if isinstance(part, types.CellType):
-        return [content_of(part)]
-    if isinstance(part, types.FunctionType):
-        beside = [part.__defaults__ or (), part.__kwdefaults__ or {}, dict(part.__dict__)]
-        return [*(part.__closure__ or ()), *beside, *_globals(part).values(), *_of_modules(part)]
-    if isinstance(part, (staticmethod, classmethod)):
-        return [part.__func__]
-    if isinstance(part, property):
-        return [part.fget, part.fset]
-    if isinstance(part, type):
-        if not _is_users(part.__module__):
-            return ()
-        return [value for base in part.__mro__ if _is_users(base.__module__) for value in vars(base).values()]
-    slots = [getattr(part, name, None) for base in type(part).__mro__ for name in _slots(base)]
-    attributes = getattr(part, "__dict__", None)
-    held = list(attributes.values()) if isinstance(attributes, dict) else []
-    return [*held, *slots, type(part)]
-
-
-def _slots(base: type) -> tuple[str, ...]:
-    slots = vars(base).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-@functools.cache
-def _is_users(module: str) -> bool:
-    """Whether a module is neither Python's own nor installed, nor this package's."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if module == "__main__":
-        return True
-    if file is None or module.partition(".")[0] in ("lightning_spectral", "torch", "lightning", "pytorch_lightning"):
-        return False
-    paths = sysconfig.get_paths()
-    libraries = (paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"])
-    return not file.startswith(libraries) and "site-packages" not in file and "dist-packages" not in file
-
-
-def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """What a user's function names of its module's globals."""
-    return {name: function.__globals__[name] for name in _names(function) if name in function.__globals__}
-
-
-def _of_modules(function: types.FunctionType) -> list[Any]:
-    """What it names of other modules of the user's."""
-    modules = [part for part in _globals(function).values() if isinstance(part, types.ModuleType)]
-    names = _names(function)
-    return [vars(part)[name] for part in modules if _is_users(part.__name__) for name in names if name in vars(part)]
-
-
-def _names(function: types.FunctionType) -> set[str]:
-    names: set[str] = set()
-    codes = [function.__code__] if _is_users(function.__module__ or "") else []
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes.extend(const for const in code.co_consts if isinstance(const, types.CodeType))
-    return names
-
-
-def content_of(cell: types.CellType) -> Any:
-    """What a closure's cell holds; None while it is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
 
 
 def _tensor(tensor: Tensor, original: Any) -> PutBack | None:
@@ -273,7 +187,7 @@ def _is(one: Any, other: Any) -> bool:
 
 
 def _class(cls: type) -> PutBack:
-    kept = dict(vars(cls)) if _is_users(cls.__module__) else {}
+    kept = dict(vars(cls)) if is_users(cls.__module__) else {}
 
     def put_back() -> bool:
         changed = [name for name, value in kept.items() if vars(cls).get(name, _MISSING) is not value]

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_spectral.capture.batch import SampleCutter, Samples, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
 from lightning_spectral.capture.parameters import resolve_parameters
-from lightning_spectral.capture.shadow import BatchLoss, LossFunction, MetricTermError, load_loss
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction, load_loss
+from lightning_spectral.capture.stand_ins import MetricTermError
 
 LARGEST_CHUNK = {"cpu": 8}
 """More samples at a time are no faster: on two cores 8 are the best of 1 to 32 (``benchmarks/per_sample.py``)."""

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lightning_spectral.capture.batch import num_samples, take
 from lightning_spectral.capture.common_noise import CommonNoise
-from lightning_spectral.capture.engines import gradients_of, is_reentrant
+from lightning_spectral.capture.engines import gradients_of
+from lightning_spectral.capture.graph import SHORT
 from lightning_spectral.capture.kept import Kept
-from lightning_spectral.capture.shadow import BatchLoss, MetricTermError, isolated
+from lightning_spectral.capture.shadow import BatchLoss, isolated
+from lightning_spectral.capture.stand_ins import MetricTermError
 
 TOLERANCE = 1e-3
 """Share of a batch's gradient that may lie outside the span of its samples' gradients."""
@@ -119,7 +121,7 @@ def check_span(
     else:
         kept.rewind()
         with isolated():
-            if is_reentrant(loss(take(batch, 0, 1))):
+            if loss.is_reentrant(loss(take(batch, 0, 1))):
                 return None  # its second forward pass, within the backward pass, is out of reach of common noise
         loss.reset()
         count = min(count, MOST_LOOPED)
@@ -162,8 +164,8 @@ def rounding(loss: BatchLoss) -> float:
     """Relative error that a sample's gradient may differ by when it is taken alone or with others."""
     parameter = next(loss.parameters())
     with loss.context():
-        is_short = torch.is_autocast_enabled(parameter.device.type)
-    if is_short or any(p.dtype in (torch.float16, torch.bfloat16) for p in loss.parameters()):
+        is_short = loss.is_short or torch.is_autocast_enabled(parameter.device.type)
+    if is_short or any(p.dtype in SHORT for p in loss.parameters()):
         return 0.05
     # TF32 where it is allowed.
     return 1e-5 if parameter.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else 5e-3

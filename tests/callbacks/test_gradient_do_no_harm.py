@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from tests.callbacks.test_do_no_harm import NO_GRADIENTS, Dropping, assert_identical, small_model, train
+from tests.models import LanguageModel, Network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,9 +28,12 @@ class Counted(GradientSpectrum):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"num_samples": 12, "num_groups": 2, "head": (1, 3), "weights": True, **kwargs})
         self.found: list[tuple[int, set[tuple[int, str | None]], str]] = []
+        self.values: dict[str, Tensor] = {}
+        """Singular values of the last report, by parameter."""
 
     def measured(self, report: Any) -> dict[str, float]:
         spectra = {(parameter.count, parameter.failure) for parameter in report.spectra["gradient"].values()}
+        self.values = {name: spectrum.values for name, spectrum in report.spectra["gradient"].items()}
         self.found.append((report.step, spectra, report.method))
         return super().measured(report)
 
@@ -102,3 +107,75 @@ def test_compiled_run_is_bit_identical(tmp_path: Path, compiled: tuple[bool, boo
     ((_, reason),) = hooks.found[0][1]
     # A compiled layer cannot be read, and says so; one that is not compiled can.
     assert (reason is not None and "ran compiled" in reason) if compiled[1] else reason is None
+
+
+class Quiet(LanguageModel):
+    """Counts its steps in a buffer and in an attribute; a step that logs cannot be compiled as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__(Network())
+        self.num_steps = 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.num_steps += 1
+        return self.loss(batch)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+def compiled_whole() -> Any:
+    return torch.compile(Quiet(), backend="eager")
+
+
+def compiled_forward() -> Quiet:
+    model = Quiet()
+    model.network.forward = torch.compile(model.network.forward, backend="aot_eager")
+    return model
+
+
+def decorated_step() -> Quiet:
+    model = Quiet()
+    step = model.training_step
+    model.training_step = lambda batch, batch_idx: step(batch, batch_idx)
+    return model
+
+
+def autocast_forward() -> Quiet:
+    model = Quiet()
+    model.network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.network.forward)
+    return model
+
+
+WAYS = [compiled_whole, compiled_forward, decorated_step, autocast_forward]
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*attribute of a Tensor that is not a leaf.*")
+@pytest.mark.filterwarnings("ignore:Counted at step .* they ran compiled")
+@pytest.mark.parametrize("make", WAYS, ids=lambda way: way.__name__)
+def test_a_run_of_wrapped_methods_is_bit_identical_and_its_rows_are_those_of_none(tmp_path: Path, make: Any) -> None:
+    methods = ("auto", "vmap", "loop", "hooks")
+
+    def spectra() -> list[Counted]:
+        return [Counted(parameters="*.mix.weight", every_n_steps=3, method=m, prefix=f"{m}/") for m in methods]
+
+    runs = []
+    for callbacks in ([], found := spectra()):
+        torch._dynamo.reset()
+        runs.append(train(tmp_path, make, callbacks, max_steps=4, limit_val_batches=0))
+    torch._dynamo.reset()
+    assert_identical(runs[1], runs[0])
+    train(tmp_path, Quiet, plain := spectra(), max_steps=4, limit_val_batches=0)
+    tolerance = 0.05 if make is autocast_forward else 1e-4
+    for ours, theirs in zip(found, plain, strict=True):
+        ((step, samples, method),) = ours.found
+        if ours.prefix == "hooks/" and "compiled" in make.__name__:
+            assert all("ran compiled" in str(reason) for _, reason in samples)
+            continue
+        assert (step, samples, method) == theirs.found[0] == (3, {(12, None)}, method)
+        assert method == ("vmap" if ours.prefix == "auto/" else ours.prefix[:-1])
+        for name, values in ours.values.items():
+            atol = tolerance * float(values[0])
+            assert atol > 0
+            torch.testing.assert_close(values, theirs.values[name], rtol=tolerance, atol=atol)

@@ -1,0 +1,101 @@
+"""The copy of a module on which losses are asked for: its own weights and state, nothing shared with training."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_spectral.capture.rebinding import Rebinding
+from lightning_spectral.capture.stand_ins import Bystander, silence_logging
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+WATCHERS = ("wandb",)
+"""Packages whose hooks send what they see elsewhere; nothing of it comes back to the loss."""
+
+
+def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int, Any]]:
+    """A deep copy, with functions bound to it, that logs nowhere and sees of the Trainer only what can be read.
+
+    Returns:
+        The copy, and what each of its parts was copied from, by the part's id.
+
+    Raises:
+        RuntimeError: If something in it cannot be copied, or waits for other ranks.
+    """
+    memo: dict[int, Any] = {}
+    try:
+        # To be differentiated, even where a validation pass allows nothing else to be.
+        with torch.inference_mode(False), _CopyGraphTensors():
+            memo.update({id(p): _copy(p) for p in module.parameters()})
+            originals = {id(memo[id(p)]): p for p in module.parameters()}
+            bystander = None if trainer is None else Bystander(trainer, memo)
+            if bystander is not None:
+                memo[id(trainer)] = bystander
+            shadow: nn.Module = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise RuntimeError(f"{type(module).__name__} cannot be copied: {str(error).partition(chr(10))[0]}") from error
+    if bystander is not None:
+        bystander.stand_before(shadow)
+    Rebinding(memo).rebind()
+    # A deep copy keeps all alive that it has copied.
+    originals |= {id(memo[id(part)]): part for part in memo.get(id(memo), ()) if id(part) in memo}
+    for part in shadow.modules():
+        if isinstance(part, nn.SyncBatchNorm) and part.training and _many_ranks():
+            raise RuntimeError("a loss of one sample cannot wait for other ranks in SyncBatchNorm: give loss_fn")
+        _guard_hooks(part)
+        if hasattr(part, "training_step") and hasattr(part, "log_dict"):
+            silence_logging(part, bystander)
+    return shadow, originals
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _copy(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+class _CopyGraphTensors(TorchFunctionMode):
+    """Lets a deep copy pass over tensors with a history, which a module may well keep: losses of an epoch, say."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _guard_hooks(part: nn.Module) -> None:
+    """Keep the user's hooks, where they can look at one sample."""
+    for attribute in HOOKS:
+        hooks = getattr(part, attribute, {})
+        for key, hook in list(hooks.items()):
+            package = (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
+            if package in WATCHERS:
+                del hooks[key]
+            elif package != "torch":  # whose hooks compute weights
+                hooks[key] = functools.partial(_run_if_it_can, hook)
+
+
+def _run_if_it_can(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A hook that looks at a whole batch may not be able to look at one sample, and is passed over there.
+
+    If it did more than look, the losses of samples are others than that of the batch, which the self-check finds.
+    """
+    try:
+        return hook(*args, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        return None

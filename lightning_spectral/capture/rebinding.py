@@ -1,0 +1,161 @@
+"""Functions that a deep copy shares with its original, bound to the copy: wrapped methods, closures, compiled code."""
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_spectral.capture.reachable import MANY, content_of, named_globals
+
+REFERENCES = (weakref.ref, weakref.WeakMethod)
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial, *REFERENCES)
+CONTAINERS = (tuple, list, dict, set, frozenset)
+
+DYNAMO = "torch._dynamo.eval_frame"
+"""Where the wrappers are defined that run functions compiled, or keep them from being compiled."""
+
+WRAPPED = "_torchdynamo_orig_callable"
+"""Where they keep what they wrap."""
+
+
+class Rebinding:
+    """Puts twins in the place of what a deep copy holds and a deep copy does not copy.
+
+    Python takes a function for a constant. One that has got hold of a part of the original, in a closure, a default, an
+    attribute or, if it is a user's, in a global that it names, would go on to run on the original: as
+    ``module.forward = torch.compile(module.forward)``, ``self.scorer = lambda x: self.net(x)`` and weak references do.
+    Its twin has got hold of the copy of that part. A function that runs compiled is unwrapped, for neither is what was
+    compiled for the original of use, nor can torch.func see through it.
+
+    Args:
+        memo: Of :func:`copy.deepcopy`; twins are added.
+    """
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self._memo = memo
+        self._kept = memo.setdefault(id(memo), [])
+        """What has been copied, kept alive, so that no id means two things."""
+
+    def rebind(self) -> None:
+        """Go through all that has been copied."""
+        for part in list(self._kept):
+            copied = self._memo.get(id(part))
+            if isinstance(copied, dict):
+                self._in_dict(copied)
+            elif isinstance(copied, (list, deque)):
+                for index, value in enumerate(copied):
+                    copied[index] = self.twin(value)
+            elif isinstance(copied, set) and any(map(self._has_twin, copied)):
+                values = list(map(self.twin, copied))
+                copied.clear()
+                copied.update(values)
+            if isinstance(attributes := getattr(copied, "__dict__", None), dict):
+                self._in_dict(attributes)
+            for name, value in _slots(copied):
+                if self._has_twin(value):
+                    object.__setattr__(copied, name, self.twin(value))
+
+    def _in_dict(self, mapping: dict[Any, Any]) -> None:
+        for key, value in list(mapping.items()):
+            if self._has_twin(value):
+                mapping[key] = self.twin(value)
+
+    def _has_twin(self, value: Any) -> bool:
+        return isinstance(value, (*CALLABLES, tuple, frozenset)) and self.twin(value) is not value
+
+    def twin(self, part: Any) -> Any:
+        """What a part of the original, or of what leads to it, is in the copy; others are what they are."""
+        if id(part) in self._memo:
+            return self._memo[id(part)]
+        if not isinstance(part, (*CALLABLES, *CONTAINERS)) or not self._leads_to_original(part, set()):
+            return part
+        if isinstance(part, types.FunctionType):
+            return self.twin(part.__dict__[WRAPPED]) if _is_compiled(part) else self._function(part)
+        if isinstance(part, types.MethodType):
+            return types.MethodType(self.twin(part.__func__), self.twin(part.__self__))
+        if isinstance(part, REFERENCES):
+            return type(part)(self.twin(part()))
+        if isinstance(part, functools.partial):
+            keywords = {name: self.twin(value) for name, value in part.keywords.items()}
+            partial = type(part)(self.twin(part.func), *map(self.twin, part.args), **keywords)
+            partial.__dict__.update({name: self.twin(value) for name, value in part.__dict__.items()})
+            return partial
+        if isinstance(part, dict):
+            mapping = part.copy()
+            mapping.update({key: self.twin(value) for key, value in part.items()})
+            return mapping
+        twins = map(self.twin, part)
+        return part._make(twins) if hasattr(part, "_make") else type(part)(twins)
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        cells = [types.CellType() for _ in function.__closure__ or ()]
+        globals_ = dict(function.__globals__)
+        twin = types.FunctionType(
+            function.__code__, globals_, function.__name__, function.__defaults__, tuple(cells) or None
+        )
+        # Before it is filled: it may refer to itself.
+        self._remember(function, twin)
+        for old, new in zip(function.__closure__ or (), cells, strict=True):
+            self._remember(old, new)
+            if not _is_empty(old):
+                new.cell_contents = self.twin(content_of(old))
+        globals_.update({name: self.twin(value) for name, value in named_globals(function).items()})
+        twin.__defaults__ = self.twin(function.__defaults__)
+        twin.__kwdefaults__ = self.twin(function.__kwdefaults__)
+        twin.__module__, twin.__qualname__, twin.__doc__ = function.__module__, function.__qualname__, function.__doc__
+        twin.__dict__.update({name: self.twin(value) for name, value in function.__dict__.items()})
+        return twin
+
+    def _remember(self, part: Any, twin: Any) -> None:
+        self._memo[id(part)] = twin
+        self._kept.append(part)
+
+    def _leads_to_original(self, part: Any, seen: set[int]) -> bool:
+        if id(part) in self._memo or _is_compiled(part):
+            return True
+        if id(part) in seen or not isinstance(part, (*CALLABLES, *CONTAINERS)):
+            return False
+        seen.add(id(part))
+        return any(self._leads_to_original(inner, seen) for inner in _held_by(part))
+
+
+def _is_compiled(part: Any) -> bool:
+    # Wrappers of others may have its attributes, by functools.wraps.
+    return (
+        isinstance(part, types.FunctionType) and part.__globals__.get("__name__") == DYNAMO and WRAPPED in part.__dict__
+    )
+
+
+def _held_by(part: Any) -> Iterable[Any]:
+    if isinstance(part, types.FunctionType):
+        beside = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values(), *part.__dict__.values()]
+        return [*map(content_of, part.__closure__ or ()), *beside, *named_globals(part).values()]
+    if isinstance(part, types.MethodType):
+        return [part.__func__, part.__self__]
+    if isinstance(part, REFERENCES):
+        return [part()]
+    if isinstance(part, functools.partial):
+        return [part.func, *part.args, *part.keywords.values(), *part.__dict__.values()]
+    if len(part) > MANY:
+        return ()
+    return list(part.values()) if isinstance(part, dict) else list(part)
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _slots(part: Any) -> list[tuple[str, Any]]:
+    found = []
+    for base in type(part).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(part, name):
+                found.append((name, getattr(part, name)))
+    return found
