@@ -15,11 +15,6 @@ _readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakVal
 _next_reader = itertools.count()
 
 
-NESTED = (
-    "its output is a nested tensor, which has no axes of samples and rows: watch a layer outside of the nested part"
-)
-
-
 class ActivationReader:
     """Forward hooks on named layers that hand each output to a consumer while the reader is open.
 
@@ -73,8 +68,6 @@ class ActivationReader:
         name = self.names[index]
         try:
             states = hidden_states(output)
-            if states.is_nested:
-                raise ValueError(NESTED)
             with torch.no_grad():
                 self._consume(name, states.detach())
         except Exception as error:  # the user's forward pass is under way

@@ -18,6 +18,7 @@ from lightning_spectral.capture.channels import (
     unknown_axis,
 )
 from lightning_spectral.capture.masks import Mask, fit_rows
+from lightning_spectral.capture.nested import parts_of, rows_of_parts
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.moments import Moments
@@ -247,6 +248,10 @@ class ActivationMeasurement(Measurement):
         self._is_time_first = found
 
     def _read(self, name: str, output: Tensor) -> None:
+        parts: tuple[Tensor, ...] = ()
+        if output.is_nested:
+            parts = parts_of(output)
+            output = max(parts, key=Tensor.numel, default=torch.empty(0, 0))
         axis = self._axes.get((name, output.ndim))
         if axis is None:
             axis = self._channel_axis(name, output)
@@ -256,7 +261,10 @@ class ActivationMeasurement(Measurement):
         self.widths[name] = output.shape[axis]
         if self.is_collecting:
             with self.stopwatch.running():
-                self._collector.add(name, self._rows_of(name, output, axis))
+                if parts:
+                    self._collector.add(name, *rows_of_parts(parts, axis))
+                else:
+                    self._collector.add(name, self._rows_of(name, output, axis))
 
     def _channel_axis(self, name: str, output: Tensor) -> int | None:
         """The axis of a layer's channels, found once for each number of axes; None, and a refusal, if it is not."""

@@ -137,24 +137,32 @@ class Collector:
         self._real_tokens = [] if mask is None else mask.reshape(len(mask), mask.shape[1:].numel()).sum(1).tolist()
         self._mask = mask
 
-    def add(self, name: str, output: Tensor) -> None:
-        """Take in a layer's output, ``(..., d)``, any floating dtype; a failure goes to ``failures``, never raised."""
+    def add(self, name: str, output: Tensor, lengths: list[int] | None = None) -> None:
+        """Take in a layer's output, ``(..., d)``, any floating dtype; a failure goes to ``failures``, never raised.
+
+        Of samples of unequal ``lengths`` it is ``(sum(lengths), d)``, and a mask must leave just these rows.
+        """
         if name in self.closed:
             return
         progress = self._progress[name]
-        progress.offered += output.shape[:-1].numel() if self._mask is None else sum(self._real_tokens)
+        progress.offered += output.shape[:-1].numel() if self._mask is None or lengths else sum(self._real_tokens)
         if progress.is_full or name in self.failures:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
-                self._add(self._sums_of(name, output), progress, output)
+                self._add(self._sums_of(name, output, lengths), progress, output, lengths)
         except Exception as error:
             self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
-    def _sums_of(self, name: str, output: Tensor) -> _Sums:
+    def _sums_of(self, name: str, output: Tensor, lengths: list[int] | None) -> _Sums:
         if output.ndim < 2 or output.shape[-1] == 0:
             raise ValueError("its output holds no floating-point tensor of two or more axes")
-        if self._mask is not None and self._mask.shape != output.shape[:-1]:
+        if lengths is not None:
+            if self._mask is not None and lengths != self._real_tokens:
+                raise ValueError(
+                    "its output is a nested tensor of other lengths than mask leaves of each sample: give no mask"
+                )
+        elif self._mask is not None and self._mask.shape != output.shape[:-1]:
             raise ValueError(f"mask has shape {tuple(self._mask.shape)}, the output's rows {tuple(output.shape[:-1])}")
         sums = self._sums.get(name)
         if sums is None:
@@ -164,22 +172,26 @@ class Collector:
             raise ValueError(f"its width changed from {sums.pivot.shape[-1]} to {output.shape[-1]}")
         return sums
 
-    def _add(self, sums: _Sums, progress: _Progress, output: Tensor) -> None:
+    def _add(self, sums: _Sums, progress: _Progress, output: Tensor, lengths: list[int] | None) -> None:
         mask = self._mask
         progress.enter(self._batch)
-        if output.shape[0] == self._num_samples:
+        samples: Tensor | tuple[Tensor, ...]
+        if lengths is not None and self._num_samples in (None, len(lengths)):
+            samples, first, mask = output.split(lengths), progress.samples_before, None
+            rows_per_sample = lengths
+        elif lengths is None and output.shape[0] == self._num_samples:
             samples, first = output, progress.samples_before
             rows_per_sample = self._real_tokens if mask is not None else [output.shape[1:-1].numel()] * len(output)
         else:
             samples, first = output.unsqueeze(0), progress.batches_before * self._world
-            rows_per_sample = [sum(self._real_tokens) if mask is not None else output.shape[:-1].numel()]
-            mask = None if mask is None else mask.unsqueeze(0)
+            mask = None if mask is None or lengths is not None else mask.unsqueeze(0)
+            rows_per_sample = [output.shape[:-1].numel() if mask is None else sum(self._real_tokens)]
         num_taken = self._num_fitting(rows_per_sample, progress)
         for group in range(self.num_groups):
             chosen = slice((group - self._rank - first) % self.num_groups, num_taken, self.num_groups)
             num_rows = sum(rows_per_sample[chosen])
             if num_rows > 0:
-                part = samples[chosen]
+                part = samples[chosen] if isinstance(samples, Tensor) else torch.cat(samples[chosen])
                 self._accumulate(
                     sums, group, part, None if mask is None else mask[chosen], num_rows, progress.rows == 0
                 )

@@ -273,8 +273,51 @@ class Nested(Net):
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_cost_their_layer_s_report_and_no_run(tmp_path: Path, layout) -> None:
-    with pytest.warns(UserWarning, match="fc: NaN, because its output is a nested tensor"):
-        values = fit(tmp_path, Nested(layout), activations())
-    assert torch.tensor(values["activation/fc/rankme"]).isnan()
+def test_rows_of_nested_tensors_are_their_values_and_their_samples_make_groups(tmp_path: Path, layout) -> None:
+    reports = []
+
+    class Kept(ActivationSpectrum):
+        def measured(self, report):
+            reports.append(report)
+            return super().measured(report)
+
+    model = Nested(layout)
+    fit(tmp_path, model, Kept("fc", 1, num_tokens=10**4, tail=(1, 4), head=(1, 3), normalize=False), epochs=1)
+    samples = [model.fc(row.expand(2 + index % 3, 8)).detach().double() for index, row in enumerate(data()[0])]
+    spectrum = reports[0].spectra["activation"]["fc"]
+    assert spectrum.count == sum(map(len, samples))
+    for group in (None, *range(4)):
+        rows = torch.cat([sample for index, sample in enumerate(samples) if group is None or index % 4 != group])
+        expected = torch.linalg.eigvalsh(rows.T.cov()).flip(0)
+        found = spectrum.values if group is None else spectrum.leave_one_out[group]
+        torch.testing.assert_close(found[:8], expected[:8], rtol=1e-4, atol=1e-6)
+
+
+class NestedChannels(Nested):
+    """Its positions are the same for all, its channels are not."""
+
+    def training_step(self, batch, batch_idx):
+        nested = torch.nested.as_nested_tensor(list(batch[0].expand(3, -1, 8).mT), layout=self.layout)
+        self.odd(nested)
+        return super().training_step(batch, batch_idx)
+
+
+class Unequal(nn.Module):
+    def forward(self, nested):
+        return torch.nested.nested_tensor([part[:, : 3 + i % 2] for i, part in enumerate(nested.unbind())])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_unequal_channels_cost_their_layer_s_report_and_no_run(tmp_path: Path) -> None:
+    model = NestedChannels(torch.strided)
+    model.odd = Unequal()
+    with pytest.warns(
+        UserWarning, match="odd: NaN, because its output is a nested tensor whose channels are of unequal"
+    ):
+        values = fit(
+            tmp_path,
+            model,
+            ActivationSpectrum(["odd", "head"], 1, num_tokens=SAMPLES, channel_dim=-1, tail=(1, 3), head=(1, 3)),
+        )
+    assert torch.tensor(values["activation/odd/rankme"]).isnan()
     assert values["activation/head/num_tokens"] == SAMPLES

@@ -346,3 +346,28 @@ def test_rows_of_closed_layers_go_by() -> None:
     found.add("layer", torch.randn(3, 2, WIDTH))
     ((_, parts, offered),) = found.pool()
     assert (int(parts.num_rows), offered) == (6, [6])
+
+
+@pytest.mark.parametrize("num_samples", [4, None, 3], ids=["as many", "unknown", "others"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_of_unequal_lengths_go_to_groups_whole(num_samples: int | None, masked: bool) -> None:
+    lengths = [2, 0, 5, 1]
+    mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1) if masked else None
+    found, rows = collector(num_groups=2), [batch[0] for batch in batches(1, 1, length=sum(lengths))]
+    for batch in rows:
+        found.begin_batch(num_samples, mask)
+        found.add("layer", batch, lengths)
+    if num_samples == 3:  # what it is of is not known: whole batches
+        groups = groups_of([batch.double().numpy() for batch in rows], 2)
+    else:
+        samples = [sample.double().numpy() for batch in rows for sample in batch.split(lengths)]
+        groups = groups_of(samples, 2)
+    assert_moments(pooled(found), groups)
+    assert found.offered("layer") == 2 * sum(lengths)
+
+
+def test_a_mask_that_leaves_other_rows_than_a_nested_tensor_has_is_refused() -> None:
+    found = collector()
+    found.begin_batch(2, torch.tensor([[True, True], [True, False]]))
+    found.add("layer", torch.randn(4, WIDTH), [2, 2])
+    assert "nested tensor of other lengths than mask" in found.failures["layer"]
