@@ -203,7 +203,8 @@ def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> Non
 def why_unreadable(root: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
     """Why the per-sample gradients of a parameter cannot be read off inputs and gradients of outputs; None if they can.
 
-    Of a weight that its layer makes of the parameter they are gradients of the weight.
+    Of a weight that its layer makes of the parameter they are gradients of the weight; only a mask of pruning is
+    passed.
     """
     found = owners(root, parameter)
     if found and all(contracts(module, attribute) for module, attribute in found):
@@ -211,7 +212,10 @@ def why_unreadable(root: nn.Module, name: str, parameter: nn.Parameter) -> str |
     kinds = ", ".join(sorted({type(module).__name__ for module, _ in found}))
     made = [source for module in root.modules() for one in made_tensors(module) for source in one.sources.values()]
     if any(source is parameter for source in made):
-        return f"method='hooks' reads weights as they are, got parameter {name!r} that they are made of: use 'vmap'"
+        return (
+            f"method='hooks' reads weights as they are, got parameter {name!r} that they are made of: use "
+            "method='vmap', or 'loop'"
+        )
     return (
         f"method='hooks' reads linear layers and embeddings, got parameter {name!r} of {kinds}: "
         "use method='vmap', or choose other parameters"

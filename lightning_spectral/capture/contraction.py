@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.capture.precision import ieee_products
-from lightning_spectral.capture.reparametrised import sources_of
+from lightning_spectral.capture.reparametrised import sources_of, used_as
 
 CHECK_TOLERANCE = 0.05
 """Between the rounding of bfloat16 products, below 0.01, and the share of any use of a weight worth the name."""
@@ -27,8 +27,9 @@ def is_linear(module: nn.Module) -> bool:
 def contracts(module: nn.Module, parameter: str) -> bool:
     """Whether :func:`contract` can give the rows of a module's parameter, ``weight`` for example.
 
-    True for weight and bias of linear layers, and for the weight of a plain embedding.
+    True for weight and bias of linear layers, and for the weight of a plain embedding, pruned ones too.
     """
+    parameter, _ = used_as(module, parameter)
     if is_linear(module):
         return parameter in ("weight", "bias")
     return (
@@ -65,6 +66,15 @@ def contract(
         add: Add to what is there: a shared layer runs several times for each sample.
         scale: Factor on the gradient.
     """
+    used, mask = used_as(module, parameter)
+    if mask is not None:
+        # By the chain rule through the product with the mask.
+        rows = torch.empty_like(out) if add else out
+        contract(module, used, x, grad, rows, False, scale)
+        rows.mul_(mask.flatten())
+        if add:
+            out.add_(rows)
+        return
     num_samples, width = len(grad), grad.shape[-1]
     grad = grad.reshape(num_samples, -1, width).to(out.dtype)
     if isinstance(module, nn.Embedding):

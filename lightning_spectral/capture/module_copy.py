@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.capture.rebinding import Rebinding
+from lightning_spectral.capture.reparametrised import made_by
 from lightning_spectral.capture.stand_ins import Bystander, silence_logging
 
 HOOKS = (
@@ -84,7 +85,7 @@ def _guard_hooks(part: nn.Module) -> None:
             package = (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0]
             if package in WATCHERS:
                 del hooks[key]
-            elif package != "torch":  # whose hooks compute weights
+            elif package != "torch" and made_by(hook) is None:  # those compute weights
                 hooks[key] = functools.partial(_run_if_it_can, hook)
 
 

@@ -31,9 +31,9 @@ def made_tensors(module: nn.Module) -> Iterator[Made]:
         originals = computed.named_parameters(recurse=False)
         sources = {f"parametrizations.{attribute}.{name}": parameter for name, parameter in originals}
         yield Made(attribute, sources, lambda computed=computed: _compute(computed))  # type: ignore[misc]
-    hooks = [hook for hook in module._forward_pre_hooks.values() if _attribute(hook) is not None]
+    hooks = [hook for hook in module._forward_pre_hooks.values() if made_by(hook) is not None]
     for hook in hooks:
-        yield Made(str(_attribute(hook)), _sources(module, hook, hooks), _maker(module, hook))
+        yield Made(str(made_by(hook)), _sources(module, hook, hooks), _maker(module, hook))
 
 
 def sources_of(module: nn.Module, attribute: str) -> dict[str, nn.Parameter]:
@@ -45,6 +45,14 @@ def sources_of(module: nn.Module, attribute: str) -> dict[str, nn.Parameter]:
     if parameter is not None:
         return {attribute: parameter}
     return next((made.sources for made in made_tensors(module) if made.attribute == attribute), {})
+
+
+def used_as(module: nn.Module, parameter: str) -> tuple[str, Tensor | None]:
+    """What a parameter is to its module where it is used: itself, or, if it is pruned, the weight behind a mask."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and parameter == f"{hook._tensor_name}_orig":
+            return hook._tensor_name, module._buffers[f"{hook._tensor_name}_mask"]
+    return parameter, None
 
 
 def _parametrised(module: nn.Module) -> dict[str, ParametrizationList]:
@@ -61,7 +69,8 @@ def _compute(computed: ParametrizationList) -> Tensor:
     return made
 
 
-def _attribute(hook: Any) -> str | None:
+def made_by(hook: Any) -> str | None:
+    """The tensor that a hook makes before its module runs; None if it is no hook of that kind."""
     if isinstance(hook, BasePruningMethod):
         return hook._tensor_name
     return hook.name if isinstance(hook, (SpectralNorm, WeightNorm)) else None
@@ -70,12 +79,12 @@ def _attribute(hook: Any) -> str | None:
 def _sources(module: nn.Module, hook: Any, hooks: list[Any]) -> dict[str, nn.Parameter]:
     endings = ("_g", "_v") if isinstance(hook, WeightNorm) else ("_orig",)
     found: dict[str, nn.Parameter] = {}
-    for name in (f"{_attribute(hook)}{ending}" for ending in endings):
+    for name in (f"{made_by(hook)}{ending}" for ending in endings):
         parameter = module._parameters.get(name)
         if parameter is not None:
             found[name] = parameter
         else:  # what it is made of may be made in its turn
-            inner = [other for other in hooks if other is not hook and _attribute(other) == name]
+            inner = [other for other in hooks if other is not hook and made_by(other) == name]
             found |= {key: p for other in inner for key, p in _sources(module, other, []).items()}
     return found
 

@@ -114,7 +114,7 @@ def test_what_is_frozen_is_nan_and_leaves_the_others(tmp_path: Path, method: str
     assert values["gradient/noise_scale"] > 0
 
 
-@pytest.mark.parametrize("method", ["auto", "loop"])
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
 @pytest.mark.filterwarnings("ignore:.*calls the gradient of fc.weight_orig by fc.weight, the weight that is made of it")
 def test_a_pruned_weight_is_followed(tmp_path: Path, method: str) -> None:
     model = Net()

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import per_sample_gradients
@@ -508,3 +509,47 @@ def test_chunk_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
         free = samples * needed / per_sample.MEMORY_SHARE
         monkeypatch.setattr(per_sample, "_free_bytes", lambda device, free=free: int(free))
         assert fitting_chunk(loss, names, batch) == expected
+
+
+class Halved(prune.BasePruningMethod):
+    """A mask of one's own, of other numbers than 0 and 1."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        return torch.where(torch.arange(t.numel()).view_as(t) % 3 == 0, 0.5, default_mask)
+
+
+def test_rows_pass_the_masks_of_pruned_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"embed": nn.Embedding(7, 5), "mix": nn.Linear(5, 5)})
+    for name in ("weight", "bias"):
+        prune.random_unstructured(module["mix"], name, amount=0.5)
+    prune.random_unstructured(module["mix"], "weight", amount=0.2)
+    Halved.apply(module["embed"], "weight")
+
+    def loss_fn(module: Any, ids: Tensor) -> Tensor:
+        x = module["embed"](ids)
+        return module["mix"](module["mix"](x).tanh()).square().sum((1, 2)).mean()  # twice, so that rows add up
+
+    ids = torch.randint(7, (6, 3))
+    found = per_sample_gradients(module, ids, "all", "hooks", loss_fn=loss_fn)
+    assert list(found) == ["embed.weight", "mix.weight", "mix.bias"]
+    sources = [module["embed"].weight_orig, module["mix"].weight_orig, module["mix"].bias_orig]
+    for index, one in enumerate(ids.split(1)):
+        for rows, gradient in zip(found.values(), torch.autograd.grad(loss_fn(module, one), sources), strict=True):
+            torch.testing.assert_close(rows[index], gradient.flatten())
+    assert float((found["mix.weight"] == 0).all(0).float().mean()) > 0.5
+
+
+def test_hooks_refuse_other_weights_that_are_made_and_auto_reads_them() -> None:
+    module = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"method='hooks' reads weights as they are.*use method='vmap', or 'loop'"):
+        per_sample_gradients(module, torch.randn(3, 4), "weight", "hooks", loss_fn=square)
+    rows = per_sample_gradients(module, x := torch.randn(3, 4), "weight", "auto", loss_fn=square)["weight"]
+    (mean,) = torch.autograd.grad(square(module, x), list(module.parametrizations.weight.parameters()))
+    torch.testing.assert_close(rows.mean(0), mean.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def square(module: nn.Module, x: Tensor) -> Tensor:
+    return (module(x) - x[:, :1]).square().sum(1).mean()
