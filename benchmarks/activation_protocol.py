@@ -105,11 +105,10 @@ class Setting:
             collector.begin_batch(len(batch), None)
             self.model(batch)
         start = time.perf_counter()
-        rtol = torch.finfo(torch.float32).eps
         spectra = [
             spectrum.values.numpy()
-            for names, parts, _ in collector.pool()
-            for spectrum in decompose(names, parts, collector.failures, rtol=rtol).values()
+            for names, parts, _, dtypes in collector.pool()
+            for spectrum in decompose(names, parts, collector.failures, dtypes=dtypes).values()
         ]
         self.solving = time.perf_counter() - start
         self.own = reading.seconds + self.solving

@@ -67,7 +67,7 @@ class Batch:
     def moments(self) -> Moments:
         """Moments of all layers by group; the collector is of no use afterwards."""
         self.offer(self.repeats)
-        ((_, pooled, _),) = self.collector.pool()
+        ((_, pooled, *_),) = self.collector.pool()
         return pooled
 
 

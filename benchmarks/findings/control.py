@@ -86,8 +86,8 @@ def measured(sequences: Tensor, normalize: bool) -> Spectrum:
     collector = Collector(["layer"], 2**60, NUM_GROUPS, normalize, torch.float64, torch.device("cpu"))
     collector.begin_batch(len(sequences), None)
     collector.add("layer", sequences)
-    ((names, parts, _),) = collector.pool()
-    (spectrum,) = decompose(names, parts, collector.failures).values()
+    ((names, parts, _, dtypes),) = collector.pool()
+    (spectrum,) = decompose(names, parts, collector.failures, dtypes=dtypes).values()
     return spectrum
 
 

@@ -1,7 +1,7 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan, nan
+from math import nan
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -11,6 +11,7 @@ from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Exponent, Spectrum
+from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.spectrum import head_share
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.terminal import number, with_error
@@ -55,7 +56,10 @@ class ActivationSpectrum(LayersCallback):
             1,600.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
-            1e-3 of the largest, ``"float64"`` above 1e-6, at about twice the cost of the products.
+            1e-3 of the largest and resolves none below 1e-7 of it, ``"float64"`` is good to 1e-5 above 1e-6, at about
+            twice the cost of the products. A band of which some ranks lie below is NaN, with a warning. ``"auto"``
+            measures in float32, and in float64, from the next report on, the layers of which a report has shown that
+            float32 does not resolve head or tail; one warning says so. The record has the type of each spectrum.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         prefix: Put before every key, to tell two of these callbacks apart.
@@ -102,7 +106,7 @@ class ActivationSpectrum(LayersCallback):
         tail: tuple[int, int] | tuple[float, float] = (0.125, 0.5),
         num_groups: int = 4,
         normalize: bool = True,
-        dtype: Literal["float32", "float64"] = "float32",
+        dtype: Literal["auto", "float32", "float64"] = "auto",
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
@@ -146,6 +150,10 @@ class ActivationSpectrum(LayersCallback):
         return super().settings() | self.bands.settings()
 
     @override
+    def looks_at(self) -> list[Band]:
+        return list(self.bands)
+
+    @override
     def check_widths(self, widths: dict[str, int]) -> None:
         for width in widths.values():
             self.bands.check(width)
@@ -159,11 +167,8 @@ class ActivationSpectrum(LayersCallback):
 
     def _describe(self, spectrum: Spectrum) -> dict[str, float]:
         head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)
-        if spectrum.failure is None:
-            for exponent in (head, tail):
-                # With one group nobody asked for error bars.
-                if exponent.reason is not None and (self.request.num_groups > 1 or isnan(exponent.value)):
-                    self.warn(f"at step {spectrum.step}, {spectrum.name}: NaN, because {exponent.reason}")
+        for band in self.bands:
+            self.warn_of(spectrum, band)
         return {
             "alpha_tail": tail.value,
             "alpha_tail_stderr": tail.stderr,

@@ -319,17 +319,20 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     def _describe(self, found: ParameterGradients) -> dict[str, float]:
         spectrum = found.spectrum
         head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)
+        centred = found.centred.exponent(self.bands.tail)
         if spectrum.failure is None:
             for exponent in (tail, head):
                 if exponent.reason is not None and self._is_worth_a_warning(exponent, spectrum):
                     self.warn(f"at step {spectrum.step}, {spectrum.name}: NaN, because {exponent.reason}")
+            if isnan(centred.value) and not isnan(tail.value):  # n rows about their mean span a dimension less
+                self.warn(f"at step {spectrum.step}, {spectrum.name}: alpha_tail_centred NaN, because {centred.reason}")
         return {
             "alpha_tail": tail.value,
             "alpha_tail_stderr": tail.stderr,
             "r2_tail": tail.r2,
             "alpha_head": head.value,
             "alpha_head_stderr": head.stderr,
-            "alpha_tail_centred": found.centred.exponent(self.bands.tail).value,
+            "alpha_tail_centred": centred.value,
             "rankme": spectrum.rankme().value,
             "noise_scale": float(found.moments.noise_scale),
             "grad_norm": found.grad_norm,
@@ -349,6 +352,10 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     def _describe_weight(self, spectrum: Spectrum) -> dict[str, float]:
         tail, head = spectrum.exponent(self.bands.tail), spectrum.exponent(self.bands.head)
+        for exponent in (tail, head):
+            is_long = len(spectrum.values) >= DEFAULT_HEAD[1]
+            if spectrum.failure is None and isnan(exponent.value) and is_long:
+                self.warn(f"at step {spectrum.step}, the weights of {spectrum.name}: NaN, because {exponent.reason}")
         return {
             "alpha_tail": tail.value,
             "r2_tail": tail.r2,

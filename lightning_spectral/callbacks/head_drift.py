@@ -13,6 +13,7 @@ from lightning_spectral.callbacks.recorded_bases import RecordedBases
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
+from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 from lightning_spectral.measurement import ActivationRequest, Report
@@ -73,7 +74,8 @@ class HeadDrift(LayersCallback):
             of rows is warned of.
         num_groups: Groups of whole samples for the floors; 1 for none.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
-        dtype: Type of the products; sums and solves are in float64.
+        dtype: Type of the products, see :class:`ActivationSpectrum`; ``"auto"`` goes to float64 where float32 does not
+            resolve ``rank`` eigenvalues, and ``"first"`` is then the first report in float64.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         prefix: Put before every key, to tell two of these callbacks apart.
@@ -111,7 +113,7 @@ class HeadDrift(LayersCallback):
         num_tokens: int = 65536,
         num_groups: int = 4,
         normalize: bool = True,
-        dtype: Literal["float32", "float64"] = "float32",
+        dtype: Literal["auto", "float32", "float64"] = "auto",
         mask: str | None = None,
         prefix: str = "",
         dataloader_idx: int = 0,
@@ -174,6 +176,10 @@ class HeadDrift(LayersCallback):
         return super().settings() | {"rank": self.rank}
 
     @override
+    def looks_at(self) -> list[Band]:
+        return [(1, self.rank)] if self.rank > 1 else []  # the largest eigenvalue is always resolved
+
+    @override
     def check_widths(self, widths: dict[str, int]) -> None:
         for name, width in widths.items():
             if self.rank > width:
@@ -205,8 +211,10 @@ class HeadDrift(LayersCallback):
         # A shared report may hold more vectors.
         bases = {name: one.leading(self.rank) for name, one in spectra.items() if one.failure is None}
         if self.reference == "first":
-            # A layer whose first measurement failed begins with the first that did not.
-            self._bases = bases | self._bases
+            # A layer whose first measurement failed, or lacks directions that the next will have, begins with the next.
+            is_auto = self.request.dtype == "auto"
+            known = {name: one for name, one in self._bases.items() if not (is_auto and self._is_cut(one))}
+            self._bases = bases | known
         references = self._reference_for()
         rows = {name: self._describe(report.step, name, bases.get(name), references.get(name)) for name in spectra}
         if self.reference == "previous":
@@ -244,7 +252,8 @@ class HeadDrift(LayersCallback):
             self._compare_rows(step, name, basis, reference)
         reason = self._why_no_vectors(samples)
         if reason is not None:
-            self.warn(f"at step {step}, {name}: overlap and angle are NaN, because {reason}")
+            if not (self._is_cut(basis) and self.is_widened(basis)):
+                self.warn(f"at step {step}, {name}: overlap and angle are NaN, because {reason}")
             return row
         row["overlap_floor"], row["max_angle_floor"] = float(overlap_floor(*samples)), float(angle_floor(*samples))
         if reference is not None:
@@ -258,12 +267,17 @@ class HeadDrift(LayersCallback):
                 "and fewer rows alone make a spectrum steeper"
             )
 
+    def _is_cut(self, spectrum: Spectrum) -> bool:
+        return any(spectrum.is_cut_by_dtype(band) for band in self.looks_at())
+
     def _why_no_vectors(self, samples: list[Spectrum]) -> str | None:
         if any(sample.vectors is None or sample.leave_one_out_vectors is None for sample in samples):
             return "the reference holds no eigenvectors"
         num_positive = min(int((sample.values > 0).sum()) for sample in samples)
         if num_positive < self.rank:
-            return f"rank {self.rank} needs as many positive eigenvalues, and there are {num_positive}: lower it"
+            cut = next((sample.dtype for sample in samples if self._is_cut(sample)), None)
+            remedy = "lower it" if cut is None else f"lower it, or give dtype='float64', for {cut} resolves no more"
+            return f"rank {self.rank} needs as many positive eigenvalues, and there are {num_positive}: {remedy}"
         return None
 
 

@@ -1,14 +1,18 @@
 """What every callback on the shared measurement of activations has in common."""
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
+from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_patterns
 
@@ -16,8 +20,8 @@ from lightning_spectral.measurement.arguments import check_patterns
 class LayersCallback(SpectralCallback[Report]):
     """Has the layers that its arguments name watched.
 
-    A subclass says what it writes for each (``quantities``); it may choose among the layers (:meth:`choose_layers`),
-    and refuse their widths (:meth:`check_widths`).
+    A subclass says what it writes for each (``quantities``) and which ranks it looks at (:meth:`looks_at`); it may
+    choose among the layers (:meth:`choose_layers`), and refuse their widths (:meth:`check_widths`).
 
     Args:
         layers: Patterns, see :func:`lightning_spectral.capture.resolve_layers`.
@@ -52,6 +56,10 @@ class LayersCallback(SpectralCallback[Report]):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"layers": [] if self.measurement is None else self.measurement.layers}
 
+    def looks_at(self) -> list[Band]:
+        """The bands of ranks that are of use to it only as a whole."""
+        return []
+
     def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Modules to measure, by name; raises ValueError for a pattern that matches nothing, or no stack of blocks."""
         return resolve_layers(pl_module, self.layers)
@@ -67,7 +75,7 @@ class LayersCallback(SpectralCallback[Report]):
     def watch(self, pl_module: LightningModule) -> list[str]:
         layers = self.choose_layers(pl_module)
         assert self.measurement is not None
-        self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(pl_module))
+        self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(pl_module), self.looks_at())
         self._has_checked_widths = False
         return list(layers)
 
@@ -75,6 +83,29 @@ class LayersCallback(SpectralCallback[Report]):
         found = self.choose_again(pl_module)
         joined = self.join_names([name for name in found if name not in self.names])
         return {name: layer for name, layer in found.items() if name in self.names or name in joined}
+
+    @override
+    def follow(self, pl_module: LightningModule) -> None:
+        assert self.measurement is not None
+        # Of all callbacks on a measurement the first takes it.
+        note, self.measurement.note = self.measurement.note, None
+        if note is not None:
+            rank_zero_warn(f"{type(self).__name__} {note}")
+
+    def warn_of(self, spectrum: Spectrum, band: Band) -> None:
+        """Warn where the exponent of a band, or its error bar, is not known."""
+        exponent = spectrum.exponent(band)
+        if spectrum.failure is not None or exponent.reason is None:
+            return
+        if self.is_widened(spectrum) and spectrum.is_cut_by_dtype(band):
+            return
+        # With one group nobody asked for error bars.
+        if self.request.num_groups > 1 or isnan(exponent.value):
+            self.warn(f"at step {spectrum.step}, {spectrum.name}: NaN, because {exponent.reason}")
+
+    def is_widened(self, spectrum: Spectrum) -> bool:
+        """Whether the next report will resolve what this one does not, of which one warning has spoken."""
+        return self.measurement is not None and spectrum.name in self.measurement.widened
 
     def rows_in_words(self) -> str:
         """What rows were, for the heading of a table; empty before any."""

@@ -19,7 +19,7 @@ from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, for
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.runs.history import History
-from lightning_spectral.runs.references import Reference, References, Wanted, alpha_at, find_references
+from lightning_spectral.runs.references import Reference, References, Wanted, find_references
 
 NO_SKILL = 0.1
 """Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
@@ -63,7 +63,8 @@ class TailForecaster(LayersCallback):
             second on the early loss did better than all (``benchmarks/findings``, study 3): ask ``skill`` of your runs.
         num_groups: Groups of whole samples for error bars; give that of an ActivationSpectrum to share its measurement.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
-        dtype: Type of the products; sums and solves are in float64.
+        dtype: Type of the products, see :class:`ActivationSpectrum`; ``"auto"`` goes to float64 where float32 does not
+            resolve the tail.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
         stop_if_relative_above: End training where ``relative`` is larger, whatever the skill; None for never.
@@ -113,7 +114,7 @@ class TailForecaster(LayersCallback):
         tail: tuple[int, int] | tuple[float, float] = (0.125, 0.5),
         num_groups: int = 4,
         normalize: bool = True,
-        dtype: Literal["float32", "float64"] = "float32",
+        dtype: Literal["auto", "float32", "float64"] = "auto",
         mask: str | None = None,
         stop_if_relative_above: float | None = None,
         prefix: str = "",
@@ -168,6 +169,10 @@ class TailForecaster(LayersCallback):
     @override
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"tail": list(self.tail)}
+
+    @override
+    def looks_at(self) -> list[Band]:
+        return [self.tail]
 
     @override
     def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
@@ -256,8 +261,8 @@ class TailForecaster(LayersCallback):
         values = dict.fromkeys(self.quantities, math.nan)
         exponent = spectrum.exponent(self.tail)
         values |= self._forecast(name, exponent.value) | {"alpha_tail": exponent.value, "actual": self.actual}
-        if spectrum.failure is None and exponent.reason is not None and math.isnan(exponent.value):
-            self.warn(f"at step {report.step}, {name}: NaN, because {exponent.reason}")
+        if math.isnan(exponent.value):
+            self.warn_of(spectrum, self.tail)
         self._forecasts.append({"step": float(report.step), "tokens": self.tokens, **values})
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
 
@@ -290,10 +295,14 @@ class TailForecaster(LayersCallback):
     def _alpha_of(self, reference: Reference, layer: str) -> float:
         """A reference's exponent at this run's tokens; NaN for one that cannot be read."""
         try:
-            return alpha_at(reference.run, reference.series, layer, self.tail, self.tokens)
+            spectrum = reference.run.spectrum_at(reference.series, layer, self.tokens)
         except ValueError as error:
             self.warn(f"goes without {reference.run.path}: {error}", on_this_rank=True)
             return math.nan
+        exponent = spectrum.exponent(self.tail)
+        if spectrum.failure is None and math.isnan(exponent.value):
+            self.warn(f"goes without {reference.run.path} at {self.tokens:,.0f} tokens, because {exponent.reason}")
+        return exponent.value
 
     def _watch_loss(self, trainer: Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:

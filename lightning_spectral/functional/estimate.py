@@ -23,7 +23,7 @@ class Exponent(NamedTuple):
     """``value`` less its first-order bias of few rows; NaN for spectra whose bias is none of first order."""
     r2: float
     num_values: int
-    """Positive values that were fitted."""
+    """Positive values of the band; there is an exponent only where that is all of them."""
     band: tuple[int, int] | None
     """First and last rank, 1-based and inclusive; None where the spectrum has no such ranks."""
     reason: str | None
@@ -36,6 +36,9 @@ class Estimate(NamedTuple):
     value: float
     stderr: float
 
+
+WIDER = {"float32": "dtype='float64' does, 'auto' from the next report on", "bfloat16": "row_dtype='float32' does"}
+"""What resolves smaller values than a type does."""
 
 NO_GROUPS = torch.empty(0, 0, dtype=torch.float64)
 """What a spectrum without error bars has in the place of values without each group."""
@@ -56,6 +59,8 @@ class Spectrum:
         count_without: Rows left without the largest group, of spectra that rows must span; None for others.
         failure: Why there are no values; None if there are.
         failed_here: Whether the failure is one that other ranks may not know of.
+        dtype: Type whose rounding is the floor of the values, below which they are zero: ``"float32"`` or ``"float64"``
+            of products, ``"bfloat16"`` of rows that were kept in it; empty where it is not known.
         corrects_bias: Whether the bias of exponents falls with the number of rows, so that the jackknife mends it: true
             of covariances, not of the singular values of as many rows as there are.
         name: Layer or parameter.
@@ -77,6 +82,7 @@ class Spectrum:
     failure: str | None = None
     failed_here: bool = False
     corrects_bias: bool = True
+    dtype: str = ""
     name: str = ""
     step: float = nan
     tokens: float = nan
@@ -94,7 +100,8 @@ class Spectrum:
     def exponent(self, band: Band) -> Exponent:
         """Power-law exponent over a band of ranks, with jackknife error and bias correction; fitted once per band.
 
-        Ranks are those of the full spectrum: without a group the same ranks are fitted.
+        Ranks are those of the full spectrum: without a group the same ranks are fitted. All of them must be there: a
+        line through those that happen to lie above rounding would be that of another band.
 
         Args:
             band: Two ranks or two fractions, see :func:`lightning_spectral.functional.power_law`.
@@ -122,7 +129,7 @@ class Spectrum:
             return Exponent(nan, nan, nan, nan, 0, None, f"{reason} {MIN_VALUES}: widen it")
         plain = power_law(self.values, ranks)
         num_values = int(plain.num_values)
-        reason = self._why_no_value(band, hi, num_values)
+        reason = self._why_no_value(band, ranks, num_values)
         if reason is not None:
             return Exponent(nan, nan, nan, nan, num_values, None, reason)
         reason = self._why_no_error(hi)
@@ -130,7 +137,9 @@ class Spectrum:
         if reason is None:
             without = power_law(self.leave_one_out, ranks)
             if bool((without.num_values != plain.num_values).any()):
-                reason = f"no error bar: without one group band {band} loses positive values: {self._remedy(hi)}"
+                rows_without = self.count if self.count_without is None else self.count_without
+                remedy = self._remedy(hi, self.leave_one_out, rows_without)
+                reason = f"no error bar: without one group band {band} loses positive values: {remedy}"
             else:
                 corrected, stderr = jackknife(plain.exponent, without.exponent)
         if not self.corrects_bias:
@@ -139,13 +148,15 @@ class Spectrum:
             float(plain.exponent), float(stderr), float(corrected), float(plain.r2), num_values, ranks, reason
         )
 
-    def _why_no_value(self, band: Band, hi: int, num_values: int) -> str | None:
+    def _why_no_value(self, band: Band, ranks: tuple[int, int], num_values: int) -> str | None:
         if not bool(self.values.isfinite().all()):
             return "its values are not finite"
         if self.is_zero:
             return "all its values are exactly zero, as those of gradients behind a zero-initialised layer are at first"
-        if num_values < MIN_VALUES:
-            return f"band {band} holds {num_values} positive values of the {MIN_VALUES} needed: {self._remedy(hi)}"
+        lo, hi = ranks
+        if num_values < hi - lo + 1:
+            held = f"band {band}, ranks {lo} to {hi}, holds {num_values} positive values of {hi - lo + 1}"
+            return f"{held}: {self._remedy(hi, self.values, self.count)}"
         return None
 
     def _why_no_error(self, hi: int) -> str | None:
@@ -160,9 +171,24 @@ class Spectrum:
             return f"no error bar: without one group {self.count_without} rows do not span {width} channels: take more"
         return None
 
-    def _remedy(self, hi: int) -> str:
+    def _remedy(self, hi: int, values: Tensor, num_rows: int) -> str:
         # Zero are the values that the rows do not span, and those below the rounding of the products.
-        return "it needs more rows" if self.count <= hi + 1 else "a wider dtype resolves smaller ones"
+        if 0 < num_rows <= hi + 1:
+            return "it needs more rows"
+        if self.dtype in WIDER:
+            return f"{self.dtype} resolves no smaller ones, {WIDER[self.dtype]}"
+        return f"beyond rank {int((values > 0).sum(-1).min())} all are zero or rounding, so lower its end"
+
+    def is_cut_by_dtype(self, band: Band) -> bool:
+        """Whether rows that span a band leave values of it, with or without a group, below the rounding of dtype."""
+        if self.failure is not None or self.dtype not in WIDER or self.is_zero:
+            return False
+        try:
+            lo, hi = resolve_band(band, len(self.values))
+        except ValueError:
+            return False
+        without = self.leave_one_out if hi < (self.count_without or 0) else self.leave_one_out[:0]
+        return hi < self.count and any(bool((values[..., lo - 1 : hi] == 0).any()) for values in (self.values, without))
 
     @property
     def is_zero(self) -> bool:
@@ -215,7 +241,7 @@ class Spectrum:
             numbers["num_rows_without"] = self.count_without
         arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
         facts = {name: torch.tensor(number).numpy() for name, number in numbers.items()}
-        return arrays | facts | {"failure": self.failure or ""}
+        return arrays | facts | {"failure": self.failure or "", "dtype": self.dtype}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], values: str, count: str | None, **facts: Any) -> "Spectrum":
@@ -245,5 +271,6 @@ class Spectrum:
             count=0 if count is None else int(arrays.get(count, 0)),
             count_without=int(arrays["num_rows_without"]) if "num_rows_without" in arrays else None,
             failure=str(arrays.get("failure", "")) or None,
+            dtype=str(arrays.get("dtype", "")),
             **facts,
         )

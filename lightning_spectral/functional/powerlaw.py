@@ -22,7 +22,8 @@ class PowerLaw(NamedTuple):
     r2: Tensor
     """Coefficient of determination of that line. NaN with the exponent, and where all logarithms are equal."""
     num_values: Tensor
-    """How many positive values of the band were fitted; fewer than three is the reason for NaN."""
+    """How many positive values of the band were fitted: all of them, or the line is that of a part of the band. Fewer
+    than three is the reason for NaN."""
 
 
 def check_band(name: str, band: Band) -> None:
@@ -74,7 +75,9 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
     r"""Exponent of a power law :math:`l_j \propto j^{-\alpha}` over a band of ranks.
 
     Ordinary least squares of :math:`\ln l_j` on :math:`\ln j`, j the 1-based rank, over the positive values of the
-    band; the estimator of the scripts released with *Spectral Lens* (arXiv 2605.05683).
+    band; the estimator of the scripts released with *Spectral Lens* (arXiv 2605.05683). Where values of the band are
+    zero, below rounding say, the line is that of the others, and ``num_values`` tells how many:
+    :meth:`lightning_spectral.functional.Spectrum.exponent` takes only bands that are whole.
 
     Args:
         values: ``(..., n)``, descending: eigenvalues, or singular values (whose exponent is half as large).

@@ -41,7 +41,7 @@ def spectrum_or_warning(sample: Moments, caller: str) -> Tensor:
     return values
 
 
-def spectrum(sample: Moments, rtol: float | None = None) -> Tensor:
+def spectrum(sample: Moments, rtol: float | Tensor | None = None) -> Tensor:
     """Eigenvalues of the covariance of rows given by their moments, batched; ``rtol`` is that of :func:`eigenvalues`.
 
     Returns:
@@ -68,13 +68,13 @@ def why_no_spectrum(sample: Moments) -> str | None:
     return None
 
 
-def eigenvalues(matrices: Tensor, rtol: float | None = None) -> Tensor:
+def eigenvalues(matrices: Tensor, rtol: float | Tensor | None = None) -> Tensor:
     """Eigenvalues of symmetric positive semi-definite matrices.
 
     Args:
         matrices: ``(..., d, d)``.
-        rtol: Values below ``rtol`` times the largest are rounding and become exact zeros. Default: d times the float64
-            epsilon, NumPy's ``matrix_rank`` rule.
+        rtol: Values below ``rtol`` times the largest are rounding and become exact zeros; a tensor, broadcast against
+            ``(..., 1)``, for each matrix its own. Default: d times the float64 epsilon, NumPy's ``matrix_rank`` rule.
 
     Returns:
         ``(..., d)`` float64, descending. All NaN for a matrix that is not finite or whose solve failed, on its own
@@ -89,12 +89,12 @@ def eigenvalues(matrices: Tensor, rtol: float | None = None) -> Tensor:
     return _decompose(matrices, rtol, num_vectors=0)[0]
 
 
-def eigenvectors(matrices: Tensor, num_vectors: int, rtol: float | None = None) -> tuple[Tensor, Tensor]:
+def eigenvectors(matrices: Tensor, num_vectors: int, rtol: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What :func:`eigenvalues` gives, and the leading orthonormal eigenvectors, columns ``(..., d, num_vectors)``."""
     return _decompose(matrices, rtol, num_vectors)
 
 
-def _decompose(matrices: Tensor, rtol: float | None, num_vectors: int) -> tuple[Tensor, Tensor]:
+def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) -> tuple[Tensor, Tensor]:
     matrices = matrices.to(torch.float64)
     finite = matrices.isfinite().all(-1).all(-1, keepdim=True)
     # A solver refuses the whole batch for one bad matrix: the others must not pay for it.

@@ -1,6 +1,6 @@
 """The measurement of activations: rows of layers collected as they pass, pooled over ranks and decomposed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from lightning_spectral.capture.nested import parts_of, rows_of_parts
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.moments import Moments
+from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement.arguments import check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
@@ -29,7 +30,10 @@ from lightning_spectral.measurement.measurement import Measurement, Report, Requ
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.metrics.reduction import world_size
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Dtype = Literal["auto", "float32", "float64"]
+
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
+"""Types that products begin in."""
 
 ABSENT = "the model has no such layer any more"
 
@@ -44,7 +48,7 @@ class ActivationRequest(Request):
 
     num_tokens: int
     normalize: bool
-    dtype: Literal["float32", "float64"]
+    dtype: Dtype
     mask: str | None = None
     channel_dim: int | None = None
 
@@ -89,6 +93,11 @@ class ActivationMeasurement(Measurement):
         self.widths: dict[str, int] = {}
         """Width of each layer that has run; known after the first batch, of training or of the sanity check."""
         self._num_vectors = 0
+        self._bands: list[Band] = []
+        self.widened: set[str] = set()
+        """Layers of which the latest report has shown that they are to be measured in float64 from now on."""
+        self.note: str | None = None
+        """What is to be said of that, for a callback to take."""
         self._has_seen_mask = False
         self._reader = ActivationReader(self._read, self._fail)
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
@@ -109,6 +118,7 @@ class ActivationMeasurement(Measurement):
         layers: Mapping[str, nn.Module],
         num_vectors: int = 0,
         again: Callable[[], Mapping[str, nn.Module]] | None = None,
+        bands: Sequence[Band] = (),
     ) -> None:
         """Watch layers, by name, before the first batch; those already watched are not hooked again.
 
@@ -116,7 +126,9 @@ class ActivationMeasurement(Measurement):
             layers: Modules by name.
             num_vectors: How many leading eigenvectors are needed in each report, 0 for none.
             again: Makes the same choice again before each report, of a model that may have changed.
+            bands: What is looked at, and by ``dtype="auto"`` measured in float64 where float32 does not resolve it.
         """
+        self._bands += [band for band in bands if band not in self._bands]
         self._num_vectors = max(self._num_vectors, num_vectors)
         self._choices.append((lambda: layers) if again is None else again)
         for name, layer in layers.items():
@@ -304,22 +316,36 @@ class ActivationMeasurement(Measurement):
         with self.stopwatch.running():
             reasons = dict.fromkeys(self._absent, ABSENT) | self._collector.failures
             spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
-            for names, parts, offered in self._collector.pool():
+            for names, parts, offered, dtypes in self._collector.pool():
                 rows = zip(names, offered, strict=True)
                 # Over the steps of its own: what a layer's window is does not depend on others.
                 if self.steps_collected:
                     self._rows |= {name: total / len(self._steps[name]) for name, total in rows if total > 0}
-                spectra |= self._decompose(names, parts, step)
+                spectra |= self._decompose(names, parts, step, dtypes)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
             self.report = Report(step, {self.kind: spectra})
             self.reset()
+            self._widen(spectra, step)
 
-    def _decompose(self, names: list[str], parts: Moments, step: int) -> dict[str, Spectrum]:
-        # What float32 products can resolve: their rounding is about 1e-8 of the largest eigenvalue.
-        rtol = torch.finfo(torch.float32).eps if self.request.dtype == "float32" else None
+    def _widen(self, spectra: Mapping[str, Spectrum], step: int) -> None:
+        """Measure in float64 from now on what float32 does not resolve; all ranks do, for all have these spectra."""
+        cut: dict[str, list[Band]] = {}
+        if self.request.dtype == "auto":
+            cut = {name: [band for band in self._bands if one.is_cut_by_dtype(band)] for name, one in spectra.items()}
+        self.widened = {name for name, bands in cut.items() if bands} - self._collector.in_float64
+        self._collector.in_float64 |= self.widened
+        if self.widened:
+            bands = [band for band in self._bands if any(band in cut[name] for name in self.widened)]
+            self.note = (
+                f"at step {step}: float32 does not resolve all of band {' and '.join(map(str, bands))} in "
+                f"{', '.join(name for name in cut if name in self.widened)}: what needs it is NaN now, and is measured "
+                "in float64 from the next report on"
+            )
+
+    def _decompose(self, names: list[str], parts: Moments, step: int, dtypes: list[str]) -> dict[str, Spectrum]:
         try:
-            return decompose(names, parts, self._collector.failures, step, self._num_vectors, rtol)
+            return decompose(names, parts, self._collector.failures, step, self._num_vectors, dtypes)
         except RuntimeError as error:  # out of memory, most likely; past the collectives, so that no rank waits
             reason = str(error).partition("\n")[0]
             return {name: self._missing(name, step, reason) for name in names}
@@ -330,12 +356,13 @@ class ActivationMeasurement(Measurement):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rows": dict(self._rows)}
+        return {**super().state_dict(), "rows": dict(self._rows), "in_float64": sorted(self._collector.in_float64)}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._rows = dict(state.get("rows", {}))
+        self._collector.in_float64 |= set(state.get("in_float64", ()))
 
     @staticmethod
     def _missing(name: str, step: int, failure: str) -> Spectrum:

@@ -92,7 +92,7 @@ class Collector:
         num_tokens: Rows per layer and report over all ranks, at the most (but one sample a rank at the least).
         num_groups: Groups G of samples whose moments are kept apart for error bars.
         normalize: Apply a parameter-free RMSNorm over the last axis first.
-        dtype: Type of the products, float32 or float64.
+        dtype: Type of the products, float32 or float64; ``in_float64`` names layers that have the wider anyway.
         device: Where the sums are kept; must be able to hold float64.
     """
 
@@ -115,6 +115,8 @@ class Collector:
         self._world = world_size()
         self._rank = dist.get_rank() if self._world > 1 else 0
         self._share = num_tokens // self._world
+        self.in_float64: set[str] = set()
+        """Layers whose products are taken in float64; to be changed between reports only."""
         self.closed: Collection[str] = ()
         """Layers whose rows go by uncounted, for they lie before their part of a window."""
         self._batch = 0
@@ -150,7 +152,7 @@ class Collector:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
-                self._add(self._sums_of(name, output, lengths), progress, output, lengths)
+                self._add(self._sums_of(name, output, lengths), progress, output, lengths, self._dtype_of(name))
         except Exception as error:
             self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
@@ -172,8 +174,15 @@ class Collector:
             raise ValueError(f"its width changed from {sums.pivot.shape[-1]} to {output.shape[-1]}")
         return sums
 
-    def _add(self, sums: _Sums, progress: _Progress, output: Tensor, lengths: list[int] | None) -> None:
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float64 if name in self.in_float64 else self.dtype
+
+    def _add(
+        self, sums: _Sums, progress: _Progress, output: Tensor, lengths: list[int] | None, dtype: torch.dtype
+    ) -> None:
         mask = self._mask
+        if dtype == torch.float64 and output.device.type == "mps":  # which has none
+            output, mask = output.cpu(), None if mask is None else mask.cpu()
         progress.enter(self._batch)
         samples: Tensor | tuple[Tensor, ...]
         if lengths is not None and self._num_samples in (None, len(lengths)):
@@ -192,9 +201,8 @@ class Collector:
             num_rows = sum(rows_per_sample[chosen])
             if num_rows > 0:
                 part = samples[chosen] if isinstance(samples, Tensor) else torch.cat(samples[chosen])
-                self._accumulate(
-                    sums, group, part, None if mask is None else mask[chosen], num_rows, progress.rows == 0
-                )
+                counted = None if mask is None else mask[chosen]
+                self._accumulate(sums, group, part, counted, num_rows, progress.rows == 0, dtype)
                 progress.rows += num_rows
         progress.samples = max(progress.samples, progress.samples_before + num_taken)
 
@@ -208,17 +216,24 @@ class Collector:
         return fitting + is_short
 
     def _accumulate(
-        self, sums: _Sums, group: int, samples: Tensor, mask: Tensor | None, num_rows: int, is_first: bool
+        self,
+        sums: _Sums,
+        group: int,
+        samples: Tensor,
+        mask: Tensor | None,
+        num_rows: int,
+        is_first: bool,
+        dtype: torch.dtype,
     ) -> None:
-        if samples.dtype.itemsize > self.dtype.itemsize:
-            samples = samples.to(self.dtype)
-        scale = inverse_rms(samples, self.dtype) if self.normalize else None
+        if samples.dtype.itemsize > dtype.itemsize:
+            samples = samples.to(dtype)
+        scale = inverse_rms(samples, dtype) if self.normalize else None
         keep = None if mask is None else mask.unsqueeze(-1)
         if is_first:
-            origin = samples.new_zeros(samples.shape[-1], dtype=self.dtype)
+            origin = samples.new_zeros(samples.shape[-1], dtype=dtype)
             total = self._centred(samples, scale, origin, keep).sum(0)
             sums.pivot.copy_(total / max(num_rows, 1))
-        centred = self._centred(samples, scale, sums.pivot.to(samples.device, self.dtype), keep)
+        centred = self._centred(samples, scale, sums.pivot.to(samples.device, dtype), keep)
         sums.count[group] += num_rows
         sums.total[group] += centred.sum(0).to(sums.total)
         add_products(sums.outer[group], centred)
@@ -298,12 +313,12 @@ class Collector:
         """Whether the width of every layer is known to all ranks."""
         return sum(len(names) for names, _ in self._buffers.values()) + len(self._refused) == len(self.names)
 
-    def pool(self) -> Iterator[tuple[list[str], Moments, list[float]]]:
+    def pool(self) -> Iterator[tuple[list[str], Moments, list[float], list[str]]]:
         """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
 
         Yields:
-            The layers of one width, their moments ``(layers, groups)``, and the rows of each offered to all ranks
-            together, as if they had all run it.
+            The layers of one width, their moments ``(layers, groups)``, the rows of each offered to all ranks together,
+            as if they had all run it, and the narrowest type of its products on any rank.
         """
         if not self.is_agreed:
             self.agree()
@@ -314,9 +329,13 @@ class Collector:
                     sums.count[index] = torch.nan
             mirror_(sums.outer)
             parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
-            offered = torch.tensor([self.offered(name) for name in names], dtype=torch.float64, device=self.device)
-            pooled, totals = reduce_moments(parts, torch.cat([offered, (offered > 0).to(offered)]))
-            yield names, pooled, self._as_if_all(*totals.chunk(2))
+            is_double = [self._dtype_of(name) == torch.float64 for name in names]
+            numbers = [[self.offered(name) for name in names], [self.offered(name) > 0 for name in names], is_double]
+            riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+            pooled, totals = reduce_moments(parts, riders.flatten())
+            offered, num_ranks, num_double = totals.chunk(3)
+            dtypes = ["float64" if number == self._world else "float32" for number in num_double.tolist()]
+            yield names, pooled, self._as_if_all(offered, num_ranks), dtypes
 
     def reset(self) -> None:
         """Forget all rows; nothing slides from one report into the next."""

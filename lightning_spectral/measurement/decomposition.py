@@ -1,6 +1,6 @@
 """From the moments of groups to each layer's spectrum, with all groups and without each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def decompose(
     failures: Mapping[str, str],
     step: float = torch.nan,
     num_vectors: int = 0,
-    rtol: float | None = None,
+    dtypes: Sequence[str] | None = None,
 ) -> dict[str, Spectrum]:
     """Solve all layers of one width.
 
@@ -26,8 +26,8 @@ def decompose(
         failures: What this rank knows of failures, by name.
         step: Optimizer steps so far.
         num_vectors: How many leading eigenvectors to keep, 0 for none.
-        rtol: Eigenvalues below this share of the largest are rounding, see
-            :func:`lightning_spectral.functional.eigenvalues`.
+        dtypes: Of the products of each layer, ``"float32"`` or ``"float64"``; None for float64. Eigenvalues below their
+            rounding are zero.
 
     Returns:
         Spectra by name; error bars where all of two or more groups received rows.
@@ -36,9 +36,10 @@ def decompose(
     without_each = 1 - torch.eye(num_groups) if num_groups > 1 else torch.ones(0, 1)
     members = torch.cat([torch.ones(1, num_groups), without_each])
     counts = parts.num_rows.cpu()
+    dtypes = ["float64"] * len(names) if dtypes is None else dtypes
     spectra = {}
-    for name, count, (sample, values, vectors) in zip(
-        names, counts, _solved(parts, members, num_vectors, rtol), strict=True
+    for name, dtype, count, (sample, values, vectors) in zip(
+        names, dtypes, counts, _solved(parts, members, num_vectors, _rounding(parts, dtypes)), strict=True
     ):
         failure = failures.get(name)
         if failure is None and bool(count.isnan().any()):
@@ -56,14 +57,26 @@ def decompose(
             count_without=int((count.sum() - count.max()).nan_to_num()),
             failure=failure,
             failed_here=name in failures,
+            dtype=dtype,
             name=name,
             step=step,
         )
     return spectra
 
 
+def _rounding(parts: Moments, dtypes: Sequence[str]) -> Tensor:
+    """``(L, 1, 1)`` share of the largest eigenvalue below which others are rounding."""
+    # Products in float32 leave about 1e-8 of it in rows of any direction; in float64 only the solver rounds.
+    shares = {
+        "float32": torch.finfo(torch.float32).eps,
+        "float64": parts.mean.shape[-1] * torch.finfo(torch.float64).eps,
+    }
+    rtol = torch.tensor([shares[dtype] for dtype in dtypes], dtype=torch.float64, device=parts.scatter.device)
+    return rtol[:, None, None]
+
+
 def _solved(
-    parts: Moments, members: Tensor, num_vectors: int, rtol: float | None
+    parts: Moments, members: Tensor, num_vectors: int, rtol: Tensor
 ) -> Iterator[tuple[Moments, Tensor, Tensor | None]]:
     """Layer by layer the moments of unions of groups, their eigenvalues and leading eigenvectors."""
     num_layers = len(parts.num_rows)
@@ -71,12 +84,12 @@ def _solved(
     at_a_time = 1 if parts.scatter.device.type == "cpu" else num_layers
     for start in range(0, num_layers, at_a_time):
         sample = pool(Moments(*(part[start : start + at_a_time] for part in parts)), members)
-        values, vectors = _solve(sample, num_vectors, rtol)
+        values, vectors = _solve(sample, num_vectors, rtol[start : start + at_a_time])
         for index in range(len(values)):
             yield Moments(*(part[index] for part in sample)), values[index], None if vectors is None else vectors[index]
 
 
-def _solve(sample: Moments, num_vectors: int, rtol: float | None) -> tuple[Tensor, Tensor | None]:
+def _solve(sample: Moments, num_vectors: int, rtol: Tensor) -> tuple[Tensor, Tensor | None]:
     if num_vectors == 0:
         return spectrum(sample, rtol).cpu(), None
     values, vectors = eigenvectors(covariance(sample), num_vectors, rtol)

@@ -139,6 +139,8 @@ def decompose_grams(
             "count": stacked.shape[-1],
             "failure": failure,
             "corrects_bias": False,
+            # Of rows in float32 the products, which square them, resolve less than the rows do.
+            "dtype": "bfloat16" if dtype == torch.bfloat16 else "float64",
             "name": name,
             "step": step,
         }

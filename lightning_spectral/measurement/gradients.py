@@ -426,9 +426,8 @@ class GradientMeasurement(Measurement):
                 values = torch.full((len(names), min(height, width)), torch.nan, dtype=torch.float64)
                 failure = str(error).partition("\n")[0]
             for name, row in zip(names, values, strict=True):
-                spectra[name] = Spectrum(
-                    row, failure=failure, failed_here=failure is not None, corrects_bias=False, name=name, step=step
-                )
+                facts: dict[str, Any] = {"failure": failure, "failed_here": failure is not None, "dtype": "float64"}
+                spectra[name] = Spectrum(row, corrects_bias=False, name=name, step=step, **facts)
         return {name: spectra[name] for name in self._matrices()}
 
     def _matrices(self) -> list[str]:

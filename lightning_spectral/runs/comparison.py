@@ -83,6 +83,8 @@ class Comparison(NamedTuple):
     """What seeds show, as it is used."""
     left_out: dict[Key, str]
     """Spectra that cannot be compared, and why."""
+    unknown: dict[Key, str]
+    """Exponents that a run's spectra do not give, and why: their shifts are NaN."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs; serves as the recorded run floor of later comparisons, too."""
@@ -96,6 +98,7 @@ class Comparison(NamedTuple):
             "shifts": [shift._asdict() for shift in self.shifts],
             "verdict": self.verdict._asdict(),
             "left_out": {f"{key.kind}/{key.name}": reason for key, reason in self.left_out.items()},
+            "unknown": {key.text: reason for key, reason in self.unknown.items()},
             "run_floor": self.run_floor.as_dict(),
         }
 
@@ -150,7 +153,9 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
     has_moved = {mean.kind: mean.is_detected for mean in means}
     verdict = decide(_detected(gains["tokens"]), _detected(gains["throughput"]), has_moved)
     loss_name = runs[0].history.loss_name
-    return Comparison(*sides, loss_name, loss, gains, [*means, *shifts], verdict, known, left_out)
+    unknown = {key: f"{one.run}: {why}" for one in [*second, *first] for key, why in one.unknown.items()}
+    unknown = {key: why for key, why in unknown.items() if key._replace(quantity="js") in first[0].spectra}
+    return Comparison(*sides, loss_name, loss, gains, [*means, *shifts], verdict, known, left_out, unknown)
 
 
 def _detected(gain: Gain) -> float:

@@ -87,12 +87,15 @@ class FamilyForecast(NamedTuple):
     points: list[Point]
     skipped: dict[str, str]
     """Runs of the family that do not serve, and why."""
+    unknown: dict[str, str]
+    """Runs whose tail has no exponent at a report that forecasts would go by, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs."""
         return {
             **{
-                name: getattr(self, name) for name in ("family", "tokens_to_target", "batch_tokens", "layer", "skipped")
+                name: getattr(self, name)
+                for name in ("family", "tokens_to_target", "batch_tokens", "layer", "skipped", "unknown")
             },
             "band": list(self.band),
             "runs": [str(run.path) for run in self.runs],
@@ -196,7 +199,21 @@ def _of_family(
     fastest = min(tokens)
     at = [fraction * fastest for fraction in FRACTIONS] if at is None else at
     points = [_point(runs, tokens, batches, layer, band, target, there) for there in at]
-    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped)
+    unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
+    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown)
+
+
+def _why_no_tail(run: Run, layer: str, band: Band, at: Sequence[float]) -> str | None:
+    """Why the latest report before one of some numbers of tokens gives no exponent; None if all do."""
+    reported = {run.tokens_at(KIND, step): step for step in run.steps(KIND)}
+    for there in at:
+        before = [tokens for tokens in reported if tokens <= there]
+        if before:
+            spectrum = run.spectrum(KIND, layer, reported[max(before)])
+            exponent = spectrum.exponent(band)
+            if isnan(exponent.value):
+                return f"step {spectrum.step:.0f}: {exponent.reason}"
+    return None
 
 
 def _point(

@@ -6,7 +6,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
+from lightning_spectral.functional.estimate import NO_GROUPS, WIDER, Spectrum
 
 
 def between(first: Spectrum, second: Spectrum, weight: float, tokens: float) -> Spectrum:
@@ -26,11 +26,13 @@ def between(first: Spectrum, second: Spectrum, weight: float, tokens: float) -> 
     same = first.leave_one_out.shape == second.leave_one_out.shape
     without = _log_mix(first.leave_one_out, second.leave_one_out, weight) if same else NO_GROUPS
     values = _log_mix(first.values, second.values, weight)
-    return replace(nearer, step=step, tokens=tokens, values=values, leave_one_out=without)
+    # A value is known between two reports as far as the coarser of them tells.
+    dtype = first.dtype if first.dtype in WIDER else second.dtype
+    return replace(nearer, step=step, tokens=tokens, values=values, leave_one_out=without, dtype=dtype)
 
 
 def _log_mix(first: Tensor, second: Tensor, weight: float) -> Tensor:
-    """Between two positive tensors in their logarithms; linear where one is zero."""
+    """Between two tensors in their logarithms; zero where one is, for what lies below rounding is not known."""
     positive = (first > 0) & (second > 0)
     logs = torch.lerp(torch.where(positive, first, 1.0).log(), torch.where(positive, second, 1.0).log(), weight)
-    return torch.where(positive, logs.exp(), torch.lerp(first, second, weight))
+    return torch.where(positive, logs.exp(), 0.0)

@@ -26,6 +26,8 @@ class Measured(NamedTuple):
     """``alpha_head``, ``alpha_tail`` and ``rankme`` of each spectrum, with standard errors by sampling."""
     spectra: dict[Key, Spectrum]
     """Each under the key of its ``js``."""
+    unknown: dict[Key, str]
+    """Why exponents are NaN, of spectra that are there."""
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
@@ -144,16 +146,19 @@ def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[s
         "throughput": run.history.throughput(Point(point.step, point.tokens, point.seconds)),
         "seconds": point.seconds,
     }
-    estimates, spectra = {}, {}
+    estimates, spectra, unknown = {}, {}, {}
     for kind in kinds:
         for name in run.names(kind):
             spectrum = spectra[Key("js", kind, name)] = point.spectrum(kind, name)
             for part, band in bands[kind].items():
                 exponent = spectrum.exponent(band)
-                estimates[Key(f"alpha_{part}", kind, name)] = Estimate(exponent.value, exponent.stderr)
+                key = Key(f"alpha_{part}", kind, name)
+                estimates[key] = Estimate(exponent.value, exponent.stderr)
+                if spectrum.failure is None and isnan(exponent.value) and exponent.reason is not None:
+                    unknown[key] = exponent.reason
             estimates[Key("rankme", kind, name)] = spectrum.rankme()
     logs = {Key(name): log(value) if value > 0 else nan for name, value in numbers.items()}
-    return Measured(run, logs, estimates, spectra)
+    return Measured(run, logs, estimates, spectra, unknown)
 
 
 def _short(value: Any) -> str:

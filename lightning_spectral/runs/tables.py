@@ -1,6 +1,6 @@
 """Tables of runs and of comparisons, for the terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isnan, nan
 from typing import Any
 
@@ -35,6 +35,8 @@ def print_comparison(comparison: Comparison) -> None:
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
     for key, reason in comparison.left_out.items():
         out.print(f"without {key.kind} {key.name}, in {reason}")
+    for key, reason in comparison.unknown.items():
+        out.print(f"no {key.quantity} of {key.kind} {key.name}, in {reason}")
     out.print(Text.assemble(("verdict", "bold"), f"  {comparison.verdict.text}"))
     out.print(f"rule     {comparison.verdict.rule}", style="dim")
 
@@ -97,15 +99,25 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
             f"{history.step[last]:,.0f} steps, {history.tokens[last]:,.0f} tokens, {history.seconds[last]:,.1f} s"
         )
     for kind in kinds:
-        out.print(_evolution(run, kind))
+        rows = list(evolution(run, kind, spread(run.steps(kind))))
+        out.print(_evolution(run, kind, rows))
+        for name in dict.fromkeys(row["name"] for row in rows):
+            for quantity in ("alpha_tail", "alpha_head"):
+                whys = {
+                    row["step"]: row["unknown"][quantity]
+                    for row in rows
+                    if row["name"] == name and quantity in row["unknown"]
+                }
+                if whys:
+                    out.print(f"no {quantity} of {name} at step {', '.join(map(str, whys))}: {whys[max(whys)]}")
 
 
-def _evolution(run: Run, kind: str) -> Table:
+def _evolution(run: Run, kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     settings = run.settings(kind)
     has_bases = "rank" in settings
     numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
     table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
-    for row in evolution(run, kind, spread(run.steps(kind))):
+    for row in rows:
         is_first = row["step"] == run.steps(kind)[0]
         cells = [
             f"{row['step']:,}",
@@ -123,7 +135,7 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
     """The numbers of a run's spectra of a kind at the reports of some steps.
 
     For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those of
-    the first report; NaN for what is not known.
+    the first report; NaN for what is not known, of exponents with the reason.
     """
     bands = bands_of(run, kind)
     for name in run.names(kind):
@@ -144,6 +156,9 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
                 "alpha_head": head.value,
                 "rankme": spectrum.rankme().value,
                 "overlap": overlap,
+                "unknown": {
+                    f"alpha_{part}": one.reason for part, one in (("tail", tail), ("head", head)) if isnan(one.value)
+                },
             }
 
 
@@ -157,6 +172,8 @@ def print_forecast(family: FamilyForecast) -> None:
     )
     for path, reason in family.skipped.items():
         out.print(f"without {path}, which {reason}")
+    for path, reason in family.unknown.items():
+        out.print(f"no exponent of {path} at {reason}")
     for point in family.points:
         out.print(_predictors(point))
     out.print(_layers(family))

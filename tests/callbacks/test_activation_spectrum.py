@@ -358,7 +358,7 @@ def test_layers_that_never_ran_are_nan_with_the_reason(tmp_path: Path) -> None:
         ({"num_tokens": 1e4}, "num_tokens must be a positive int, got 10000.0"),
         ({"num_groups": -1}, "num_groups must be a positive int, got -1"),
         ({"stage": "test"}, "stage must be 'train' or 'validate', got 'test'"),
-        ({"dtype": "bfloat16"}, "dtype must be 'float32' or 'float64', got 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype must be 'auto', 'float32' or 'float64', got 'bfloat16'"),
         ({"layers": 3}, "layers must be None, 'all', a pattern or a list of patterns, got 3"),
         ({"layers": [0, 1]}, r"layers must be None, .*, got \[0, 1\]"),
         ({"dataloader_idx": -1}, "dataloader_idx must be an int from 0, got -1"),

@@ -152,7 +152,7 @@ def test_masks_find_their_rows_wherever_time_is(tmp_path: Path, size: int, turne
     kept = keep(model.layer, lambda output: (output if turned else output.transpose(0, 1))[mask.bool()])
     spectrum = ActivationSpectrum("layer", every_n_steps=1, mask="mask", **(ARGUMENTS | {"num_groups": 1}))
     gradients = GradientSpectrum(
-        "layer.weight", every_n_steps=1, num_samples=size, num_groups=1, head=(1, 3), tail=(2, 5)
+        "layer.weight", every_n_steps=1, num_samples=size, num_groups=1, head=(1, 3), tail=(2, 4)
     )
     trainer = fit(tmp_path, model, [batch], spectrum, gradients)
     found = float(trainer.callback_metrics["activation/layer/rankme"])

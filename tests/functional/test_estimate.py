@@ -1,6 +1,7 @@
 """A spectrum's estimates against SciPy and the slow twins, and the reasons it gives for what it does not know."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,12 @@ def spectrum(exponent: float = 1.2, num_groups: int = 4, **facts) -> Spectrum:
     noise = np.random.default_rng(0).normal(1, 0.01, (num_groups, len(RANKS)))
     without = np.sort(RANKS**-exponent * noise)[:, ::-1]
     return Spectrum(torch.tensor(RANKS**-exponent), torch.tensor(without.copy()), **{"count": 400, **facts})
+
+
+def cut(num_positive: int, **facts) -> Spectrum:
+    """A spectrum of which the first values lie above rounding, as they do without each of four groups."""
+    values = torch.tensor(RANKS**-1 * (num_positive >= RANKS))
+    return Spectrum(values, values.expand(4, -1), **facts)
 
 
 @pytest.mark.parametrize(("band", "ranks"), [((5, 20), (5, 20)), ((0.125, 0.5), (5, 20)), ((1, 40), (1, 40))])
@@ -55,8 +62,22 @@ def test_a_band_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (Spectrum(torch.zeros(40)), (1, 10), "all its values are exactly zero"),
         (Spectrum(torch.full((40,), torch.nan)), (1, 10), "its values are not finite"),
         (Spectrum.missing("no memory left"), (1, 10), "no memory left"),
-        (Spectrum(torch.eye(40)[0], count=9), (1, 8), "holds 1 positive values of the 3 needed: it needs more rows"),
-        (Spectrum(torch.eye(40)[0], count=400), (1, 8), "of the 3 needed: a wider dtype resolves smaller ones"),
+        (cut(1, count=9), (1, 8), "band (1, 8), ranks 1 to 8, holds 1 positive values of 8: it needs more rows"),
+        (cut(19, count=400), (0.125, 0.5), "band (0.125, 0.5), ranks 5 to 20, holds 15 positive values of 16: "),
+        (cut(19, count=400), (5, 20), "beyond rank 19 all are zero or rounding, so lower its end"),
+        (
+            cut(4, count=400, dtype="float64"),
+            (5, 20),
+            "0 positive values of 16: beyond rank 4 all are zero or rounding",
+        ),
+        (
+            cut(19, count=400, dtype="float32"),
+            (5, 20),
+            "float32 resolves no smaller ones, dtype='float64' does, 'auto'",
+        ),
+        (cut(19, count=400, dtype="bfloat16"), (5, 20), "bfloat16 resolves no smaller ones, row_dtype='float32' does"),
+        (cut(19, count=20, dtype="float32"), (5, 20), "holds 15 positive values of 16: it needs more rows"),
+        (cut(19, dtype="float64"), (5, 20), "beyond rank 19 all are zero or rounding, so lower its end"),
     ],
 )
 def test_no_exponent_says_why(one: Spectrum, band: tuple, reason: str) -> None:
@@ -82,7 +103,8 @@ def test_no_exponent_says_why(one: Spectrum, band: tuple, reason: str) -> None:
         (
             Spectrum(torch.tensor(RANKS**-1), torch.tensor(RANKS**-1 * (RANKS < 20)).expand(4, 40), count=400),
             (5, 20),
-            "without one group band (5, 20) loses positive values: a wider dtype resolves smaller ones",
+            "without one group band (5, 20) loses positive values: beyond rank 19 all are zero or rounding, "
+            "so lower its end",
         ),
     ],
 )
@@ -92,6 +114,37 @@ def test_an_exponent_without_an_error_bar_says_why(one: Spectrum, band: tuple, r
     assert math.isnan(found.stderr)
     assert math.isnan(found.corrected)
     assert found.reason == f"no error bar: {reason}"
+
+
+def test_a_band_is_taken_where_it_is_whole_whatever_lies_beyond() -> None:
+    assert cut(20, count=400, dtype="float32").exponent((5, 20)).value == pytest.approx(1)
+    assert cut(20, count=400, dtype="float32").exponent((5, 20)).num_values == 16
+
+
+@pytest.mark.parametrize(
+    ("one", "band", "is_cut"),
+    [
+        (cut(19, count=400, dtype="float32"), (5, 20), True),
+        (cut(19, count=400, dtype="float32"), (5, 19), False),
+        (cut(19, count=400, dtype="float64"), (5, 20), False),
+        (cut(19, count=20, dtype="float32"), (5, 20), False),  # rows do not span it
+        (cut(0, count=400, dtype="float32"), (5, 20), False),  # nothing is there at all
+        (cut(19, count=400, dtype="float32"), (30, 41), False),
+        (
+            replace(cut(40, count=400, count_without=300, dtype="float32"), leave_one_out=cut(19).leave_one_out),
+            (5, 20),
+            1,
+        ),
+        (
+            replace(cut(40, count=400, count_without=20, dtype="float32"), leave_one_out=cut(19).leave_one_out),
+            (5, 20),
+            0,
+        ),
+        (Spectrum.missing("no memory left", dtype="float32"), (5, 20), False),
+    ],
+)
+def test_what_a_wider_type_would_resolve(one: Spectrum, band: tuple, is_cut: bool) -> None:
+    assert one.is_cut_by_dtype(band) == bool(is_cut)
 
 
 def test_rows_that_span_the_channels_without_any_group_are_enough() -> None:
@@ -123,11 +176,12 @@ def test_arrays_read_back_to_the_same_spectrum(num: int, groups: int, vectors: i
         count=9,
         count_without=without,
         failure="none of yours" if num == 3 else None,
+        dtype="float32" if num % 2 else "",
     )
     arrays = {name: np.asarray(array) for name, array in one.arrays("values_of_it", "rows_of_it").items()}
     found = Spectrum.from_arrays(arrays, "values_of_it", "rows_of_it", name="b", step=3)
     assert (found.name, found.step, found.count, found.count_without) == ("b", 3, 9, without)
-    assert found.failure == one.failure
+    assert (found.failure, found.dtype) == (one.failure, one.dtype)
     np.testing.assert_array_equal(found, one)
     np.testing.assert_array_equal(found.leave_one_out, one.leave_one_out)
     for there, here in ((found.vectors, one.vectors), (found.leave_one_out_vectors, one.leave_one_out_vectors)):

@@ -28,13 +28,13 @@ def batches(*sizes: int, length: int = 5, seed: int = 0, dtype: torch.dtype = to
 
 def pooled(of: Collector) -> Moments:
     """Moments of the one layer, by group."""
-    ((names, parts, _),) = of.pool()
+    ((names, parts, *_),) = of.pool()
     assert names == ["layer"]
     return Moments(*(part[0] for part in parts))
 
 
 def spectrum(of: Collector) -> Spectrum:
-    ((names, parts, _),) = of.pool()
+    ((names, parts, *_),) = of.pool()
     return decompose(names, parts, of.failures)["layer"]
 
 
@@ -247,7 +247,7 @@ def test_failure_is_noted_and_harms_no_other_layer(outputs: list[Tensor], mask: 
             found.add("good", good)
         failures = dict(found.failures)
         spectra = {}
-        for names, parts, _ in found.pool():
+        for names, parts, *_ in found.pool():
             spectra |= decompose(names, parts, found.failures)
         if "bad" in spectra:
             assert torch.isnan(spectra["bad"].values).all(), report
@@ -327,7 +327,7 @@ def test_a_layer_called_several_times_in_a_batch_keeps_samples_in_their_groups(h
         found.begin_batch(3 if has_samples else None, None)
         for output in batch:
             found.add("layer", output)
-    ((_, parts, _),) = found.pool()
+    ((_, parts, *_),) = found.pool()
     samples = outputs.transpose(1, 2).reshape(15, 6, WIDTH) if has_samples else outputs.reshape(5, 18, WIDTH)
     for group in range(4):
         rows = samples[group::4].reshape(-1, WIDTH)
@@ -344,7 +344,7 @@ def test_rows_of_closed_layers_go_by() -> None:
     found.add("layer", torch.randn(3, 2, WIDTH))
     found.drop(["layer"])
     found.add("layer", torch.randn(3, 2, WIDTH))
-    ((_, parts, offered),) = found.pool()
+    ((_, parts, offered, _),) = found.pool()
     assert (int(parts.num_rows), offered) == (6, [6])
 
 

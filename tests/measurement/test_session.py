@@ -173,7 +173,7 @@ def test_a_member_that_is_gone_holds_no_key() -> None:
         ({"stage": "test"}, "stage must be 'train' or 'validate', got 'test'"),
         ({"dataloader_idx": -1}, "dataloader_idx must be an int from 0, got -1"),
         ({"num_tokens": 2.5}, "num_tokens must be a positive int, got 2.5"),
-        ({"dtype": "float16"}, "dtype must be 'float32' or 'float64', got 'float16'"),
+        ({"dtype": "float16"}, "dtype must be 'auto', 'float32' or 'float64', got 'float16'"),
         ({"mask": 3}, "mask must be a key of the batch, or None for all tokens, got 3"),
     ],
 )

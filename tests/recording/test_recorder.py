@@ -234,7 +234,7 @@ def test_a_key_that_the_batch_does_not_hold_is_one_line(tmp_path: Path) -> None:
 
 def test_batches_without_tokens_count_samples(tmp_path: Path) -> None:
     batches = [(torch.randn(6, 4), torch.randn(6, 1)) for _ in range(4)]
-    callback = ActivationSpectrum("net.1", every_n_steps=2, num_groups=1)
+    callback = ActivationSpectrum("net.1", every_n_steps=2, num_groups=1, tail=(2, 6))
     tiny_trainer(tmp_path, callbacks=[callback], max_steps=4).fit(Perceptron(), DataLoader(batches, batch_size=None))
     run = Run(tmp_path)
     assert run.history.tokens.tolist() == [12, 24]

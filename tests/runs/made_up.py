@@ -32,6 +32,7 @@ def made_up(
     batch_tokens: float = 64.0,
     data: str = "a1",
     loss: str = "val_loss",
+    num_positive: int = 32,
     **settings: Any,
 ) -> Path:
     """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law.
@@ -46,6 +47,7 @@ def made_up(
         batch_tokens: Tokens of a step.
         data: Fingerprint of the validation data.
         loss: Key that its validation loss was logged under.
+        num_positive: Eigenvalues above the rounding of float32.
         settings: Of its measurement, where they differ.
     """
     settings = SETTINGS | {"layers": [layer]} | settings
@@ -54,6 +56,7 @@ def made_up(
     about |= {"validation_data": {"0": data}, "val_loss": loss}
     record = Record.begin(folder / "spectra", about)
     ranks = np.arange(1, 33.0)
+    eigenvalues = np.where(num_positive >= ranks, ranks**-exponent, 0.0)
     generator = np.random.default_rng(crc32(folder.name.encode()))
     points = [(0.25, 2.0), (0.5, 1.5), (0.75, 1.2), (1.0, 1.0), (1.5, 0.7), (2.0, 0.5)]
     for step, (share, loss) in zip(range(100, 700, 100), points, strict=True):
@@ -61,8 +64,9 @@ def made_up(
         noise = 1 + 0.001 * generator.standard_normal((4, 32))
         arrays = {
             "tokens": np.asarray(share * tokens),
-            f"activation/{layer}/eigenvalues": ranks**-exponent,
-            f"activation/{layer}/leave_one_out": ranks**-exponent * noise,
+            f"activation/{layer}/eigenvalues": eigenvalues,
+            f"activation/{layer}/leave_one_out": eigenvalues * noise,
+            f"activation/{layer}/dtype": np.asarray("float32"),
             f"activation/{layer}/num_tokens": np.asarray(settings["num_tokens"]),
             f"activation/{layer}/num_rows_without": np.asarray(settings["num_tokens"] * 3 // 4),
         }

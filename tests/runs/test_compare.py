@@ -200,7 +200,7 @@ def test_seeds_alone_raise_few_alarms() -> None:
         logs = 0.1 * generator.standard_normal((2, 3, 3))
         sides = [
             [
-                Measured(SimpleNamespace(id="", family="F"), dict(zip(map(Key, BETTER), run, strict=True)), {}, {})
+                Measured(SimpleNamespace(id="", family="F"), dict(zip(map(Key, BETTER), run, strict=True)), {}, {}, {})
                 for run in side
             ]
             for side in logs

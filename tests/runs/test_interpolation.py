@@ -51,9 +51,20 @@ def test_exponents_and_their_errors_are_linear_in_the_weight(weight: float) -> N
     assert found.stderr == pytest.approx(first.exponent((1, 32)).stderr)  # of groups that scatter alike
 
 
-def test_where_one_value_is_zero_the_line_is_straight() -> None:
+def test_where_one_value_is_zero_nothing_is_known() -> None:
     found = between(spectrum([4.0, 2.0, 0.0, 0.0]), spectrum([1.0, 0.0, 8.0, 0.0]), 0.25, 0.0)
-    np.testing.assert_allclose(found, [4**0.75, 1.5, 2.0, 0.0])
+    np.testing.assert_allclose(found, [4**0.75, 0.0, 0.0, 0.0])
+
+
+def test_a_band_that_one_report_does_not_resolve_is_not_known_in_between() -> None:
+    coarse, fine = power(1.0), replace(power(2.0, 20.0), dtype="float64")
+    coarse = replace(coarse, values=coarse.values.masked_fill(coarse.values < 1 / 20, 0.0), dtype="float32")
+    for sides in ((coarse, fine), (fine, coarse)):
+        found = between(*sides, 0.7, 0.0).exponent((4, 24))
+        assert isnan(found.value)
+        assert found.reason.startswith(
+            "band (4, 24), ranks 4 to 24, holds 17 positive values of 21: float32 resolves no"
+        )
 
 
 @pytest.mark.parametrize(("weight", "nearer"), [(0.0, 0), (0.49, 0), (0.5, 1), (1.0, 1)])

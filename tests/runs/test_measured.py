@@ -173,7 +173,7 @@ def measured(name: str, **changes) -> Measured:
     second = changes.get("second", good)
     spectra = {ONE: good} | ({} if second is None else {TWO: second})
     estimates = {key._replace(quantity="rankme"): Estimate(2.0, 0.1) for key in spectra}
-    return Measured(name, {Key("tokens"): 1.0}, estimates, spectra)
+    return Measured(name, {Key("tokens"): 1.0}, estimates, spectra, {})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def run(name: str, tokens: float, alpha: float, family: str = "F") -> Measured:
     spectra = {
         Key("js", "activation", layer): Spectrum(ranks ** -(alpha * (1 + index))) for index, layer in enumerate(LAYERS)
     }
-    return Measured(SimpleNamespace(id=name, family=family), {TOKENS: tokens}, {TAIL: Estimate(alpha, 0.1)}, spectra)
+    return Measured(
+        SimpleNamespace(id=name, family=family), {TOKENS: tokens}, {TAIL: Estimate(alpha, 0.1)}, spectra, {}
+    )
 
 
 def sides_of(*sizes: int, seed: int = 0) -> list[list[Measured]]:

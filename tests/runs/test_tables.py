@@ -10,7 +10,7 @@ import pytest
 
 from lightning_spectral import Run, compare
 from lightning_spectral.runs import Comparison, FamilyForecast, Gain, Shift
-from lightning_spectral.runs.forecasting import Point, Predictor
+from lightning_spectral.runs.forecasting import Point, Predictor, forecast
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.spread import spread
 from lightning_spectral.runs.tables import evolution, print_comparison, print_forecast, print_run
@@ -204,7 +204,7 @@ def predictor(name: str, error: float, **changes) -> Predictor:
 def family(runs: list[Run], *predictors: Predictor, **changes) -> FamilyForecast:
     by_layer = {LAYER: {"0.125-0.5": 0.5, "0.25-0.5": nan}}
     points = [Point(tokens, 0.25, list(predictors), by_layer) for tokens in (1234.0, 5678.0)]
-    known = FamilyForecast("F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {})
+    known = FamilyForecast("F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {}, {})
     return known._replace(**changes)
 
 
@@ -265,3 +265,37 @@ def test_a_few_of_many_are_spread_evenly(num: int) -> None:
     if num:
         assert (found[0], found[-1]) == (0, num - 1)
         assert np.ptp(np.diff(found)) <= 1 if num > 1 else True
+
+
+def test_a_band_that_is_not_whole_is_told_wherever_it_would_count(tmp_path: Path, capsys: Printed) -> None:
+    reason = "band (0.125, 0.5), ranks 4 to 16, holds 9 positive values of 13: float32 resolves no smaller ones"
+    whole = [made_up(tmp_path / f"whole{n}", 100 + 10 * n, 1, 1 + n / 4) for n in range(5)]
+    part = made_up(tmp_path / "part", 105, 1, 2.0, num_positive=12)
+    print_run(Run(part), ["activation"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"no alpha_tail of {LAYER} at step 100, 200, 300, 400, 500, 600: {reason}" in shown
+    assert next(evolution(Run(part), "activation", [300]))["unknown"] == {"alpha_tail": WholeReason(reason)}
+
+    comparison = compare(whole[0], part, at_loss=1.0)
+    (tail,) = [shift for shift in comparison.shifts if shift.quantity == "alpha_tail"]
+    assert np.isnan([tail.variant, tail.shift]).all()
+    assert not tail.is_detected
+    assert comparison.as_dict()["unknown"] == {f"activation/{LAYER}/alpha_tail": WholeReason(reason)}
+    print_comparison(comparison)
+    shown = "".join(capsys.readouterr().out.split())
+    assert "".join(f"no alpha_tail of activation {LAYER}, in Run({str(part)!r}): {reason}".split()) in shown
+
+    (family,) = forecast([*whole, part], 1.0)
+    assert family.as_dict()["unknown"] == {str(part): WholeReason(reason)}
+    print_forecast(family)
+    shown = "".join(capsys.readouterr().out.split())
+    assert "".join(f"no exponent of {part} at step 100: {reason}".split()) in shown
+
+
+class WholeReason(str):
+    """Equal to a reason that has it in it."""
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) in str(other)
+
+    __hash__ = str.__hash__
