@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_int, check_parts, to_count, to_tensor
 from lightning_spectral.functional.jackknife import jackknife
 from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, power_law, resolve_band
 from lightning_spectral.functional.spectrum import rankme
@@ -67,6 +68,10 @@ class Spectrum:
         step: Optimizer steps at the report.
         tokens: Training tokens at the report, where they were counted.
 
+    Raises:
+        ValueError: If values are negative, infinite, rise or are no real numbers, or parts have shapes that do not go
+            together.
+
     Example:
         >>> spectrum = Spectrum(torch.arange(1, 101.0) ** -1.5)
         >>> round(spectrum.exponent((10, 50)).value, 6), spectrum.exponent((10, 50)).band
@@ -88,13 +93,17 @@ class Spectrum:
     tokens: float = nan
     _fits: dict[Band, Exponent] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        check_parts(self.values, self.leave_one_out, self.vectors, self.leave_one_out_vectors)
+        check_int(0, 2**53, count=self.count)
+
     @classmethod
     def missing(cls, failure: str, failed_here: bool = False, **facts: Any) -> "Spectrum":
         """What stands for one that could not be measured: no values, and the reason."""
         return cls(torch.empty(0, dtype=torch.float64), failure=failure, failed_here=failed_here, **facts)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        values = self.values.numpy()
+        values = self.values.detach().cpu().numpy()
         return values.astype(dtype) if dtype is not None else values.copy() if copy else values
 
     def exponent(self, band: Band) -> Exponent:
@@ -255,10 +264,13 @@ class Spectrum:
 
         Returns:
             The spectrum, in float64.
+
+        Raises:
+            ValueError: If a field is of another type or shape, naming it.
         """
 
         def tensor(name: str) -> Tensor | None:
-            return torch.as_tensor(arrays[name]).to(torch.float64) if name in arrays else None
+            return to_tensor(name, arrays[name]) if name in arrays else None
 
         found = tensor(values)
         assert found is not None
@@ -268,8 +280,10 @@ class Spectrum:
             NO_GROUPS if without is None else without,
             tensor("vectors"),
             tensor("leave_one_out_vectors"),
-            count=0 if count is None else int(arrays.get(count, 0)),
-            count_without=int(arrays["num_rows_without"]) if "num_rows_without" in arrays else None,
+            count=0 if count is None else to_count(count, arrays.get(count, 0)),
+            count_without=to_count("num_rows_without", arrays["num_rows_without"])
+            if "num_rows_without" in arrays
+            else None,
             failure=str(arrays.get("failure", "")) or None,
             dtype=str(arrays.get("dtype", "")),
             **facts,

@@ -38,6 +38,7 @@ import torch
 from scipy.special import fdtri
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.functional.subspace import principal_angles
@@ -61,6 +62,9 @@ def js_floor(*samples: Spectrum) -> Tensor:
     Returns:
         ``(...)`` nats, float64, at most ln 2; NaN where no sample has estimates without each of two or more groups.
 
+    Raises:
+        ValueError: If there is no sample, or they are of different widths.
+
     Example:
         >>> import torch
         >>> halves = torch.tensor([[3.1, 1.0], [2.9, 1.0]])
@@ -69,6 +73,7 @@ def js_floor(*samples: Spectrum) -> Tensor:
         >>> js_floor(both) / expected  # F(1, 1): one pair says little of a scatter
         tensor(161.4476, dtype=torch.float64)
     """
+    _check(samples)
     return _limit([_js_noise(sample) for sample in samples]).clamp(max=math.log(2))
 
 
@@ -87,8 +92,9 @@ def overlap_floor(*samples: Spectrum) -> Tensor:
         ``(...)`` float64 between max(0, 2k - d)/k and 1: an overlap *below* it is drift. NaN as for :func:`js_floor`.
 
     Raises:
-        ValueError: If a sample has no vectors.
+        ValueError: If a sample has no vectors, there is none, or they are of different widths.
     """
+    _check(samples)
     noises, weights = [], []
     for sample in samples:
         rotations = _rotations(sample)
@@ -114,14 +120,27 @@ def angle_floor(*samples: Spectrum) -> Tensor:
         :func:`js_floor`.
 
     Raises:
-        ValueError: If a sample has no vectors.
+        ValueError: If a sample has no vectors, there is none, or they are of different widths.
     """
+    _check(samples)
     noises = []
     for sample in samples:
         rotations = _rotations(sample)
         most = rotations.sum(-1).argmax(-1)[..., None, None].expand(*rotations.shape[:-2], 1, rotations.shape[-1])
         noises.append(_noise(sample, _angles(sample)[..., 0].square(), rotations.gather(-2, most).squeeze(-2)))
     return _loss(_limit(noises)).sqrt().asin()
+
+
+def _check(samples: tuple[Spectrum, ...]) -> None:
+    """Refuse what are no spectra of one shape, by a ValueError."""
+    if not samples or not all(isinstance(sample, Spectrum) for sample in samples):
+        raise ValueError(f"samples must be one Spectrum or more, got {describe(samples)}")
+    shapes = [tuple(sample.values.shape) for sample in samples]
+    ranks = [None if sample.vectors is None else sample.vectors.shape[-1] for sample in samples]
+    if len(set(shapes)) > 1 or len({rank for rank in ranks if rank is not None}) > 1:
+        raise ValueError(
+            f"samples must have values and vectors of one shape, got values of {shapes}: compare like with like"
+        )
 
 
 class _Noise(NamedTuple):
@@ -201,6 +220,7 @@ def _limit(noises: list[_Noise]) -> Tensor:
 
 
 def _f_quantile(numerator: Tensor, denominator: Tensor) -> Tensor:
+    numerator, denominator = numerator.detach(), denominator.detach()
     return torch.as_tensor(fdtri(numerator.cpu().numpy(), denominator.cpu().numpy(), LEVEL)).to(numerator)
 
 

@@ -13,6 +13,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_number
 from lightning_spectral.functional.rank_correlation import check_level, check_pair, p_value, spearman
 
 MIN_REFERENCES = 4
@@ -65,8 +66,8 @@ def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8
         left, where all their exponents are equal, and where ``at`` is not finite.
 
     Raises:
-        ValueError: If alpha and tokens are not two vectors of one length, tokens are not positive, or the level is not
-            between 0 and 1.
+        ValueError: If alpha and tokens are not two vectors of one length, tokens are not positive, ``at`` is no number,
+            or the level is not between 0 and 1.
 
     References:
         Draper, Smith, *Applied Regression Analysis*, section 3.1 (1998).
@@ -79,8 +80,9 @@ def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8
         [14.64, 13.88, 15.43]
     """
     check_level(level)
+    check_number(at=at)
     _check_references(alpha, tokens)
-    alpha, logs = alpha.to("cpu", torch.float64), tokens.to("cpu", torch.float64).log()
+    alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
     known = alpha.isfinite() & logs.isfinite()
     alpha, logs = alpha[known], logs[known]
     line = _line(alpha, logs)
@@ -136,7 +138,7 @@ def backtest(alpha: Tensor, tokens: Tensor) -> Skill:
         (1.0, 0.0028, 0.0)
     """
     _check_references(alpha, tokens)
-    alpha, logs = alpha.to("cpu", torch.float64), tokens.to("cpu", torch.float64).log()
+    alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
     known = alpha.isfinite() & logs.isfinite()
     predicted, others = torch.full_like(logs, math.nan), torch.full_like(logs, math.nan)
     if int(known.sum()) < MIN_REFERENCES:
@@ -190,7 +192,8 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
     """
     check_pair(tokens=tokens, losses=losses)
     _check_positive(tokens)
-    tokens, losses = tokens.to("cpu", torch.float64), losses.to("cpu", torch.float64)
+    check_number(target=target)
+    tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
     known = tokens.isfinite() & losses.isfinite()
     log_tokens, losses = tokens[known].log(), losses[known]
     if len(log_tokens.unique()) < MIN_REFERENCES or not math.isfinite(target):

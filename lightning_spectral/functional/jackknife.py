@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_broadcast, check_real, describe
+
 
 class Jackknife(NamedTuple):
     """What the jackknife adds to a plain estimate; float64 tensors with the shape of the estimate."""
@@ -29,6 +31,9 @@ def jackknife(estimate: Tensor, leave_one_out: Tensor) -> Jackknife:
     Returns:
         Both NaN where there are fewer than two groups or an estimate is NaN.
 
+    Raises:
+        ValueError: If they are no real numbers, or of shapes that do not go together.
+
     References:
         Efron, Tibshirani, *An Introduction to the Bootstrap*, chapter 11 (1993); Shao, Wu, *A general theory for
         jackknife variance estimation* (1989) for deleting groups.
@@ -40,8 +45,12 @@ def jackknife(estimate: Tensor, leave_one_out: Tensor) -> Jackknife:
         >>> float(corrected), round(float(stderr), 4)  # of a mean: unbiased, and the usual standard error
         (3.0, 1.5275)
     """
-    estimate = torch.as_tensor(estimate, dtype=torch.float64)
-    leave_one_out = torch.as_tensor(leave_one_out, dtype=torch.float64)
+    estimate, leave_one_out = _tensor("estimate", estimate), _tensor("leave_one_out", leave_one_out)
+    if leave_one_out.ndim == 0:
+        raise ValueError(
+            "leave_one_out must have an axis of groups, got one number: give an estimate without each group"
+        )
+    check_broadcast(estimate=estimate.shape, leave_one_out=leave_one_out.shape[:-1])
     num_groups = leave_one_out.shape[-1]
     if num_groups < 2:
         missing = torch.full_like(estimate, torch.nan)
@@ -52,3 +61,13 @@ def jackknife(estimate: Tensor, leave_one_out: Tensor) -> Jackknife:
     # A NaN on either side must show on both: an error bar of a number that is not there says nothing.
     known = (corrected + variance).isfinite()
     return Jackknife(torch.where(known, corrected, torch.nan), torch.where(known, variance.sqrt(), torch.nan))
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    """Real numbers in float64; ValueError for what holds none."""
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must hold real numbers, got {describe(value)}: give a tensor") from None
+    check_real(**{name: found})
+    return found.to(torch.float64)

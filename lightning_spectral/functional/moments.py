@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_rows, describe
+
 PANEL = 128
 """Columns of a panel in :func:`add_products`: of 64 to 512 the fastest for widths 384 to 1600 on two cores."""
 
@@ -36,9 +38,15 @@ def moments(rows: Tensor) -> Moments:
     Returns:
         Moments with the leading axes of ``rows``.
 
+    Raises:
+        ValueError: If the rows are not of a floating type, or have fewer than two axes.
+
     References:
         Chan, Golub, LeVeque, *Algorithms for computing the sample variance* (1983).
     """
+    check_rows("rows", rows)
+    if rows.ndim < 2:
+        raise ValueError(f"rows must have the axes (..., n, d), got shape {tuple(rows.shape)}: use .reshape(-1, d)")
     rows = rows.to(torch.float64)
     num_rows = rows.shape[-2]
     count = rows.new_full(rows.shape[:-2], num_rows)
@@ -108,7 +116,17 @@ def pool(parts: Moments, subsets: Tensor | None = None) -> Moments:
 
     Returns:
         Moments of the K unions, with a K axis where the G axis was; without that axis if ``subsets`` is None.
+
+    Raises:
+        ValueError: If the parts are no moments of sets, or the subsets do not say which of them belong together.
     """
+    _check_moments("parts", parts, num_axes=1)
+    if subsets is not None and not (
+        isinstance(subsets, Tensor) and subsets.ndim == 2 and subsets.shape[1] == parts.num_rows.shape[-1]
+    ):
+        raise ValueError(
+            f"subsets must have the shape (K, {parts.num_rows.shape[-1]}) of unions and sets, got {describe(subsets)}"
+        )
     num_parts = parts.num_rows.shape[-1]
     members = parts.num_rows.new_ones(1, num_parts) if subsets is None else subsets.to(parts.num_rows)
     count, mean, between = between_sets(parts.num_rows, parts.mean, members)
@@ -148,7 +166,21 @@ def covariance(sample: Moments) -> Tensor:
 
     Returns:
         ``(..., d, d)`` float64; NaN where there are fewer than two rows.
+
+    Raises:
+        ValueError: If they are no moments.
     """
+    _check_moments("sample", sample)
     degrees = sample.num_rows - 1
     degrees = torch.where(degrees > 0, degrees, torch.nan)
     return sample.scatter / degrees[..., None, None]
+
+
+def _check_moments(name: str, sample: object, num_axes: int = 0) -> None:
+    """Refuse what are no moments, batched over at least so many axes, by a ValueError."""
+    if not isinstance(sample, Moments) or not all(isinstance(field, Tensor) for field in sample):
+        raise ValueError(f"{name} must be Moments, got {describe(sample)}: see lightning_spectral.functional.moments")
+    shapes = tuple(sample.num_rows.shape), tuple(sample.mean.shape), tuple(sample.scatter.shape)
+    lead, row, matrix = shapes
+    if len(lead) < num_axes or row[:-1] != lead or len(row) != len(lead) + 1 or matrix != (*row, row[-1]):
+        raise ValueError(f"{name} must have the shapes (...), (..., d) and (..., d, d), got {shapes}")

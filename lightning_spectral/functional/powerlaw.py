@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_int, check_spectrum, describe
+
 Band = tuple[int, int] | tuple[float, float]
 """Two ints: 1-based inclusive ranks. Two floats: fractions of the number of values. Ints first, so that jsonargparse
 reads ``[30, 150]`` as ranks."""
@@ -30,14 +32,20 @@ def check_band(name: str, band: Band) -> None:
     """Raise ValueError, naming the argument, for a band that mixes types, is out of order or out of range."""
     is_pair = isinstance(band, (tuple, list)) and len(band) == 2
     if not is_pair or any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in band):
-        raise ValueError(f"{name} must be two ranks or two fractions, got {band}: write e.g. (1, 10) or (0.125, 0.5)")
+        raise ValueError(
+            f"{name} must be two ranks or two fractions, got {describe(band)}: write e.g. (1, 10) or (0.125, 0.5)"
+        )
     lo, hi = band
     if isinstance(lo, int) != isinstance(hi, int):
-        raise ValueError(f"{name} must be two ints (ranks) or two floats (fractions), got {band}: do not mix them")
+        raise ValueError(
+            f"{name} must be two ints (ranks) or two floats (fractions), got {describe(band)}: do not mix them"
+        )
     if isinstance(lo, int) and not 1 <= lo < hi:
-        raise ValueError(f"{name} must be two ascending ranks from 1, got {band}: write e.g. (1, 10)")
+        raise ValueError(f"{name} must be two ascending ranks from 1, got {describe(band)}: write e.g. (1, 10)")
     if isinstance(lo, float) and not (0 <= lo < hi <= 1):
-        raise ValueError(f"{name} must be two ascending fractions in [0, 1], got {band}: write e.g. (0.125, 0.5)")
+        raise ValueError(
+            f"{name} must be two ascending fractions in [0, 1], got {describe(band)}: write e.g. (0.125, 0.5)"
+        )
 
 
 def resolve_band(band: Band, num_values: int, name: str = "band") -> tuple[int, int]:
@@ -54,18 +62,20 @@ def resolve_band(band: Band, num_values: int, name: str = "band") -> tuple[int, 
         First and last rank, 1-based, both inclusive. The last may lie below the first for a handful of values.
 
     Raises:
-        ValueError: If the band is out of order or reaches beyond the spectrum.
+        ValueError: If the band is out of order or reaches beyond the spectrum, or the length is no int from 0.
 
     Example:
         >>> resolve_band((0.125, 0.5), 256)
         (32, 128)
     """
     check_band(name, band)
+    check_int(0, 2**53, num_values=num_values)
     lo, hi = band
     if isinstance(lo, int) and isinstance(hi, int):
         if hi > num_values:
             raise ValueError(
-                f"{name} must end at or before rank {num_values}, the last there is, got {band}: lower its end"
+                f"{name} must end at or before rank {num_values}, the last there is, got {describe(band)}: "
+                "lower its end"
             )
         return lo, hi
     return max(1, math.floor(lo * num_values)), math.floor(hi * num_values)
@@ -87,7 +97,8 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
         The fit, batched over leading axes; NaN where the band holds fewer than three positive values, or a NaN.
 
     Raises:
-        ValueError: If the band is out of order or reaches beyond the spectrum.
+        ValueError: If the band is out of order or reaches beyond the spectrum, or values are negative, rise, or are no
+            real numbers.
 
     Example:
         >>> import torch
@@ -95,6 +106,7 @@ def power_law(values: Tensor, band: Band) -> PowerLaw:
         >>> round(float(fit.exponent), 6), int(fit.num_values)
         (1.5, 41)
     """
+    check_spectrum(is_ordered=True, values=values)
     lo, hi = resolve_band(band, values.shape[-1])
     values = values[..., lo - 1 : max(hi, lo - 1)].to(torch.float64)
     log_rank = torch.arange(lo, lo + values.shape[-1], dtype=torch.float64, device=values.device).log()

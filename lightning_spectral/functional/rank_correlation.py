@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_int, check_number, check_real
+
 MIN_PAIRS = 4
 """Fewest pairs that give a correlation: of three, one in three is perfect by chance."""
 
@@ -102,7 +104,7 @@ def spearman_interval(x: Tensor, y: Tensor, level: float = 0.95, num_draws: int 
 
     Raises:
         ValueError: If x and y are not two vectors of one length, the level is not between 0 and 1, or there are no
-            draws.
+            draws, or more than 100,000.
 
     References:
         Efron, Tibshirani, *An Introduction to the Bootstrap*, chapter 13 (1993).
@@ -115,8 +117,8 @@ def spearman_interval(x: Tensor, y: Tensor, level: float = 0.95, num_draws: int 
         True
     """
     check_level(level)
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}: 1000 is usual")
+    check_int(1, 100_000, num_draws=num_draws)
+    check_int(0, 2**63 - 1, seed=seed)
     x, y = _complete(x=x, y=y)
     if math.isnan(spearman(x, y)):
         return Interval(math.nan, math.nan)
@@ -148,7 +150,7 @@ def p_value(x: Tensor, y: Tensor) -> float:
         # SciPy's permutation_test agrees, but makes the permutations anew each time and takes sixty times as long.
         return float(((y[_permutations(num_pairs)] @ x).abs() >= (x @ y).abs()).double().mean())
     # No arrangement of n runs is rarer than the most extreme two of n!.
-    return max(float(spearmanr(x, y).pvalue), 2 / math.factorial(num_pairs))
+    return max(float(spearmanr(x, y).pvalue), 2 * math.exp(-math.lgamma(num_pairs + 1)))
 
 
 @lru_cache
@@ -173,7 +175,7 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
 def _complete(**vectors: Tensor) -> list[Tensor]:
     """In float64, without the entries that are NaN in any."""
     check_pair(**vectors)
-    stacked = torch.stack([values.to("cpu", torch.float64) for values in vectors.values()])
+    stacked = torch.stack([values.detach().to("cpu", torch.float64) for values in vectors.values()])
     return list(stacked[:, ~stacked.isnan().any(0)])
 
 
@@ -186,6 +188,7 @@ def check_pair(**vectors: Tensor) -> None:
     Raises:
         ValueError: Naming the arguments and their shapes.
     """
+    check_real(**vectors)
     shapes = [tuple(values.shape) for values in vectors.values()]
     if len(shapes[0]) != 1 or len(set(shapes)) > 1:
         raise ValueError(f"{', '.join(vectors)} must be vectors of one length, got shapes {shapes}: give one per run")
@@ -200,5 +203,6 @@ def check_level(level: float) -> None:
     Raises:
         ValueError: Naming it.
     """
+    check_number(level=level)
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}: write e.g. 0.8")

@@ -5,8 +5,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_flag, check_rows, check_square
 from lightning_spectral.functional.moments import add_products, mirror_
-from lightning_spectral.functional.spectrum import eigenvalues
+from lightning_spectral.functional.spectrum import eigenvectors
 
 BLOCK_NUMBERS = 2**20
 """Numbers that are brought to float64 at a time, 8 MiB: rows of per-sample gradients are far too large for a copy."""
@@ -20,7 +21,11 @@ def gram(rows: Tensor) -> Tensor:
 
     Returns:
         ``(N, N)`` float64, on the device of the rows.
+
+    Raises:
+        ValueError: If the rows are no matrix of a floating type.
     """
+    check_rows("rows", rows, num_axes=2)
     num_rows, num_columns = rows.shape
     step = max(1, BLOCK_NUMBERS // max(num_rows, 1))
     total = rows.new_zeros(num_rows, num_rows, dtype=torch.float64)
@@ -45,8 +50,13 @@ def singular_values(gram: Tensor) -> Tensor:
     Returns:
         ``(..., N)`` float64, descending. Below about the root of N times the float64 epsilon, 3e-7 of the largest for
         512 rows, they are rounding and exact zeros here. All NaN for a matrix that is not finite or whose solve failed.
+
+    Raises:
+        ValueError: If the matrices are not square.
     """
-    return eigenvalues(gram).sqrt()
+    check_square("gram", gram)
+    # Centred rows that are all equal leave rounding, of either sign: no reason to refuse them.
+    return eigenvectors(gram, 0)[0].sqrt()
 
 
 def singular_spectrum(rows: Tensor, centred: bool = False) -> Tensor:
@@ -64,7 +74,7 @@ def singular_spectrum(rows: Tensor, centred: bool = False) -> Tensor:
         that are not finite and where the eigensolver fails.
 
     Raises:
-        ValueError: If the rows are not a matrix with at least one row and column.
+        ValueError: If the rows are not a matrix of a floating type with at least one row and column.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens*, arXiv 2605.05683 (2026), which decomposes 512 rows of gradients.
@@ -74,6 +84,8 @@ def singular_spectrum(rows: Tensor, centred: bool = False) -> Tensor:
         >>> singular_spectrum(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
         tensor([4., 3.], dtype=torch.float64)
     """
+    check_rows("rows", rows)
+    check_flag(centred=centred)
     if rows.ndim != 2 or rows.numel() == 0:
         raise ValueError(f"rows must be a matrix (samples, P) with at least one number, got shape {tuple(rows.shape)}")
     if centred:

@@ -6,6 +6,14 @@ import warnings
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import (
+    check_broadcast,
+    check_int,
+    check_positive_semidefinite,
+    check_rows,
+    check_spectrum,
+    check_square,
+)
 from lightning_spectral.functional.moments import Moments, covariance, moments
 
 
@@ -20,14 +28,15 @@ def covariance_spectrum(rows: Tensor) -> Tensor:
         fewer than two rows, for rows that are not finite and where the eigensolver fails.
 
     Raises:
-        ValueError: If the rows have no features.
+        ValueError: If the rows are not of a floating type, or have no features.
 
     Example:
         >>> import torch
         >>> covariance_spectrum(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]]))
         tensor([4., 0.], dtype=torch.float64)
     """
-    if rows.ndim == 0 or rows.shape[-1] == 0:
+    check_rows("rows", rows)
+    if rows.shape[-1] == 0:
         raise ValueError(f"rows must have features in their last axis, got shape {tuple(rows.shape)}")
     return spectrum_or_warning(moments(rows.reshape(-1, rows.shape[-1])), "covariance_spectrum")
 
@@ -48,7 +57,7 @@ def spectrum(sample: Moments, rtol: float | Tensor | None = None) -> Tensor:
         ``(..., d)`` float64, descending. n rows span n - 1 dimensions about their mean: values of higher rank are
         rounding, and are zero here.
     """
-    values = eigenvalues(covariance(sample), rtol)
+    values, _ = eigenvectors(covariance(sample), 0, rtol)
     return values.masked_fill(beyond_rank(sample) & ~values.isnan(), 0.0)
 
 
@@ -81,20 +90,23 @@ def eigenvalues(matrices: Tensor, rtol: float | Tensor | None = None) -> Tensor:
         device and on the CPU.
 
     Raises:
-        ValueError: If the matrices are not square.
+        ValueError: If the matrices are not square, not symmetric, or have eigenvalues below zero beyond rounding.
     """
     # The solver's own error would pass for a failed solve, and come back as NaN.
-    if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
-        raise ValueError(f"matrices must be square in their last two axes, got shape {tuple(matrices.shape)}")
-    return _decompose(matrices, rtol, num_vectors=0)[0]
+    check_square("matrices", matrices)
+    matrices = matrices.to(torch.float64)
+    values, _, least = _decompose(matrices, rtol, num_vectors=0)
+    check_positive_semidefinite("matrices", matrices, least, torch.maximum(values[..., :1], -least))
+    return values
 
 
 def eigenvectors(matrices: Tensor, num_vectors: int, rtol: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What :func:`eigenvalues` gives, and the leading orthonormal eigenvectors, columns ``(..., d, num_vectors)``."""
-    return _decompose(matrices, rtol, num_vectors)
+    return _decompose(matrices, rtol, num_vectors)[:2]
 
 
-def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) -> tuple[Tensor, Tensor]:
+def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, vectors, and the smallest eigenvalue before rounding was made zero."""
     matrices = matrices.to(torch.float64)
     finite = matrices.isfinite().all(-1).all(-1, keepdim=True)
     # A solver refuses the whole batch for one bad matrix: the others must not pay for it.
@@ -104,7 +116,8 @@ def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) 
     tolerance = matrices.shape[-1] * torch.finfo(torch.float64).eps if rtol is None else rtol
     rounding = values < (tolerance * values[..., :1]).clamp(min=0)
     values = values.masked_fill(rounding, 0.0).masked_fill(~finite, torch.nan)
-    return values, vectors.masked_fill(~finite.unsqueeze(-1), torch.nan)
+    least = ascending[..., :1].masked_fill(~finite, torch.nan)
+    return values, vectors.masked_fill(~finite.unsqueeze(-1), torch.nan), least
 
 
 def _solve(matrices: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +147,15 @@ def normalize(values: Tensor) -> Tensor:
 
     Returns:
         ``(..., n)`` float64 that sums to one; NaN where the sum is zero.
+
+    Raises:
+        ValueError: If a value is negative, or no real number.
     """
+    check_spectrum(values=values)
+    return _normalize(values)
+
+
+def _normalize(values: Tensor) -> Tensor:
     values = values.to(torch.float64)
     return values / values.sum(-1, keepdim=True)
 
@@ -147,6 +168,9 @@ def rankme(values: Tensor) -> Tensor:
 
     Returns:
         ``(...)`` float64 between 1 and n; NaN where all values are zero.
+
+    Raises:
+        ValueError: If a value is negative, or no real number.
 
     References:
         Garrido, Balestriero, Najman, LeCun, *RankMe* (2023); Roy, Vetterli, *The effective rank* (2007).
@@ -170,11 +194,11 @@ def head_share(values: Tensor, k: int) -> Tensor:
         ``(...)`` float64 between 0 and 1; NaN where all values are zero.
 
     Raises:
-        ValueError: If ``k`` is not between 1 and n.
+        ValueError: If ``k`` is not an int from 1 to n, or values are negative, rise, or are no real numbers.
     """
-    if not 1 <= k <= values.shape[-1]:
-        raise ValueError(f"k must be between 1 and the number of values, {values.shape[-1]}, got {k}")
-    return normalize(values)[..., :k].sum(-1)
+    check_spectrum(is_ordered=True, values=values)
+    check_int(1, values.shape[-1], k=k)
+    return _normalize(values)[..., :k].sum(-1)
 
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -191,14 +215,16 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
         ``(...)`` float64; NaN where either sums to zero.
 
     Raises:
-        ValueError: If the spectra have different lengths.
+        ValueError: If the spectra have different lengths, or values that are negative or no real numbers.
 
     References:
         Lin, *Divergence measures based on the Shannon entropy* (1991).
     """
+    check_spectrum(p=p, q=q)
     if p.shape[-1] != q.shape[-1]:
         raise ValueError(f"p and q must have the same number of values, got {p.shape[-1]} and {q.shape[-1]}")
-    p, q = normalize(p), normalize(q)
+    check_broadcast(p=p.shape[:-1], q=q.shape[:-1])
+    p, q = _normalize(p), _normalize(q)
     middle = (p + q) / 2
     entropy = torch.special.entr
     divergence = entropy(middle).sum(-1) - (entropy(p).sum(-1) + entropy(q).sum(-1)) / 2

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_broadcast, check_rows
+
 
 def principal_angles(u: Tensor, v: Tensor) -> Tensor:
     r"""Principal angles between the spans of two sets of columns.
@@ -19,7 +21,7 @@ def principal_angles(u: Tensor, v: Tensor) -> Tensor:
         ``(..., min(k, m))`` radians between 0 and pi/2, float64, descending. NaN where a column is not finite.
 
     Raises:
-        ValueError: If the columns have different lengths, or are more than they are long.
+        ValueError: If the columns are not of a floating type, have different lengths, or are more than they are long.
 
     References:
         Björck, Golub, *Numerical methods for computing angles between linear subspaces* (1973); Knyazev, Argentati,
@@ -53,7 +55,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
         column is not finite.
 
     Raises:
-        ValueError: If the columns have different lengths, or are more than they are long.
+        ValueError: If the columns are not of a floating type, have different lengths, or are more than they are long.
 
     Example:
         >>> import torch
@@ -68,6 +70,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
 def _bases(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal bases in float64, and where both are known."""
     for name, columns in (("u", u), ("v", v)):
+        check_rows(name, columns)
         if columns.ndim < 2 or not 1 <= columns.shape[-1] <= columns.shape[-2]:
             raise ValueError(
                 f"{name} must hold 1 to d columns of length d in its last two axes, got shape {tuple(columns.shape)}: "
@@ -77,6 +80,7 @@ def _bases(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f"u and v must have columns of the same length, got {u.shape[-2]} and {v.shape[-2]}: compare equal widths"
         )
+    check_broadcast(u=u.shape[:-2], v=v.shape[:-2])
     finite_u, finite_v = (columns.isfinite().all(-1).all(-1) for columns in (u, v))
     # The solver refuses a whole batch for one bad matrix: the others must not pay for it.
     bases = (

@@ -168,9 +168,10 @@ def test_rankme_has_the_jackknifes_error() -> None:
 @given(st.integers(1, 12), st.integers(0, 4), st.integers(0, 3), st.sampled_from([None, 7]))
 def test_arrays_read_back_to_the_same_spectrum(num: int, groups: int, vectors: int, without: int | None) -> None:
     rng = np.random.default_rng(num)
+    vectors = min(vectors, num)
     one = Spectrum(
         torch.tensor(np.sort(rng.random(num))[::-1].copy()),
-        torch.tensor(rng.random((groups, num))),
+        torch.tensor(np.sort(rng.random((groups, num)))[:, ::-1].copy()),
         torch.tensor(rng.random((num, vectors))) if vectors else None,
         torch.tensor(rng.random((groups, num, vectors))) if vectors else None,
         count=9,
@@ -200,7 +201,7 @@ def test_state_is_what_a_checkpoint_takes_and_comes_back(tmp_path) -> None:
 
 def test_leading_vectors_have_memory_of_their_own() -> None:
     many = torch.eye(40).expand(6, 40, 40)
-    one = Spectrum(torch.tensor(RANKS), torch.tensor(RANKS).expand(5, 40), many[0], many[1:])
+    one = Spectrum(torch.tensor(1 / RANKS), torch.tensor(1 / RANKS).expand(5, 40), many[0], many[1:])
     few = one.leading(3)
     assert few.vectors.shape == (40, 3)
     assert few.leave_one_out_vectors.shape == (5, 40, 3)

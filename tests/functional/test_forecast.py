@@ -407,5 +407,5 @@ def test_levels_out_of_range_are_refused(runs, level):
 
 
 def test_no_draws_are_refused(runs):
-    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_draws must be an int from 1 to 100000, got 0"):
         spearman_interval(*runs, num_draws=0)

@@ -21,7 +21,7 @@ def noisy():
     return torch.tensor(np.sort(values)[:, ::-1].copy())
 
 
-@pytest.mark.parametrize("exponent", [-0.5, 0.01, 1.2, 6.0])
+@pytest.mark.parametrize("exponent", [0.01, 1.2, 6.0])
 @pytest.mark.parametrize("band", [(1, 10), (30, 150), (0.125, 0.5), (0.0, 1.0)], ids=str)
 def test_an_exact_power_law_is_recovered(exponent, band):
     fit = power_law(3e-7 * torch.arange(1, 201, dtype=torch.float64) ** -exponent, band)

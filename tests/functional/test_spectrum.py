@@ -124,9 +124,9 @@ def test_rows_without_a_spectrum_give_nan_and_the_reason(rows, reason):
     assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize("rows", [torch.tensor(1.0), torch.ones(3, 0)], ids=["scalar", "no_features"])
-def test_rows_without_features_are_refused(rows):
-    with pytest.raises(ValueError, match="rows must have features in their last axis, got shape"):
+@pytest.mark.parametrize(("rows", "what"), [(torch.tensor(1.0), "at least one axis"), (torch.ones(3, 0), "features")])
+def test_rows_without_features_are_refused(rows, what):
+    with pytest.raises(ValueError, match=f"rows must have {what}.*, got shape"):
         covariance_spectrum(rows)
 
 
@@ -273,7 +273,7 @@ def test_head_share_equals_its_twin_and_grows_to_one(values):
 
 @pytest.mark.parametrize("k", [0, -1, 6])
 def test_head_share_refuses_a_head_that_is_not_there(k):
-    with pytest.raises(ValueError, match=f"k must be between 1 and the number of values, 5, got {k}"):
+    with pytest.raises(ValueError, match=f"k must be an int from 1 to 5, got {k}"):
         head_share(torch.ones(5), k)
 
 
@@ -329,7 +329,7 @@ def test_nothing_is_said_of_a_spectrum_of_nothing(summary, values):
 
 @pytest.mark.parametrize("summary", SUMMARIES.values(), ids=SUMMARIES.keys())
 def test_batched_summaries_equal_a_loop(rng, summary):
-    values = torch.rand(2, 3, 5, generator=rng)
+    values = torch.rand(2, 3, 5, generator=rng).sort(descending=True).values
     looped = torch.stack([torch.stack([summary(row) for row in matrix]) for matrix in values])
     assert looped.dtype == torch.float64
     torch.testing.assert_close(summary(values), looped, rtol=1e-14, atol=0)

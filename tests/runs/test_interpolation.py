@@ -52,7 +52,7 @@ def test_exponents_and_their_errors_are_linear_in_the_weight(weight: float) -> N
 
 
 def test_where_one_value_is_zero_nothing_is_known() -> None:
-    found = between(spectrum([4.0, 2.0, 0.0, 0.0]), spectrum([1.0, 0.0, 8.0, 0.0]), 0.25, 0.0)
+    found = between(spectrum([4.0, 2.0, 0.0, 0.0]), spectrum([1.0, 0.0, 0.0, 0.0]), 0.25, 0.0)
     np.testing.assert_allclose(found, [4**0.75, 0.0, 0.0, 0.0])
 
 
