@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lightning_spectral.runs.record_checks import MAX_STEP, check_line, why_broken
+from lightning_spectral.runs.safe_files import read_text
 from lightning_spectral.runs.to_json import to_json
 
 FOLDER = "spectra"
@@ -54,7 +56,11 @@ def reports(folder: Path) -> list[Report]:
     found = []
     for path in folder.glob("*.npz"):
         if not path.name.startswith(".") and (match := _REPORT.fullmatch(path.name)):
-            found.append(Report(match["series"], int(match["step"]), path))
+            # Of more digits than ours have, Python may refuse to make an int.
+            step = int(match["step"]) if len(match["step"]) <= 18 else MAX_STEP + 1
+            if step > MAX_STEP:
+                raise ValueError(f"run has a broken record: {str(path)!r} has a step beyond {MAX_STEP:,}: remove it")
+            found.append(Report(match["series"], step, path))
     return sorted(found)
 
 
@@ -65,7 +71,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / ABOUT
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: it has no {ABOUT}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -77,8 +83,8 @@ def read_about(folder: Path) -> dict[str, Any]:
             f"run has a record of format {about['format']}, this version reads {FORMAT}: {str(folder)!r} needs "
             "another version of lightning-spectral"
         )
-    if not all(isinstance(about.get(name, {}), dict) for name in ("tags", "forecast")):
-        raise ValueError(f"run has a broken record: tags and forecast in {str(path)!r} must be tables: restore it")
+    if (reason := why_broken(about)) is not None:
+        raise ValueError(f"run has a broken record: in {str(path)!r} {reason}: restore it")
     return about
 
 
@@ -99,7 +105,7 @@ def read_history(folder: Path) -> list[Row]:
     """
     path = folder / HISTORY
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
     lines = text.split("\n")[:-1]  # the last is empty, or was torn off
@@ -110,7 +116,9 @@ def read_history(folder: Path) -> list[Row]:
             continue
         try:
             step, *others = fields
-            rows.append(Row(int(step), *map(float, others)))
+            row = Row(int(step), *map(float, others))
+            check_line(*row[:3])
+            rows.append(row)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"run has a broken record: line {number} of {str(path)!r} must hold {', '.join(Row._fields)}, "

@@ -9,7 +9,6 @@ from math import isnan, log, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
@@ -17,6 +16,8 @@ from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
+from lightning_spectral.runs.record_checks import tokens_of
+from lightning_spectral.runs.safe_files import Arrays, open_arrays
 
 _SAME = 1e-12
 """Token counts that differ by less, relatively, are one: a loss that was reached at a report."""
@@ -182,13 +183,16 @@ class Run:
             In the model's order.
 
         Raises:
-            ValueError: If there are no reports of that kind.
+            ValueError: If there are no reports of that kind, or the latest holds none of its spectra.
         """
         path = self._path(kind, max(self._reports[self.series(kind)]))
         start = f"{kind_of(kind)}/"
         with _arrays(path) as arrays:
             keys = [key.removeprefix(start) for key in arrays.files if key.startswith(start)]
-            return list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
+            found = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
+            if not found:
+                raise ValueError(f"it holds no spectrum of kind {kind_of(kind)}")
+            return found
 
     def spectrum(self, kind: str, name: str, step: int) -> Spectrum:
         """One spectrum of one report.
@@ -199,7 +203,7 @@ class Run:
             step: One of :meth:`steps`.
 
         Returns:
-            The spectrum.
+            The spectrum; one without values where this report has none of a layer that joined the model later.
 
         Raises:
             ValueError: If it is not there, or the report's file is broken.
@@ -208,10 +212,12 @@ class Run:
         start, row = f"{part}/{name}/", KINDS[part]
         with _arrays(path) as arrays:
             found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
+            where = {"name": name, "step": step, "tokens": tokens_of(arrays["tokens"])}
             if row.values in found:
-                where = {"name": name, "step": step, "tokens": float(arrays["tokens"])}
                 return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)
-        raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
+        if name in (names := self.names(kind)):
+            return Spectrum.missing(f"the report at step {step} has no {name}", **where)
+        raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
 
     def tokens_at(self, kind: str, step: int) -> float:
         """Training tokens at a report.
@@ -229,7 +235,7 @@ class Run:
         path = self._path(kind, step)
         if path not in self._tokens:
             with _arrays(path) as arrays:
-                self._tokens[path] = float(arrays["tokens"])
+                self._tokens[path] = tokens_of(arrays["tokens"])
         return self._tokens[path]
 
     def _path(self, kind: str, step: int) -> Path:
@@ -267,7 +273,10 @@ class Run:
         if at[after] <= tokens * (1 + _SAME):
             return second
         first = self.spectrum(kind, name, steps[after - 1])
-        return between(first, second, log(tokens / at[after - 1]) / log(at[after] / at[after - 1]), tokens)
+        start, end = at[after - 1], at[after]
+        # Before the first token there is no logarithm.
+        weight = log(tokens / start) / log(end / start) if start > 0 else tokens / end
+        return between(first, second, weight, tokens)
 
     def tokens_to(self, loss: float) -> float:
         """Training tokens until the loss first came down to a value.
@@ -355,11 +364,10 @@ def kind_of(name: str) -> str:
 
 
 @contextmanager
-def _arrays(path: Path) -> Iterator[Any]:
+def _arrays(path: Path) -> Iterator[Arrays]:
     """The arrays of a report; whatever is wrong with its file is told in one line."""
     try:
-        # NumPy leaves a file that it opened, and could not read, open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with open_arrays(path) as arrays:
             yield arrays
     except Exception as error:
         reason = str(error).partition("\n")[0]

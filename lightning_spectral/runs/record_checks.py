@@ -1,0 +1,115 @@
+"""What a record may hold: the types and ranges of its description, of lines of its history and of its reports."""
+
+from collections.abc import Callable, Mapping
+from math import isfinite, isnan
+from typing import Any, NamedTuple
+
+from lightning_spectral.functional.arguments import describe, is_finite_number
+from lightning_spectral.functional.powerlaw import check_band
+
+MAX_STEP = 10**15
+"""Beyond it steps are no longer exact in floating point."""
+
+
+class _Fact(NamedTuple):
+    """What a fact must be, in words, and whether it is."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_count(value: Any) -> bool:
+    return is_finite_number(value) and value == int(value) and 0 <= value <= MAX_STEP
+
+
+def _is_positive(value: Any) -> bool:
+    return is_finite_number(value) and value > 0
+
+
+def _is_band(value: Any) -> bool:
+    try:
+        check_band("band", value)
+    except ValueError:
+        return False
+    return True
+
+
+_TEXT = _Fact("a text", lambda value: isinstance(value, str))
+_FLAG = _Fact("true or false", lambda value: isinstance(value, bool))
+_COUNT = _Fact("a count", _is_count)
+_BAND = _Fact("two ascending ranks or fractions", _is_band)
+_TABLE = _Fact("a table", lambda value: isinstance(value, dict))
+_TABLES = _Fact("a table of tables", lambda value: isinstance(value, dict) and all(map(_TABLE.holds, value.values())))
+_NAMES = _Fact("a list of names", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
+_LIST = _Fact("a list", lambda value: isinstance(value, list))
+
+_FACTS = {
+    "id": _TEXT,
+    "family": _TEXT,
+    "tags": _TABLE,
+    "series": _TABLES,
+    "forecast": _TABLES,
+    "batch_tokens": _Fact("a positive number", _is_positive),
+    "val_loss": _TEXT,
+    "resumed": _LIST,
+}
+"""Of a run."""
+
+_SETTINGS = {
+    "kind": _TEXT,
+    "stage": _TEXT,
+    "head": _BAND,
+    "tail": _BAND,
+    "layers": _NAMES,
+    "num_tokens": _COUNT,
+    "num_samples": _COUNT,
+    "rank": _COUNT,
+    "normalize": _FLAG,
+    "weights": _FLAG,
+}
+"""Of a series."""
+
+_FORECAST = {"monitor": _TEXT, "target_loss": _Fact("a number", is_finite_number), "actual": _COUNT}
+
+
+def why_broken(about: Mapping[str, Any]) -> str | None:
+    """What is wrong with the description of a run, a clause; None if nothing is. A fact may be null, or missing."""
+    found = _first_wrong("", about, _FACTS)
+    for name, settings in (about.get("series") or {}).items() if found is None else ():
+        found = found or _first_wrong(f"{name}.", settings, _SETTINGS)
+    for name, facts in (about.get("forecast") or {}).items() if found is None else ():
+        found = found or _first_wrong(f"forecast.{name}.", facts, _FORECAST)
+    return found
+
+
+def _first_wrong(where: str, facts: Mapping[str, Any], known: Mapping[str, _Fact]) -> str | None:
+    for name, fact in known.items():
+        value = facts.get(name)
+        if value is not None and not fact.holds(value):
+            path = where + name
+            shown = path if path.isprintable() else describe(path)
+            return f"{shown} must be {fact.words}, got {describe(value)}"
+    return None
+
+
+def check_line(step: int, tokens: float, seconds: float) -> None:
+    """Refuse, by a ValueError, what is no line of a history; NaN stands for what is not known."""
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step must be from 0 to {MAX_STEP:,}")
+    check_amount("tokens", tokens)
+    check_amount("seconds", seconds)
+
+
+def check_amount(name: str, value: float) -> None:
+    """Refuse, by a ValueError, what is neither NaN nor finite and at least 0."""
+    if not isnan(value) and not (isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value:.6g}")
+
+
+def tokens_of(number: Any) -> float:
+    """Tokens of a report, from what its file holds; ValueError if that is no one number."""
+    if getattr(number, "size", 0) != 1 or getattr(number.dtype, "kind", "") not in "fiu":
+        raise ValueError(f"tokens must be one number, got {describe(number)}")
+    value = float(number.reshape(()))
+    check_amount("tokens", value)
+    return value
