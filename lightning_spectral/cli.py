@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from lightning_spectral.runs.commands import COMMANDS as COMMANDS_ON_RUNS
 from lightning_spectral.runs.commands import run_command
+from lightning_spectral.terminal import one_line
 
 PACKAGE = Path(__file__).parent
 
@@ -93,5 +94,5 @@ def _our_message(error: BaseException | None) -> str | None:
 
 
 def _stop(message: str) -> NoReturn:
-    print(f"lightning-spectral: error: {message}", file=sys.stderr)
+    print(f"lightning-spectral: error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)

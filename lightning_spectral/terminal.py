@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
 
 Columns = Mapping[str, Callable[[dict[str, float]], str]]
 """What stands under each heading, from the values of one name in one report."""
@@ -47,10 +49,29 @@ def console() -> Console:
     """Where tables go: a console as wide as the terminal.
 
     It has 120 columns for a log file, which has no width of its own, and where a number cut off says nothing. Names and
-    paths are shown as they are: brackets in them are no markup, ``:x:`` is no picture.
+    paths are shown as they are: brackets in them are no markup, ``:x:`` is no picture; what would command the terminal
+    is shown as an escape.
     """
     found = Console()
-    return Console(width=found.width if found.is_terminal else 120, highlight=False, markup=False, emoji=False)
+    return _Console(width=found.width if found.is_terminal else 120, highlight=False, markup=False, emoji=False)
+
+
+class _Console(Console):
+    @override
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        return super().render_str(visible(text), **kwargs)
+
+
+def visible(text: str) -> str:
+    """Text in which all but line breaks and what can be printed is written as Python would escape it."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+
+
+def one_line(message: str) -> str:
+    """A message for one line of a terminal, whatever names and other people's errors it holds."""
+    return visible(" ".join(line.strip() for line in message.splitlines() if line.strip()))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,13 @@ class Warner:
         cause = re.sub(r"\d+", "#", message)
         if cause not in self._warned:
             self._warned.add(cause)
-            (warnings.warn if on_this_rank else rank_zero_warn)(f"{self._who} {message}")
+            (warnings.warn if on_this_rank else rank_zero_warn)(f"{self._who} {_one_line(message)}")
 
     def clear(self) -> None:
         """Forget what was warned of: another run begins."""
         self._warned.clear()
+
+
+def _one_line(message: str) -> str:
+    """A message whose parts, names and other people's errors, may have had line breaks."""
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())

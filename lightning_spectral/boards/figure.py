@@ -31,17 +31,17 @@ def spectrum_figure(
         spectrum = values.numpy()
         ranks = np.arange(1, spectrum.size + 1)
         positive = spectrum > 0
-        label = name
+        label = shown = name.replace("$", r"\$")  # dollars in a name are no formula
         if name in fits:
             (lo, hi), exponent = fits[name]
-            label = rf"{name}  $\alpha$ = {exponent:.2f}"
+            label = rf"{shown}  $\alpha$ = {exponent:.2f}"
             inside = positive & (ranks >= lo) & (ranks <= hi)
             offset = np.log(spectrum[inside]).mean() + exponent * np.log(ranks[inside]).mean()
             axes.plot(
                 [lo, hi], np.exp(offset) * np.array([lo, hi], float) ** -exponent, "--", color="black", lw=1, zorder=3
             )
         axes.plot(ranks[positive], spectrum[positive], color=color, lw=1.6, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel=ylabel, title=title)
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel=ylabel, title=title.replace("$", r"\$"))
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(loc="lower left", fontsize="small", title="dashed: fitted band", title_fontsize="small")
     return figure

@@ -11,6 +11,7 @@ from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.recorded_bases import RecordedBases
 from lightning_spectral.capture.batch import load_cutter
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.powerlaw import Band
@@ -137,7 +138,7 @@ class HeadDrift(LayersCallback):
         super().__init__(layers, request, prefix)
         check_positive(rank=rank)
         if not isinstance(reference, str) or not reference:
-            raise ValueError(f"reference must be 'first', 'previous' or the path of a run, got {reference!r}")
+            raise ValueError(f"reference must be 'first', 'previous' or the path of a run, got {describe(reference)}")
         self.rank = self.num_vectors = rank
         self.reference = reference
         self._bases: dict[str, Spectrum] = {}

@@ -14,6 +14,7 @@ from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.loss_scale import loss_scale
 from lightning_spectral.callbacks.session_callback import SessionCallback
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Exponent, Spectrum
 from lightning_spectral.measurement import Report, Request, Scene, Session
 from lightning_spectral.recording import RunRecorder
@@ -50,7 +51,7 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
     def __init__(self, request: Request, prefix: str) -> None:
         super().__init__()
         if not isinstance(prefix, str):
-            raise ValueError(f"prefix must be a string, got {prefix!r}: '' puts nothing before the keys")
+            raise ValueError(f"prefix must be a string, got {describe(prefix)}: '' puts nothing before the keys")
         self.prefix = prefix
         self.stage = request.stage
         self.num_failed = 0

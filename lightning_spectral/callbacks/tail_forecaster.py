@@ -15,9 +15,12 @@ from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
+from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, forecast_tokens
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.measurement import ActivationRequest, Report
+from lightning_spectral.measurement.arguments import check_key
+from lightning_spectral.runs.arguments import check_paths
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.references import Reference, References, Wanted, find_references
 
@@ -137,16 +140,19 @@ class TailForecaster(LayersCallback):
             samples=load_cutter(samples),
         )
         super().__init__(layer, request, prefix)
-        if isinstance(target_loss, bool) or not isinstance(target_loss, (int, float)) or not math.isfinite(target_loss):
-            raise ValueError(f"target_loss must be a finite number, got {target_loss!r}")
-        if stop_if_relative_above is not None and not stop_if_relative_above >= 1:
+        if not is_finite_number(target_loss):
+            raise ValueError(f"target_loss must be a finite number, got {describe(target_loss)}")
+        limit = stop_if_relative_above
+        if limit is not None and not (is_finite_number(limit) and limit >= 1):
             raise ValueError(
-                f"stop_if_relative_above must be at least 1, the best of the family, got {stop_if_relative_above}"
+                f"stop_if_relative_above must be at least 1, the best of the family, got {describe(limit)}: try 3"
             )
+        check_key(monitor=monitor)
+        check_paths("references", references)
         check_band("tail", tail)
         self.target_loss = float(target_loss)
         self.monitor = monitor
-        self.references = (references,) if isinstance(references, str) else tuple(references)
+        self.references = tuple(references) if isinstance(references, (list, tuple)) else (references,)
         self.tail = cast(Band, tuple(tail))
         self.stop_if_relative_above = stop_if_relative_above
         self.actual = math.nan

@@ -105,6 +105,7 @@ def per_sample_gradients(
         ValueError: For a choice that means nothing here, a module without a loss, or a batch of which it cannot be told
             where its samples are.
     """
+    _check_arguments(module, parameters, method, chunk_size, loss_reduction, batch_dim)
     chosen = resolve_parameters(module, parameters)
     loss = BatchLoss(module, load_loss(loss_fn))
     batch = Samples(batch_dim, load_cutter(samples)).cut(hold(batch))
@@ -116,6 +117,28 @@ def per_sample_gradients(
         }
         fill_rows(engine_of(method, loss_reduction), loss, list(chosen), batch, out, chunk_size)
     return out
+
+
+def _check_arguments(
+    module: Any, parameters: Any, method: Any, chunk_size: Any, loss_reduction: Any, batch_dim: Any
+) -> None:
+    """Refuse, by a ValueError, arguments of other types than they have."""
+    is_list = isinstance(parameters, (list, tuple)) and all(isinstance(name, str) for name in parameters)
+    for name, value, holds, words in (
+        ("module", module, isinstance(module, nn.Module), "a torch.nn.Module"),
+        ("parameters", parameters, parameters is None or isinstance(parameters, str) or is_list, "patterns, or None"),
+        ("method", method, method in ("auto", "vmap", "hooks", "loop"), "'auto', 'vmap', 'hooks' or 'loop'"),
+        ("chunk_size", chunk_size, chunk_size is None or _is_int(chunk_size, 1), "a positive int, or None"),
+        ("loss_reduction", loss_reduction, loss_reduction in ("mean", "sum"), "'mean' or 'sum'"),
+        ("batch_dim", batch_dim, batch_dim is None or _is_int(batch_dim, 0), "an int from 0, or None"),
+    ):
+        if not holds:
+            text = " ".join(repr(value).split())
+            raise ValueError(f"{name} must be {words}, got {text if len(text) <= 80 else text[:76] + ' ...'}")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= 10**15
 
 
 def fitting_chunk(loss: BatchLoss, names: list[str], batch: Any) -> int:

@@ -20,10 +20,11 @@ from lightning_spectral.capture.channels import (
 from lightning_spectral.capture.masks import Mask, fit_rows
 from lightning_spectral.capture.nested import parts_of, rows_of_parts
 from lightning_spectral.capture.time_first import is_square, time_first
+from lightning_spectral.functional.arguments import check_flag, describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.moments import Moments
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.measurement.arguments import check_choice, check_positive
+from lightning_spectral.measurement.arguments import check_axis, check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
@@ -56,12 +57,11 @@ class ActivationRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(num_tokens=self.num_tokens)
+        check_flag(normalize=self.normalize)
         check_choice(dtype=(self.dtype, tuple(DTYPES)))
-        if not (self.mask is None or isinstance(self.mask, str)):
-            raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {self.mask!r}")
-        axis = self.channel_dim
-        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-            raise ValueError(f"channel_dim must be an axis of the layers' outputs, or None, got {axis!r}")
+        if not (self.mask is None or (isinstance(self.mask, str) and self.mask)):
+            raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {describe(self.mask)}")
+        check_axis(channel_dim=self.channel_dim)
 
     @override
     def measure(self, scene: Scene) -> "ActivationMeasurement":

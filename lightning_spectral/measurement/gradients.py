@@ -24,9 +24,16 @@ from lightning_spectral.capture.parameters import (
 )
 from lightning_spectral.capture.self_check import check_span, rounding
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
+from lightning_spectral.functional.arguments import check_flag, describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.singular import gram, singular_values
-from lightning_spectral.measurement.arguments import check_choice, check_patterns, check_positive
+from lightning_spectral.measurement.arguments import (
+    MAX_SAMPLES,
+    check_at_most,
+    check_choice,
+    check_patterns,
+    check_positive,
+)
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
 from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
 from lightning_spectral.measurement.row_store import RowStore
@@ -72,6 +79,8 @@ class GradientRequest(Request):
         check_positive(num_samples=self.num_samples)
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, got {self.num_samples}: 512 are usual")
+        check_at_most(num_samples=(self.num_samples, MAX_SAMPLES, "their Gram matrix is solved as a whole"))
+        check_flag(weights=self.weights)
         if self.chunk_size is not None:
             check_positive(chunk_size=self.chunk_size)
         check_choice(
@@ -85,11 +94,11 @@ class GradientRequest(Request):
             raise ValueError(f"samples cuts into batches of one, which method='loop' takes, got method={self.method!r}")
         if self.row_device is not None:
             try:
-                torch.device(self.row_device)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"row_device must be a device such as 'cpu', or None, got {self.row_device!r}"
-                ) from error
+                is_device = isinstance(self.row_device, str) and torch.device(self.row_device).type != "meta"
+            except (RuntimeError, ValueError):
+                is_device = False
+            if not is_device:
+                raise ValueError(f"row_device must be a device such as 'cpu', or None, got {describe(self.row_device)}")
 
     @property
     def reads_backward(self) -> bool:

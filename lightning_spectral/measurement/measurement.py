@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_spectral.capture.batch import SampleCutter, Samples, path_of
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.measurement.arguments import check_choice, check_positive
+from lightning_spectral.measurement.arguments import MAX_GROUPS, check_at_most, check_axis, check_choice, check_positive
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.metrics.reduction import world_size
@@ -52,13 +53,15 @@ class Request:
 
     def __post_init__(self) -> None:
         check_positive(every_n_steps=self.every_n_steps, num_groups=self.num_groups)
+        check_at_most(num_groups=(self.num_groups, MAX_GROUPS, "each takes a matrix of its own, and 4 are usual"))
         check_choice(stage=(self.stage, ("train", "validate")))
         index = self.dataloader_idx
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise ValueError(f"dataloader_idx must be an int from 0, got {index!r}")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**31:
+            raise ValueError(f"dataloader_idx must be an int from 0, got {describe(index)}")
         axis = self.batch_dim
-        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis < 0):
-            raise ValueError(f"batch_dim must be an int from 0, or None, got {axis!r}")
+        check_axis(batch_dim=axis)
+        if axis is not None and axis < 0:
+            raise ValueError(f"batch_dim must be an int from 0, or None, got {axis}")
         if axis is not None and self.samples is not None:
             raise ValueError(f"samples cuts batches by itself: give either it or batch_dim={axis}")
 

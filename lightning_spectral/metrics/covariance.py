@@ -9,9 +9,12 @@ from torch.nn import Module
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_spectral.functional.arguments import check_rows, describe
 from lightning_spectral.functional.moments import Moments, moments, pool
 from lightning_spectral.functional.spectrum import spectrum_or_warning
 from lightning_spectral.metrics.reduction import reduce_packed
+
+MAX_FEATURES = 2**16
 
 
 class CovarianceSpectrum(Metric):
@@ -26,7 +29,7 @@ class CovarianceSpectrum(Metric):
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``num_features`` is not a positive int.
+        ValueError: If ``num_features`` is not an int from 1 to 65,536, whose covariance takes 32 GiB.
 
     Example:
         >>> import torch
@@ -43,8 +46,11 @@ class CovarianceSpectrum(Metric):
     packed: Tensor
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features must be a positive int, the length of a row, got {num_features!r}")
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or not 1 <= num_features <= MAX_FEATURES:
+            raise ValueError(
+                f"num_features must be a positive int, the length of a row, got {describe(num_features)}: "
+                f"at most {MAX_FEATURES}"
+            )
         # torchmetrics' own gather costs a barrier and W copies of every state; one sum is exact.
         kwargs.setdefault("dist_sync_fn", partial(_sync, num_features=num_features))
         super().__init__(**kwargs)
@@ -60,8 +66,9 @@ class CovarianceSpectrum(Metric):
             x: ``(..., num_features)``, any floating dtype; all leading axes are rows.
 
         Raises:
-            ValueError: If the last axis has another length.
+            ValueError: If the last axis has another length, or the rows are of no floating type.
         """
+        check_rows("x", x)
         if x.ndim == 0 or x.shape[-1] != self.num_features:
             raise ValueError(f"x must have {self.num_features} features in its last axis, got shape {tuple(x.shape)}")
         block = moments(x.detach().to(self.packed.device).reshape(-1, self.num_features))

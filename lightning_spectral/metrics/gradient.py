@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
+from lightning_spectral.functional.arguments import check_flag, check_rows
 from lightning_spectral.functional.singular import singular_spectrum
 from lightning_spectral.functional.spectrum import eigenvectors
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
@@ -25,6 +26,9 @@ class PerSampleGradientSpectrum(Metric):
         centred: Subtract the mean row first. *Spectral Lens* (arXiv 2605.05683) does not.
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
+    Raises:
+        ValueError: If ``centred`` is neither True nor False.
+
     Example:
         >>> import torch
         >>> metric = PerSampleGradientSpectrum()
@@ -40,6 +44,7 @@ class PerSampleGradientSpectrum(Metric):
     rows: list[Tensor] | Tensor
 
     def __init__(self, centred: bool = False, **kwargs: Any) -> None:
+        check_flag(centred=centred)
         kwargs.setdefault("dist_sync_fn", _factor_of_all_ranks)
         super().__init__(**kwargs)
         self.centred = centred
@@ -53,8 +58,9 @@ class PerSampleGradientSpectrum(Metric):
             g: ``(samples, P)``, any floating dtype; kept as it is.
 
         Raises:
-            ValueError: If it is no matrix, or has another number of columns than before.
+            ValueError: If it is no matrix of a floating type, or has another number of columns than before.
         """
+        check_rows("g", g)
         assert isinstance(self.rows, list)
         # Of the rows themselves, so that merged and loaded ones count.
         columns = self.rows[0].shape[1] if self.rows else "P"

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lightning_spectral.nanogpt.arguments import check_int
+
+_MOST = {"block_size": 2**31, "batch_size": 2**31, "seed": 2**63 - 1, "num_workers": 4096}
+
 
 class Blocks(Dataset[dict[str, Tensor]]):
     """Non-overlapping windows of a text, each with the token that follows every one of its tokens.
@@ -151,8 +155,7 @@ class BlockData(pl.LightningDataModule):
             ("seed", seed, 0),
             ("num_workers", num_workers, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_int(least, _MOST[name], "", **{name: value})
         self.block_size = block_size
         self.batch_size = batch_size
         self.num_workers = num_workers

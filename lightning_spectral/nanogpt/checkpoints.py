@@ -1,6 +1,9 @@
 """Weights of the public GPT-2 speed runs, whose modules have other names, for recipes that share their parameters."""
 
+import os
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.nanogpt.arguments import check_flag, check_path, shown
 from lightning_spectral.nanogpt.config import GPTConfig
 from lightning_spectral.nanogpt.model import GPT
 
@@ -44,18 +48,31 @@ def from_speedrun(state: Mapping[str, Tensor], config: GPTConfig, turns_back: bo
         A state dict for `GPT.load_state_dict`.
 
     Raises:
-        ValueError: If the model has other parameters, or others of their shapes.
+        ValueError: If the model has other parameters, or others of their shapes; if one is there twice, or is no dense tensor
+            of finite real numbers.
     """
+    if not isinstance(config, GPTConfig):
+        raise ValueError(f"config must be a GPTConfig, got {shown(config)}: take that of the model")
+    check_flag(turns_back=turns_back)
     found: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for name, value in ((_WRAPPERS.sub("", name), value) for name, value in state.items()):
+    for name, value in _parameters(state).items():
         if name == _ALL_TABLES:
+            if value.ndim != 2 or not value.shape[1] or value.shape[1] % config.width:
+                raise ValueError(
+                    f"checkpoint must hold {name} of shape (vocab, layers * {config.width}), got {tuple(value.shape)}: "
+                    "build the model with the width that was trained"
+                )
             tables = enumerate(value.split(config.width, dim=1))
-            found |= {f"value_tables.{number}.weight": table for number, table in tables}
+            parts = {f"value_tables.{number}.weight": table for number, table in tables}
         elif (ours := _our_name(name)) is not None:
-            found[ours] = value
+            parts = {ours: value}
         else:
             unknown.append(name)
+            continue
+        if twice := sorted(found.keys() & parts.keys()):
+            raise ValueError(f"checkpoint must hold each parameter once, got two for {twice[0]}: leave one out")
+        found |= parts
     with torch.device("meta"):
         wanted = {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
     # What a tied head repeats, and what the first layer has no use for: its values are the ones that others mix in.
@@ -90,17 +107,67 @@ def load_speedrun(path: str | Path, gpt: GPT, turns_back: bool = True) -> None:
         turns_back: See `from_speedrun`.
 
     Raises:
-        ValueError: If the file cannot be read, or does not fit the model.
+        ValueError: If the file cannot be read, holds anything but tensors and plain values, or does not fit the model.
     """
+    check_path(hint="a file that torch.save wrote", path=path)
+    if not isinstance(gpt, GPT):
+        raise ValueError(f"gpt must be a GPT, got a {type(gpt).__name__}: give NanoGPT(...).gpt")
     try:
+        _check_file(path)
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"path must be a checkpoint of tensors, got {str(path)!r}: {reason}") from error
+        raise ValueError(f"path must be a checkpoint of tensors, got {str(path)!r}: {_reason(error)}") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"path must be a checkpoint with a state dict, got {str(path)!r}: it holds something else")
     gpt.load_state_dict(from_speedrun(state, gpt.config, turns_back))
+
+
+def _check_file(path: str | Path) -> None:
+    """Refuse, by a ValueError, what is no file, and an archive that would grow: torch.save compresses nothing."""
+    if not os.path.isfile(path):
+        raise ValueError("it is a folder, a pipe or a device, or not there")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+        if total > os.path.getsize(path):
+            raise ValueError(f"it would grow to {total:,} bytes, and torch.save compresses nothing")
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without PyTorch's advice to run what it holds."""
+    text = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        return "it is damaged, or holds more than tensors and plain values, which could run code: save its state_dict()"
+    return text
+
+
+def _parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by their names without wrappers; ValueError for what is none, or there twice."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state must be a state dict, got {shown(state)}")
+    found: dict[str, Tensor] = {}
+    for full_name, value in state.items():
+        if not isinstance(full_name, str):
+            raise ValueError(f"checkpoint must hold parameters by name, got the key {shown(full_name)}")
+        name = _WRAPPERS.sub("", full_name)
+        if name in found:
+            raise ValueError(f"checkpoint must hold each parameter once, got two for {shown(name)}: leave one out")
+        if (reason := _fault(value)) is not None:
+            raise ValueError(f"checkpoint must hold dense tensors of finite numbers, got {shown(name)} {reason}")
+        found[name] = value
+    return found
+
+
+def _fault(value: Any) -> str | None:
+    """Why something is no parameter, a clause; None if it is one."""
+    if not isinstance(value, Tensor):
+        return f"that is a {type(value).__name__}"
+    if value.is_meta or value.layout != torch.strided or value.is_nested or value.is_quantized:
+        return "without data" if value.is_meta else "that is not dense"
+    if not value.is_floating_point():
+        return f"of type {str(value.dtype).removeprefix('torch.')}"
+    return None if bool(value.float().isfinite().all()) else "with NaN or infinity"
 
 
 def _our_name(name: str) -> str | None:

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_spectral.nanogpt.arguments import MAX_INT, check_flag, check_int, check_number, shown
+
 # num_layers, num_heads, width. All but tiny are the sizes of GPT-2; d12 has heads of 128 features, the others of 64.
 TIERS: dict[str, dict[str, int]] = {
     "tiny": {"num_layers": 4, "num_heads": 2, "width": 128},
@@ -36,8 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def _choose(argument: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if name not in table:
-        raise ValueError(f"{argument} must be one of {', '.join(table)}, got {name!r}")
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{argument} must be one of {', '.join(table)}, got {shown(name)}")
     return table[name]
 
 
@@ -50,6 +52,20 @@ def recipe_switches(recipe: str) -> dict[str, Any]:
         if name == recipe:
             break
     return switches
+
+
+_MOST = {"vocab_size": 2**31, "block_size": 2**31, "num_layers": 10_000, "num_heads": 2**16, "width": 2**20}
+"""Sizes beyond which no model is built; what fits into the memory is for the machine to say."""
+
+
+def _are_scales(scales: Any) -> bool:
+    if not isinstance(scales, (tuple, list)) or len(scales) != 3:
+        return False
+    try:
+        check_number(fp8_scales_0=scales[0], fp8_scales_1=scales[1], fp8_scales_2=scales[2])
+    except ValueError:
+        return False
+    return min(scales) > 0
 
 
 @dataclass(frozen=True)
@@ -209,26 +225,31 @@ class GPTConfig:
         sizes = ("vocab_size", "block_size", "num_layers", "num_heads", "width")
         for name in (*sizes, "window", "window_start", "window_warmup_tokens", "window_step", "mask_block"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is None and name not in (*sizes, "window_warmup_tokens", "window_step"):
+                continue
+            check_int(1, _MOST.get(name, MAX_INT), **{name: value})
         for name, usual in (("attention_scale", 0.12), ("softcap", 15)):
             value = getattr(self, name)
+            if value is not None:
+                check_number(hint=f"take {usual} or None", **{name: value})
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, or None, got {value}: take {usual} or None")
-        if self.eos_token < 0:
-            raise ValueError(f"eos_token must be a token, at least 0, got {self.eos_token}")
-        if len(self.fp8_scales) != 3 or min(self.fp8_scales) <= 0:
+        check_int(0, eos_token=self.eos_token)
+        check_number(rotary_base=self.rotary_base)
+        if not _are_scales(self.fp8_scales):
             raise ValueError(
                 f"fp8_scales must be three positive factors, on activations, weights and gradients, got "
-                f"{self.fp8_scales}: (2, 32, 2**29) is usual"
+                f"{shown(self.fp8_scales)}: (2, 32, 2**29) is usual"
             )
 
     def _check_names(self) -> None:
         for field in dataclasses.fields(self):
             known = getattr(field.type, "__args__", ())  # of a Literal
             value = getattr(self, field.name)
-            if getattr(field.type, "__origin__", None) is Literal and value not in known:
-                raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {value!r}")
+            if getattr(field.type, "__origin__", None) is Literal and not (isinstance(value, str) and value in known):
+                raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {shown(value)}")
+            if field.type is bool:
+                check_flag(**{field.name: value})
 
     def _check_positions(self) -> None:
         if self.width % self.num_heads:

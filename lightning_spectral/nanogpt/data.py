@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
+from lightning_spectral.nanogpt.arguments import check_number, check_path
 from lightning_spectral.nanogpt.blocks import BlockData, Blocks
 
 # Folders that distributions of Python leave out or ship apart, and those where users' packages go.
@@ -44,10 +45,12 @@ def _files(path: str | None) -> list[Path]:
             )
         return files
     root = Path(path).expanduser()
-    if not root.exists():
+    if not os.path.exists(root):
         raise ValueError(f"path must be a text file or a folder of them, got {path!r}, which does not exist")
     if root.is_file():
         return [root]
+    if not root.is_dir():
+        raise ValueError(f"path must be a text file or a folder of them, got {path!r}, a pipe or a device")
     files = [file for file in _walk(root) if _is_text(file)]
     if not files:
         raise ValueError(f"path must hold at least one text file, got {path!r}: hidden and binary files do not count")
@@ -88,8 +91,11 @@ class TextData(BlockData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(block_size, batch_size, num_workers, seed)
+        check_number(hint="0.1 is usual", val_fraction=val_fraction)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, both excluded, got {val_fraction}: 0.1 is usual")
+        if path is not None:
+            check_path(hint="a text file or a folder of them", path=path)
         # not logged: the model has a block_size of its own, and Lightning refuses equal names with different values
         self.save_hyperparameters(logger=False)
         self.path = path

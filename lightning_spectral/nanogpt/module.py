@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spectral.nanogpt.arguments import check_int, check_number, shown
 from lightning_spectral.nanogpt.model import GPT, GPTConfig, next_token_loss
 from lightning_spectral.nanogpt.optimizers import Recipe, build_optimizer, group_table, settings_for, with_learning_rate
 from lightning_spectral.nanogpt.protocol import check_val_tokens, set_token_budgets
@@ -94,10 +95,18 @@ class NanoGPT(pl.LightningModule):
         switches: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        check_int(0, warmup_steps=warmup_steps)
+        if stop_at_loss is not None:
+            check_number(hint="None trains without a target", stop_at_loss=stop_at_loss)
         if stop_at_loss is not None and not stop_at_loss > 0:
             raise ValueError(f"stop_at_loss must be above 0, got {stop_at_loss}: None trains without a target")
+        for name, value in (("batch_tokens", batch_tokens), ("val_tokens", val_tokens)):
+            if value is not None:
+                check_int(1, hint="None leaves it to the Trainer", **{name: value})
+        if not (switches is None or (isinstance(switches, dict) and all(isinstance(name, str) for name in switches))):
+            raise ValueError(
+                f"switches must be fields of GPTConfig by name, got {shown(switches)}: write {{}} for none"
+            )
         for name in ("tier", "recipe", "vocab_size", "block_size"):
             if name in (switches or {}):
                 raise ValueError(f"switches must be other fields of GPTConfig, got {name!r}: it is an argument itself")

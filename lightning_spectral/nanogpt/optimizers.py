@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from lightning_spectral.nanogpt.arguments import check_number, shown
 from lightning_spectral.nanogpt.combined import CombinedOptimizer
 
 Recipe = Literal[
@@ -202,8 +203,17 @@ def settings_for(
 
     ValueError if there is no such recipe, or a number is out of its range or does not apply to the recipe.
     """
-    if recipe not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {recipe!r}")
+    if not isinstance(recipe, str) or recipe not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {shown(recipe)}")
+    check_number(lr_multiplier=lr_multiplier)
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "cooldown": cooldown}
+    check_number(hint="None takes the recipe's", **{name: value for name, value in given.items() if value is not None})
+    for name in ("learning_rate", "weight_decay"):
+        value = given[name]
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}: None takes the recipe's")
+    if betas is not None and not _are_betas(betas):
+        raise ValueError(f"betas must be two decay rates from 0 to below 1, got {shown(betas)}: (0.9, 0.95) is usual")
     if lr_multiplier <= 0:
         raise ValueError(f"lr_multiplier must be above 0, got {lr_multiplier}: 1 leaves the recipe's learning rates")
     if cooldown is not None and not 0 < cooldown <= 1:
@@ -218,7 +228,7 @@ def settings_for(
                 f"{matrix_optimizer!r}: take optimizer=muon or a later one"
             )
         if matrix_optimizer != "adamw":
-            raise ValueError(f"matrix_optimizer must be one of muon, adamw, got {matrix_optimizer!r}")
+            raise ValueError(f"matrix_optimizer must be one of muon, adamw, got {shown(matrix_optimizer)}")
         settings = settings._replace(matrix_optimizer="adamw", matrices=ADAMW_MATRICES)
     if learning_rate is not None:
         settings = with_learning_rate(settings, learning_rate)
@@ -228,6 +238,16 @@ def settings_for(
     if betas is not None:
         settings = settings._replace(betas=(betas[0], betas[1]), lookup_betas=(betas[0], betas[1]))
     return settings if cooldown is None else settings._replace(cooldown=cooldown)
+
+
+def _are_betas(betas: Any) -> bool:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        return False
+    try:
+        check_number(first=betas[0], second=betas[1])
+    except ValueError:
+        return False
+    return all(0 <= beta < 1 for beta in betas)
 
 
 def with_learning_rate(settings: RecipeOptimizer, learning_rate: float) -> RecipeOptimizer:

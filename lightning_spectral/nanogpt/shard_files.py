@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_spectral.nanogpt.arguments import check_path, shown
+
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 4 * 256  # 256 int32 words: magic, version, number of tokens; the others are zero
 MAX_TOKENS = 2**31 - 1
@@ -32,6 +34,21 @@ class Shard(NamedTuple):
 
 def read_shard(path: Path) -> Shard:
     """Check a shard's header, reading no token; ValueError for a wrong size, magic, version or number of tokens."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file of tokens, got a folder, a pipe or nothing there: {_REWRITE}")
+    num_tokens = read_header(path)
+    size = path.stat().st_size
+    for dtype, width in (("<u2", 2), ("<u4", 4)):
+        if size - HEADER_BYTES == width * num_tokens:
+            return Shard(path, num_tokens, dtype)
+    raise ValueError(
+        f"{path} must hold the {num_tokens} tokens of its header in {2 * num_tokens} or {4 * num_tokens} bytes, "
+        f"got {size - HEADER_BYTES} bytes: {_REWRITE}"
+    )
+
+
+def read_header(path: Path) -> int:
+    """The number of tokens that a shard is to hold; ValueError for a wrong magic, version or number of tokens."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise ValueError(f"{path} must have a header of {HEADER_BYTES} bytes, got {size} bytes in all: {_REWRITE}")
@@ -42,13 +59,7 @@ def read_shard(path: Path) -> Shard:
         raise ValueError(f"{path} must be a shard of version {VERSION}, got version {version}: {_REWRITE}")
     if num_tokens < 1:
         raise ValueError(f"{path} must hold at least one token, got {num_tokens} in its header: {_REWRITE}")
-    for dtype, width in (("<u2", 2), ("<u4", 4)):
-        if size - HEADER_BYTES == width * num_tokens:
-            return Shard(path, num_tokens, dtype)
-    raise ValueError(
-        f"{path} must hold the {num_tokens} tokens of its header in {2 * num_tokens} or {4 * num_tokens} bytes, "
-        f"got {size - HEADER_BYTES} bytes: {_REWRITE}"
-    )
+    return num_tokens
 
 
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
@@ -64,7 +75,11 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     Raises:
         ValueError: If the tokens are not a non-empty row of such integers.
     """
-    array = np.asarray(tokens)
+    check_path(hint="a file name that ends in .bin", path=path)
+    try:
+        array = np.asarray(tokens)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"tokens must be a row of integers, got {shown(tokens)}") from None
     if array.ndim != 1 or not 0 < len(array) <= MAX_TOKENS or array.dtype.kind not in "iu":
         raise ValueError(
             f"tokens must be a row of 1 to {MAX_TOKENS} integers, got shape {array.shape} of {array.dtype}"
@@ -75,6 +90,8 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(array)
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path must be a file, got {str(path)!r}, which is a folder, a pipe or a device")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as stream:
@@ -99,11 +116,11 @@ def find_shards(argument: str, path: str, word: str, other: str, unnamed: bool) 
         ValueError: In the name of the argument, if there are none; or if one is damaged.
     """
     root = Path(path).expanduser()
-    if root.is_dir():
+    if os.path.isdir(root):
         found = [file for file in root.glob("*.bin") if not file.name.startswith(".")]
     else:
-        found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root))]
-    files = sorted(filter(Path.is_file, found), key=lambda file: (file.name, file))
+        found = [root] if os.path.isfile(root) else [Path(name) for name in glob.glob(str(root))]
+    files = sorted(filter(os.path.isfile, found), key=lambda file: (file.name, file))
     if not files:
         raise ValueError(
             f"{argument} must be a folder, a glob pattern or the name of shards (*.bin), got {path!r}, where none are: "

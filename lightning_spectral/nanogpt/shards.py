@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from lightning_spectral.nanogpt.arguments import check_flag, check_int, check_path
 from lightning_spectral.nanogpt.blocks import BlockData, Blocks, BlockSampler, ResumableLoader
 from lightning_spectral.nanogpt.shard_files import ShardTokens, find_shards
 
@@ -175,13 +176,18 @@ class ShardData(BlockData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(block_size, batch_size, num_workers)
+        check_path(hint="a folder, a pattern or a file of shards", path=path)
+        if val_path is not None:
+            check_path(hint="a folder, a pattern or a file of shards, or None", val_path=val_path)
+        if val_tokens is not None:
+            check_int(1, val_tokens=val_tokens)
         if val_tokens is not None and val_tokens < block_size:
             raise ValueError(
                 f"val_tokens must be at least block_size = {block_size}, a sequence, got {val_tokens}: "
                 "take more, or None for all there are"
             )
-        if eos_token < 0:
-            raise ValueError(f"eos_token must be at least 0, got {eos_token}: GPT-2's is 50256")
+        check_int(0, 2**32 - 1, hint="GPT-2's is 50256", eos_token=eos_token)
+        check_flag(align_to_documents=align_to_documents)
         # not logged: the model has a block_size of its own, and Lightning refuses equal names with different values
         self.save_hyperparameters(logger=False)
         self.path = path

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_spectral.functional.arguments import describe
+from lightning_spectral.measurement.arguments import MAX_COUNT
 from lightning_spectral.recording.family import describe_model, family_name
 from lightning_spectral.runs.record import FOLDER
 
@@ -45,20 +47,22 @@ class Notes:
     def __post_init__(self) -> None:
         for name, text in (("family", self.family), ("loss", self.loss)):
             if not (text is None or (isinstance(text, str) and text)):
-                raise ValueError(f"{name} must be a name, or None for that of the rule, got {text!r}")
+                raise ValueError(f"{name} must be a name, or None for that of the rule, got {describe(text)}")
         if not (isinstance(self.tags, Mapping) and all(isinstance(key, str) for key in self.tags)):
-            raise ValueError(f"tags must be a dictionary with names as keys, got {self.tags!r}")
+            raise ValueError(f"tags must be a dictionary with names as keys, got {describe(self.tags)}")
         tokens = self.tokens_per_sample
-        is_count = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0
-        if not (tokens is None or is_count or isinstance(tokens, str)):
-            raise ValueError(f"tokens_per_sample must be a positive int, a key of the batch or None, got {tokens!r}")
+        is_count = isinstance(tokens, int) and not isinstance(tokens, bool) and 0 < tokens <= MAX_COUNT
+        if not (tokens is None or is_count or (isinstance(tokens, str) and tokens)):
+            raise ValueError(
+                f"tokens_per_sample must be a positive int, a key of the batch or None, got {describe(tokens)}"
+            )
         for name in ("vectors", "upload", "enabled"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be true or false, got {describe(getattr(self, name))}")
         try:
             json.dumps(dict(self.tags))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"tags must hold what JSON can, got {self.tags!r}: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"tags must hold what JSON can, got {describe(self.tags)}: {error}") from error
 
 
 def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from lightning_spectral.functional.floor import js_floor
 from lightning_spectral.functional.spectrum import js_divergence
+from lightning_spectral.runs.arguments import check_loss, check_paths
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import (
     Measured,
@@ -126,6 +127,8 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
         comparison.verdict.text
         comparison.gains["tokens"].gain
     """
+    if at_loss is not None:
+        check_loss("at_loss", at_loss)
     sides = open_runs(base, "base"), open_runs(variant, "variant")
     others, recorded = _open_floor(floor, sides)
     for name, side in (("base", sides[0]), ("variant", sides[1]), ("floor", others)):
@@ -170,6 +173,7 @@ def _open_floor(floor: Paths | None, sides: tuple[list[Run], list[Run]]) -> tupl
     family, compared = sides[0][0].family, {run.id for side in sides for run in side}
     if floor is None:
         return [], None
+    check_paths("floor", floor)
     if isinstance(floor, (str, Path)) and Path(floor).is_file():
         recorded = read_scatter(Path(floor))
         if family not in recorded.families:

@@ -1,5 +1,6 @@
 """Pictures of runs, outside any window and pyplot state: how spectra evolve, two sides of a comparison at a glance."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, isnan
 from pathlib import Path
@@ -41,7 +42,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     for axes, name in zip(panels, names, strict=False):
         for step in steps:
             _draw_spectrum(axes, run.spectrum(kind, name, step), color=scale.to_rgba(step), lw=1.2)
-        axes.set_title(name, fontsize="small")
+        axes.set_title(_plain(name), fontsize="small")
         _log_log(axes)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -50,7 +51,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     bar = figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8)
     bar.set_ticks(spread(steps), labels=[f"{step:,}" for step in spread(steps)])
     bar.minorticks_off()
-    figure.suptitle(f"{kind} spectra of {run.path}", fontsize="medium")
+    figure.suptitle(_plain(f"{kind} spectra of {run.path}"), fontsize="medium")
     return figure
 
 
@@ -72,17 +73,26 @@ def comparison_figure(comparison: Comparison) -> "Figure":
         name = [shift.name for shift in comparison.shifts if shift.kind == kind][-1]
         _draw_matched_spectra(spectra, sides, comparison, kind, name)
         _draw_drift(drift, sides, kind, name)
-    figure.suptitle(comparison.verdict.text, fontsize="medium")
+    figure.suptitle(_plain(comparison.verdict.text), fontsize="medium")
     return figure
+
+
+def _plain(text: str) -> str:
+    """Text in which dollars, of a user's names, are no formula."""
+    return text.replace("$", r"\$")
 
 
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure to a file whose ending names the format; ValueError if it cannot be written there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        # Who writes into a pipe waits for a reader.
+        raise ValueError(f"plot must be a file, such as a.png, got {str(path)!r}: a folder, a pipe or a device")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"plot must be a file that can be written, such as a.png, got {str(path)!r}: {error}"
+            f"plot must be a file that can be written, such as a.png, got {str(path)!r}: {reason}"
         ) from error
 
 
@@ -142,7 +152,7 @@ def _draw_matched_spectra(
     _log_log(axes)
     axes.set(xlabel="rank", ylabel=f"share of the sum of {KINDS[kind].value}s")
     (shift,) = (one for one in comparison.shifts if (one.kind, one.name, one.quantity) == (kind, name, "js"))
-    axes.set_title(f"{name} at the matched loss: JS {shift.shift:.2g} nats", fontsize="small")
+    axes.set_title(_plain(f"{name} at the matched loss: JS {shift.shift:.2g} nats"), fontsize="small")
     axes.legend(fontsize="small", loc="lower left")
 
 
@@ -155,7 +165,7 @@ def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, nam
 
     _for_each(sides, draw)
     axes.set(xscale="log", xlabel="tokens", ylabel="JS from the first report, nats")
-    axes.set_title(f"drift of {name}", fontsize="small")
+    axes.set_title(_plain(f"drift of {name}"), fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
 
@@ -173,7 +183,7 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
     alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
     law.scatter(alphas, family.tokens_to_target, color=colors, zorder=3)
     _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target))
-    law.set(yscale="log", xlabel=f"alpha_tail of {family.layer}", ylabel="tokens to the target")
+    law.set(yscale="log", xlabel=_plain(f"alpha_tail of {family.layer}"), ylabel="tokens to the target")
     title = f"at {point.tokens:,.0f} tokens: Spearman {_of_tail(point).rho:+.2f}, line with its 80% band"
     law.set_title(title, fontsize="small")
     tokens, forecasts = tail_course(family)
@@ -191,7 +201,7 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
     course.set_title(title, fontsize="small")
     for axes in (law, course):
         axes.grid(alpha=0.25, which="both", lw=0.5)
-    figure.suptitle(f"{family.family}: dark runs were fast, bright ones slow", fontsize="medium")
+    figure.suptitle(_plain(f"{family.family}: dark runs were fast, bright ones slow"), fontsize="medium")
     return figure
 
 

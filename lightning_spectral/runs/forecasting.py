@@ -15,8 +15,9 @@ from lightning_spectral.functional.forecast import (
     extrapolate_loss,
     forecast_tokens,
 )
-from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
+from lightning_spectral.runs.arguments import check_loss, check_name, check_tail, check_tokens
 from lightning_spectral.runs.measured import bands_of, check_comparable
 from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
 from lightning_spectral.runs.run import Run, open_runs
@@ -134,8 +135,13 @@ def forecast(
         One entry for each family with four or more runs that reached the target.
 
     Raises:
-        ValueError: If no family has, naming what is missing.
+        ValueError: If no family has, naming what is missing; if an argument is of another type, the tail reaches beyond
+            the width, or ``at`` beyond what the fastest run took or before all were measured.
     """
+    check_loss("target", target)
+    check_name("layer", layer)
+    check_tail(tail)
+    check_tokens("at", at)
     families: dict[str, list[Run]] = {}
     for run in longest_by_id(open_runs(paths, "runs")):
         families.setdefault(run.family, []).append(run)
@@ -193,10 +199,14 @@ def _of_family(
     at: Sequence[float] | None,
 ) -> FamilyForecast:
     layer = layer or runs[0].names(KIND)[-1]
+    if tail is not None:
+        first = runs[0].steps(KIND)[0]
+        resolve_band(tail, len(runs[0].spectrum(KIND, layer, first).values), "tail")
     band = tail or bands_of(runs[0], KIND)["tail"]
     tokens = [run.tokens_to(target) for run in runs]
     batches = [float(run.about.get("batch_tokens") or nan) for run in runs]
     fastest = min(tokens)
+    _check_at(at, max(_reported(run)[0] for run in runs), fastest)
     at = [fraction * fastest for fraction in FRACTIONS] if at is None else at
     points = [_point(runs, tokens, batches, layer, band, target, there) for there in at]
     unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
@@ -214,6 +224,16 @@ def _why_no_tail(run: Run, layer: str, band: Band, at: Sequence[float]) -> str |
             if isnan(exponent.value):
                 return f"step {spectrum.step:.0f}: {exponent.reason}"
     return None
+
+
+def _check_at(at: Sequence[float] | None, first: float, fastest: float) -> None:
+    """Refuse numbers of tokens at which there is nothing to forecast by, or nothing left to forecast."""
+    for tokens in at or ():
+        if not first <= tokens <= fastest:
+            raise ValueError(
+                f"at must be from {first:,.0f} tokens, the first that all runs were measured at, to the {fastest:,.0f} "
+                f"that the fastest took, got {tokens:,.6g}: leave it out for 10, 25 and 50%"
+            )
 
 
 def _point(

@@ -1,6 +1,7 @@
 """Reading a run back from its record: its history, its spectra, and where it reached a loss."""
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
+from lightning_spectral.runs.arguments import check_path, check_paths
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
@@ -65,8 +67,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
+        check_path("path", path)
         folder = Path(path)
-        self.folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+        # Unlike pathlib's, these answer no where a path is too long, or may not be looked at.
+        self.folder = folder / FOLDER if os.path.isdir(folder / FOLDER) else folder
         """The record's own folder."""
         self.path = self.folder.parent if self.folder.name == FOLDER else self.folder
         """The log directory."""
@@ -212,7 +216,7 @@ class Run:
         start, row = f"{part}/{name}/", KINDS[part]
         with _arrays(path) as arrays:
             found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
-            where = {"name": name, "step": step, "tokens": tokens_of(arrays["tokens"])}
+            where: dict[str, Any] = {"name": name, "step": step, "tokens": tokens_of(arrays["tokens"])}
             if row.values in found:
                 return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)
         if name in (names := self.names(kind)):
@@ -315,7 +319,8 @@ def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> l
     Raises:
         ValueError: If one names no run, or a record is broken.
     """
-    patterns = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    check_paths(name, paths)
+    patterns = list(paths) if isinstance(paths, (list, tuple)) else [paths]
     found: dict[Path, Run] = {}
     for pattern in map(str, patterns):
         runs = [Run(folder) for folder in folders_of_runs(pattern)]
@@ -337,17 +342,17 @@ def folders_of_runs(pattern: str) -> list[Path]:
     Returns:
         A path as it is; of a pattern, those that hold a record.
     """
-    if Path(pattern).exists() or not any(sign in pattern for sign in "*?["):
+    if os.path.exists(pattern) or not any(sign in pattern for sign in "*?["):
         return [Path(pattern)]
     folders = [Path(Path(pattern).anchor)]
     for part in Path(pattern).relative_to(folders[0]).parts:
         folders = _inside(folders, part)
-    return [folder for folder in folders if any((folder / part / ABOUT).exists() for part in (".", FOLDER))]
+    return [folder for folder in folders if any(os.path.exists(folder / part / ABOUT) for part in (".", FOLDER))]
 
 
 def _inside(folders: list[Path], part: str) -> list[Path]:
     """What a part of a path, or of a pattern, names in some folders."""
-    literal = [folder / part for folder in folders if (folder / part).exists()]
+    literal = [folder / part for folder in folders if os.path.exists(folder / part)]
     if literal or not any(sign in part for sign in "*?["):
         return literal
     for way in (part.replace("[", "[[]"), part):

@@ -1,5 +1,7 @@
 """Weights in the speed runs' layout give here what they gave there: a small twin of that layout says what."""
 
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,71 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         load_speedrun(tmp_path / "text.pt", gpt)
     with pytest.raises(ValueError, match=r"path must be a checkpoint with a state dict, got '.*list.pt'"):
         load_speedrun(tmp_path / "list.pt", gpt)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+BAD = {
+    "code": ({"x": Code()}, "holds more than tensors and plain values, which could run code"),
+    "a number for a key": ({5: torch.ones(2)}, "must hold parameters by name, got the key 5"),
+    "a vector of tables": ({"transformer.vte.weight": torch.ones(3)}, r"of shape \(vocab, layers \* 32\), got \(3,\)"),
+    "sparse": ({"transformer.h.0.mlp.c_fc.weight": torch.eye(4).to_sparse()}, "that is not dense"),
+    "meta": ({"transformer.h.0.mlp.c_fc.weight": torch.ones(4, device="meta")}, "without data"),
+    "NaN": ({"transformer.h.0.mlp.c_fc.weight": torch.full((4, 4), torch.nan)}, "with NaN or infinity"),
+    "infinite": ({"transformer.h.0.mlp.c_fc.weight": torch.full((4, 4), torch.inf)}, "with NaN or infinity"),
+    "complex": ({"transformer.h.0.mlp.c_fc.weight": torch.ones(4) * 1j}, "of type complex64"),
+    "ints": ({"transformer.h.0.mlp.c_fc.weight": torch.ones(4, dtype=torch.int64)}, "of type int64"),
+    "twice": (
+        {"module.lm_head.weight": torch.ones(2), "lm_head.weight": torch.ones(2)},
+        "each parameter once, got two for 'lm_head.weight'",
+    ),
+    "twice by two names": (
+        {"emb.0.weight": torch.ones(2, 32), "transformer.vte.weight": torch.ones(2, 32)},
+        r"each parameter once, got two for value_tables\.0\.weight",
+    ),
+    "a list": ([torch.ones(2)], "it holds something else"),
+    "a text": ({"model": "x"}, "it holds something else"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_checkpoint_is_refused_in_one_line(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, message = BAD[what]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    gpt = GPT(GPTConfig(num_layers=1, num_heads=2, width=32, block_size=16, vocab_size=64))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_speedrun(tmp_path / "checkpoint.pt", gpt)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_no_checkpoint_file_is_refused_in_one_line(tmp_path):
+    gpt = GPT(GPTConfig(num_layers=1, num_heads=2, width=32, block_size=16, vocab_size=64))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("no checkpoint")
+    (tmp_path / "empty").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "grows", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**6))
+    for name, message in {
+        "pipe": "a pipe or a device",
+        "missing": "or not there",
+        "text": "got",
+        "empty": "got",
+        "grows": "would grow to 1,000,000 bytes",
+        "": "a pipe or a device",
+    }.items():
+        with pytest.raises(ValueError, match=f"path must be a checkpoint of tensors, .*{message}") as caught:
+            load_speedrun(tmp_path / name, gpt)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [(5, None), ("x", None), ("x\0", None)])
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"path must be a path|gpt must be a GPT, got a NoneType"):
+        load_speedrun(*arguments)

@@ -1,6 +1,8 @@
 """Downloads against a server of our own, which drops connections, refuses, and serves damaged files when told to."""
 
+import contextlib
 import http.server
+import os
 import threading
 
 import numpy as np
@@ -24,6 +26,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append((name, asked))
         fault = self.server.script.get(name, [])
         fault = fault.pop(0) if fault else None
+        if fault == "loop":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+            return
         if name not in self.server.files or isinstance(fault, int):
             self.send_error(fault or 404)
             return
@@ -32,14 +39,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start >= len(content):
             self.send_error(416)
             return
-        self.send_response(206 if asked and self.server.ranges else 200)
-        if fault != "no length":
+        self.send_response(206 if fault == "unasked" or (asked and self.server.ranges) else 200)
+        if fault == "bad length":
+            self.send_header("Content-Length", "x")
+        elif fault not in ("no length", "endless"):
             self.send_header("Content-Length", str(len(content) - start))
         if asked and self.server.ranges:
             first = 0 if fault == "wrong range" else start
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         body = content[start:]
+        with contextlib.suppress(OSError):
+            while fault == "endless":
+                self.wfile.write(body)
+        if fault == "endless":
+            return
+        if fault == "a byte":
+            body = body[:1]
         self.wfile.write(body[: len(body) // 2] if fault == "drop" else b"" if fault == "stall" else body)
 
 
@@ -189,10 +205,10 @@ def test_refuses_what_is_no_shard(server, folder, damage, message):
     assert set(contents(folder)) == {VAL}, "the next call starts anew"
 
 
-def test_starts_anew_after_a_continuation_that_begins_elsewhere(server, folder):
+def test_asks_again_after_a_continuation_that_begins_elsewhere(server, folder):
     server.script[VAL] = ["drop", "wrong range"]
     download_shards(folder, 1, server.url)
-    assert [request for name, request in server.requests if name == VAL] == [None, "bytes=2512-", None]
+    assert [request for name, request in server.requests if name == VAL] == [None, "bytes=2512-", "bytes=2512-"]
     assert contents(folder)[VAL] == server.files[VAL]
 
 
@@ -200,13 +216,74 @@ def test_starts_anew_after_a_continuation_that_begins_elsewhere(server, folder):
     ("arguments", "message"),
     [
         ({"num_shards": 0}, "num_shards must be at least 1, got 0"),
+        ({"num_shards": "3"}, "num_shards must be an int, got '3'"),
+        ({"num_shards": 10**9}, "num_shards must be at most 999999"),
+        ({"num_retries": 2.5}, "num_retries must be an int, got 2.5"),
+        ({"timeout": float("nan")}, "timeout must be a finite number, got nan"),
+        ({"max_seconds": 0}, "max_seconds must be above 0 seconds"),
+        ({"base_url": 5}, "base_url must begin with http:// or https://, got 5"),
+        ({"base_url": "http://a b/"}, "base_url must be the address of a folder, got"),
+        ({"base_url": "http://[a/"}, "base_url must be the address of a folder"),
         ({"base_url": "file:///etc"}, "base_url must begin with http:// or https://, got 'file:///etc'"),
     ],
 )
 def test_refuses_arguments(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
-        download_shards(folder, **arguments)
-    assert not folder.exists()
+        download_shards(folder, **{"num_retries": 0} | arguments)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("status", [200, "endless"])
+def test_what_never_ends_is_stopped_by_what_its_header_says(server, folder, status):
+    server.script[VAL] = ["endless"]
+    if status == 200:
+        server.files[VAL] = bytes(5000)  # no shard at all
+    with pytest.raises(ValueError, match=r"got a file from .* that (is none|goes on after 9024 bytes)"):
+        download_shards(folder, 1, server.url)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_part_is_refused_where_the_whole_was_asked_for(server, folder):
+    server.script[VAL] = ["unasked"]
+    with pytest.raises(ValueError, match="base_url must serve whole files, got the range ''"):
+        download_shards(folder, 1, server.url)
+
+
+def test_a_length_that_is_none_is_refused(server, folder):
+    server.script[VAL] = ["bad length"]
+    with pytest.raises(ValueError, match="got a length of 'x'"):
+        download_shards(folder, 1, server.url)
+
+
+def test_redirections_in_a_circle_are_refused_in_one_line(server, folder):
+    server.script[VAL] = ["loop"] * 100
+    with pytest.raises(ValueError, match=r"got HTTP 302 .*infinite loop") as caught:
+        download_shards(folder, 1, server.url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_a_try_is_no_progress(server, folder, waits):
+    server.script[VAL] = ["a byte"] * 1000
+    with pytest.raises(ConnectionError, match=r"3 tries in a row failed.*; 3 bytes are kept"):
+        download_shards(folder, 1, server.url, num_retries=2)
+    server.script[VAL] = []
+    download_shards(folder, 1, server.url)
+    assert contents(folder)[VAL] == server.files[VAL]
+
+
+def test_a_file_has_a_time_in_all(server, folder, monkeypatch):
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr(download, "monotonic", lambda: next(clock))
+    server.script[VAL] = ["drop"] * 10
+    with pytest.raises(ConnectionError, match=r"within max_seconds; \d+ bytes are kept"):
+        download_shards(folder, 1, server.url, max_seconds=200)
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused(server, folder):
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / f"{VAL}.part")
+    with pytest.raises(ValueError, match="no folder, pipe or device in the place of a shard"):
+        download_shards(folder, 1, server.url)
 
 
 def test_command(server, folder, capsys):
