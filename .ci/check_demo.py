@@ -13,7 +13,8 @@ QUANTITIES = {
 }
 GRADIENT_QUANTITIES = {
     *("alpha_tail", "alpha_tail_stderr", "r2_tail", "alpha_head", "alpha_head_stderr", "alpha_tail_centred"),
-    *("rankme", "noise_scale", "grad_norm", "num_samples"),
+    *("rankme", "noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_smoothed"),
+    *("grad_norm", "num_samples"),
 }
 FORECAST_QUANTITIES = {
     *("tokens_to_target", "low", "high", "relative", "num_references", "skill", "median_error", "alpha_tail", "actual"),

@@ -88,6 +88,18 @@ class Column:
         return " +/- ".join(show_number(values.get(part, math.nan), self.digits) for part in parts)
 
 
+@dataclass(frozen=True)
+class IntervalColumn:
+    """A number with its 80% interval, ``{quantity}_low`` and ``{quantity}_high``."""
+
+    quantity: str
+
+    def __call__(self, values: Mapping[str, float]) -> str:
+        """The cell of one name in one report; a dash where the report has no such name."""
+        value, low, high = (values.get(f"{self.quantity}{end}", math.nan) for end in ("", "_low", "_high"))
+        return show_interval(value, low, high)
+
+
 def number(quantity: str, digits: int) -> Column:
     """A column of one quantity, with so many digits after the point."""
     return Column(quantity, digits)
@@ -96,6 +108,17 @@ def number(quantity: str, digits: int) -> Column:
 def with_error(quantity: str, digits: int) -> Column:
     """A column of one quantity and its standard error, ``{quantity}_stderr``, with so many digits after the point."""
     return Column(quantity, digits, has_error=True)
+
+
+def with_interval(quantity: str) -> IntervalColumn:
+    """A column of one quantity and its interval."""
+    return IntervalColumn(quantity)
+
+
+def show_interval(value: float, low: float, high: float) -> str:
+    """A number and its interval as they stand in a table: ``20 (9.1..inf)``, whole from ten on."""
+    shown, *ends = (show_number(one, int(abs(one) < 9.95)) for one in (value, low, high))
+    return shown if math.isnan(low) else f"{shown} ({'..'.join(ends)})"
 
 
 def show_number(value: float, digits: int) -> str:

@@ -1,7 +1,7 @@
 """The callback that watches the singular values of per-sample gradients."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isnan, nan
+from math import isnan
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,11 +10,13 @@ from typing_extensions import override
 
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.smoothed_noise import SmoothedNoise
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.parameters import trainable_parameters
 from lightning_spectral.capture.shadow import load_loss
 from lightning_spectral.functional.estimate import Exponent, Spectrum
+from lightning_spectral.functional.noise import NoiseSums
 from lightning_spectral.measurement import (
     GradientMeasurement,
     GradientReport,
@@ -23,9 +25,14 @@ from lightning_spectral.measurement import (
     Session,
 )
 from lightning_spectral.recording import RunRecorder
-from lightning_spectral.terminal import number, with_error
+from lightning_spectral.terminal import number, with_error, with_interval
 
 WEIGHTS_RATIO = "gradient/sample_weights_ratio"
+
+WHOLE_MODEL = ""
+"""What stands for a parameter's name where all are meant."""
+
+NOISE_QUANTITIES = ("noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_smoothed")
 
 SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
 """Parts of the names of Lightning's strategies that leave no rank a whole parameter."""
@@ -69,11 +76,25 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     Values lie under ``gradient/{parameter}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``r2_tail``, ``alpha_head``,
     ``alpha_head_stderr``, ``alpha_tail_centred`` (of the rows about their mean), ``rankme`` (of singular values),
-    ``noise_scale`` (samples), ``grad_norm``, ``num_samples``; with ``gradient/sample_weights_ratio``,
-    ``gradient/noise_scale`` of the whole model if all trainable parameters are chosen, ``gradient/failed`` and
-    ``spectral/seconds``. With ``weights``, also ``weight/{parameter}/`` ``alpha_tail``, ``r2_tail``, ``alpha_head`` and
-    ``rankme`` of the singular values of each weight itself (of a convolution's, output channels by the rest). The
-    exponents depend on N: compare runs at equal ``num_samples``.
+    ``noise_scale`` (samples) with ``noise_scale_low``, ``noise_scale_high`` and ``noise_scale_smoothed``,
+    ``grad_norm``, ``num_samples``; with ``gradient/sample_weights_ratio``, ``gradient/noise_scale`` and its three
+    others of the whole model if all trainable parameters are chosen, ``gradient/failed`` and ``spectral/seconds``. With
+    ``weights``, also ``weight/{parameter}/`` ``alpha_tail``, ``r2_tail``, ``alpha_head`` and ``rankme`` of the singular
+    values of each weight itself (of a convolution's, output channels by the rest). The exponents depend on N: compare
+    runs at equal ``num_samples``.
+
+    **Noise scale.** The trace of the covariance of samples' gradients over the squared norm of their mean: the batch,
+    in samples, whose gradient is as much noise as signal (times the tokens of a sample, in tokens). Both parts are
+    estimated without bias, and their ratio scatters: where ``num_samples`` is far below it, half of the estimates are
+    ``inf``, of samples that agree no more than noise does. So read it with its 80% interval, whose ``low`` is finite
+    and whose ``high`` is ``inf`` where a gradient of zero cannot be excluded; it needs ``num_groups`` of three or more
+    (:func:`lightning_spectral.functional.noise_interval.noise_interval`). ``smoothed`` is the ratio of exponential
+    means of both parts over the reports so far, over a resume too; a failed report is passed over, and NaN itself.
+    Interval and ``smoothed`` take products of samples of different groups alone, ``noise_scale`` those of all: over
+    rows in file order, whose neighbours are alike, it may lie below them, as their likeness passes for signal. The
+    whole model's come from the parts summed over parameters, so that the interval holds what parameters have in common.
+    By ``"hooks"`` in training they are those of the rows as they are: of samples weighed as the batch's mean weighs
+    them, at weights that move over the steps that are read, whose drift counts as noise.
 
     **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what
     is frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig``
@@ -112,6 +133,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         batch_dim: Axis of the samples in the tensors of a batch; None for 0, unless another fits better.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis;
             with ``"auto"`` and ``"loop"``.
+        noise_decay: Weight of a report in ``noise_scale_smoothed`` relative to the next, from 0 up to 1: at the default
+            of 0.9 it is a mean over about ten reports.
         check: What happens where the self-check fails: ``"refuse"`` logs NaN with the reason, ``"warn"`` the numbers
             with a warning; ``"off"`` checks nothing.
 
@@ -140,7 +163,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         "alpha_head_stderr",
         "alpha_tail_centred",
         "rankme",
-        "noise_scale",
+        *NOISE_QUANTITIES,
         "grad_norm",
         "num_samples",
     )
@@ -168,7 +191,10 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
         check: Literal["refuse", "warn", "off"] = "refuse",
+        noise_decay: float = 0.9,
     ) -> None:
+        if isinstance(noise_decay, bool) or not isinstance(noise_decay, (int, float)) or not 0 <= noise_decay < 1:
+            raise ValueError(f"noise_decay must be from 0 up to 1, got {noise_decay!r}: 0.9 averages about ten reports")
         self.request = GradientRequest(
             stage=stage,
             every_n_steps=every_n_steps,
@@ -194,6 +220,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         self._has_whole_key = False
         self._weights: list[str] = []
         self._unchecked: list[str] = []
+        self._smoothed = SmoothedNoise(float(noise_decay))
         self.display = Display(
             self.kind,
             charts={name: [name] for name in ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm")},
@@ -202,7 +229,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
                 "r2": number("r2_tail", 3),
                 "alpha_head": number("alpha_head", 3),
                 "RankMe": number("rankme", 1),
-                "noise scale": number("noise_scale", 1),
+                "noise scale": with_interval("noise_scale"),
                 "norm": number("grad_norm", 4),
                 "samples": number("num_samples", 0),
             },
@@ -220,7 +247,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         if self.request.weights:
             keys += [f"weight/{name}/{quantity}" for name in self._weights for quantity in self.weight_quantities]
         if self._has_whole_key:
-            keys.append("gradient/noise_scale")
+            keys += [f"gradient/{quantity}" for quantity in NOISE_QUANTITIES]
         return [*keys, WEIGHTS_RATIO, "gradient/failed"]
 
     @override
@@ -301,7 +328,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             values |= {f"weight/{name}/{key}": value for key, value in self._describe_weight(spectrum).items()}
         values[WEIGHTS_RATIO] = report.sample_weights_ratio
         if self._has_whole_key:
-            values["gradient/noise_scale"] = report.noise_scale if self._is_whole_model else nan
+            whole = report.noise if self._is_whole_model else NoiseSums.missing()
+            values |= {f"gradient/{key}": value for key, value in self._noise(WHOLE_MODEL, whole).items()}
         return values
 
     def _warn_of_remedies(self) -> None:
@@ -334,10 +362,29 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             "alpha_head_stderr": head.stderr,
             "alpha_tail_centred": centred.value,
             "rankme": spectrum.rankme().value,
-            "noise_scale": float(found.moments.noise_scale),
+            **self._noise(spectrum.name, found.noise),
             "grad_norm": found.grad_norm,
             "num_samples": float(spectrum.count),
         }
+
+    def _noise(self, name: str, sums: NoiseSums) -> dict[str, float]:
+        interval = sums.interval
+        numbers = (
+            float(sums.noise_scale),
+            float(interval.low),
+            float(interval.high),
+            self._smoothed.update(name, sums),
+        )
+        return dict(zip(NOISE_QUANTITIES, numbers, strict=True))
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        return {**super().summary(), "noise": self._smoothed.state()}
+
+    @override
+    def restore(self, summary: dict[str, Any]) -> None:
+        super().restore(summary)
+        self._smoothed.restore(summary.get("noise", {}))
 
     def _is_worth_a_warning(self, exponent: Exponent, spectrum: Spectrum) -> bool:
         if isnan(exponent.value):

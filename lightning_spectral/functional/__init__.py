@@ -12,7 +12,14 @@ from lightning_spectral.functional.forecast import (
 )
 from lightning_spectral.functional.jackknife import Jackknife, jackknife
 from lightning_spectral.functional.moments import Moments, covariance, moments, pool
-from lightning_spectral.functional.noise import GradientMoments, gradient_moments, gradient_noise_scale
+from lightning_spectral.functional.noise import (
+    GradientMoments,
+    NoiseSums,
+    gradient_moments,
+    gradient_noise_scale,
+    noise_sums,
+)
+from lightning_spectral.functional.noise_interval import NoiseInterval
 from lightning_spectral.functional.powerlaw import Band, PowerLaw, power_law, resolve_band
 from lightning_spectral.functional.rank_correlation import Interval, partial_spearman, spearman, spearman_interval
 from lightning_spectral.functional.singular import gram, singular_spectrum, singular_values
@@ -36,6 +43,8 @@ __all__ = [
     "Interval",
     "Jackknife",
     "Moments",
+    "NoiseInterval",
+    "NoiseSums",
     "PowerLaw",
     "Skill",
     "Spectrum",
@@ -54,6 +63,7 @@ __all__ = [
     "js_divergence",
     "js_floor",
     "moments",
+    "noise_sums",
     "normalize",
     "overlap_floor",
     "partial_spearman",

@@ -10,11 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
-from lightning_spectral.functional.noise import GradientMoments, gradient_moments, mean_row_norm
+from lightning_spectral.functional.noise import NoiseSums, mean_row_norm, sums_of_groups
 from lightning_spectral.functional.singular import centred_gram, rounding_floor, singular_values, without_groups
 from lightning_spectral.measurement.measurement import Report
-
-_UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
 
 
 class ParameterGradients(NamedTuple):
@@ -26,20 +24,19 @@ class ParameterGradients(NamedTuple):
     """Likewise, of the rows about their mean; without groups."""
     grad_norm: float
     """Norm of the mean gradient."""
-    moments: GradientMoments
-    """Unbiased estimates behind the noise scale, 0-dim."""
+    noise: NoiseSums
+    """What the noise scale and its interval are made of."""
 
     @classmethod
     def missing(cls, name: str, count: int, failure: str, failed_here: bool) -> "ParameterGradients":
         """What stands for a parameter that could not be measured: the reason, and NaN everywhere."""
         nothing = Spectrum.missing(failure, failed_here, name=name, count=count, corrects_bias=False)
-        return cls(nothing, nothing, torch.nan, GradientMoments(_UNKNOWN, _UNKNOWN))
+        return cls(nothing, nothing, torch.nan, NoiseSums.missing())
 
     @classmethod
     def absent(cls, name: str, reason: str) -> "ParameterGradients":
         """What stands for a parameter that is not trained at the time: the noise of the others is that of the model."""
-        nothing = torch.zeros((), dtype=torch.float64)
-        return cls.missing(name, 0, reason, False)._replace(moments=GradientMoments(nothing, nothing))
+        return cls.missing(name, 0, reason, False)._replace(noise=NoiseSums.nothing())
 
 
 @dataclass(frozen=True)
@@ -84,18 +81,17 @@ class GradientReport(Report):
             beside = {
                 "centred": found.centred.values.numpy(),
                 "grad_norm": np.asarray(found.grad_norm),
-                "squared_norm": found.moments.squared_norm.numpy(),
-                "trace": found.moments.trace.numpy(),
+                "squared_norm": found.noise.moments.squared_norm.numpy(),
+                "trace": found.noise.moments.trace.numpy(),
+                **{f"noise_{part}": sums.numpy() for part, sums in found.noise._asdict().items()},
             }
             arrays |= {f"gradient/{name}/{field}": array for field, array in beside.items()}
         return arrays
 
     @property
-    def noise_scale(self) -> float:
-        """Noise scale of all these parameters together, in samples; their moments add up."""
-        parts = [found.moments for found in self.parameters.values()]
-        total = GradientMoments(*(torch.stack(list(column)).sum() for column in zip(*parts, strict=True)))
-        return float(total.noise_scale)
+    def noise(self) -> NoiseSums:
+        """Those of all these parameters together: of the whole gradient, with what parameters have in common."""
+        return NoiseSums.total([found.noise for found in self.parameters.values()])
 
 
 def decompose_grams(
@@ -123,8 +119,8 @@ def decompose_grams(
     has_errors = num_groups > 1 and bool((counts > 0).all())
     if has_errors:
         without = _above(singular_values(without_groups(stacked, groups, num_groups)), floor.unsqueeze(-1)).cpu()
-    moments = gradient_moments(stacked)
-    squared_norms, traces, norms = moments.squared_norm.cpu(), moments.trace.cpu(), mean_row_norm(stacked).cpu()
+    noise = NoiseSums(*(part.cpu() for part in sums_of_groups(stacked, groups, num_groups)))
+    norms = mean_row_norm(stacked).cpu()
     is_finite = stacked.isfinite().flatten(1).all(1).tolist()
     found = {}
     for index, name in enumerate(grams):
@@ -148,7 +144,7 @@ def decompose_grams(
             Spectrum(plain, left, **facts),
             Spectrum(centred, **facts),
             float(norms[index]),
-            GradientMoments(squared_norms[index], traces[index]),
+            NoiseSums(noise.products[index], noise.squares[index], noise.counts),
         )
     return found
 

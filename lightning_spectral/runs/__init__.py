@@ -3,6 +3,7 @@
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift, compare
 from lightning_spectral.runs.forecasting import FamilyForecast, forecast
 from lightning_spectral.runs.history import History
+from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.record import Record, Row
 from lightning_spectral.runs.run import Matched, Run, open_runs
 from lightning_spectral.runs.verdict import Verdict
@@ -13,6 +14,7 @@ __all__ = [
     "Gain",
     "History",
     "Matched",
+    "NoiseScale",
     "Record",
     "Row",
     "Run",

@@ -17,6 +17,7 @@ from lightning_spectral.runs.arguments import check_path, check_paths
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
+from lightning_spectral.runs.noise import NoiseScale, noisy_names, read_noise
 from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
 from lightning_spectral.runs.record_checks import tokens_of
 from lightning_spectral.runs.safe_files import Arrays, open_arrays
@@ -221,6 +222,28 @@ class Run:
                 return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)
         if name in (names := self.names(kind)):
             return Spectrum.missing(f"the report at step {step} has no {name}", **where)
+        raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
+
+    def noise_scale(self, step: int, name: str | None = None, kind: str = "gradient") -> NoiseScale:
+        """Noise scale of per-sample gradients in one report, with its 80% interval.
+
+        Args:
+            step: One of :meth:`steps`.
+            name: Parameter; None for all that were measured, together.
+            kind: ``"gradient"``, or one series, such as ``"gradient-train"``.
+
+        Returns:
+            Noise scale, interval and parts, in samples; NaN where they could not be measured.
+
+        Raises:
+            ValueError: If they are not there, or the report's file is broken.
+        """
+        if kind_of(kind) != "gradient":
+            raise ValueError(f"kind must be 'gradient' or a series of it, got {kind!r}: others have no noise scale")
+        with _arrays(self._path(kind, step)) as arrays:
+            names = noisy_names(arrays)
+            if name in names or (name is None and names):
+                return read_noise(arrays, names if name is None else [name])
         raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
 
     def tokens_at(self, kind: str, step: int) -> float:

@@ -11,9 +11,9 @@ from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
 from lightning_spectral.runs.forecasting import FamilyForecast, Point
 from lightning_spectral.runs.measured import bands_of
-from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.run import Run, kind_of
 from lightning_spectral.runs.spread import spread
-from lightning_spectral.terminal import console, new_table, show_number
+from lightning_spectral.terminal import console, new_table, show_interval, show_number
 
 QUANTITIES = {
     "js": ("JS", 5),
@@ -114,8 +114,9 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
 
 def _evolution(run: Run, kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     settings = run.settings(kind)
-    has_bases = "rank" in settings
+    has_bases, has_noise = "rank" in settings, kind_of(kind) == "gradient"
     numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
+    numbers += ["noise scale (80%)"] if has_noise else []
     table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
     for row in rows:
         is_first = row["step"] == run.steps(kind)[0]
@@ -127,6 +128,9 @@ def _evolution(run: Run, kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             show_number(row["rankme"], 1),
             *([show_number(row["overlap"], 3)] if has_bases else []),
         ]
+        if has_noise:
+            noise = (row[f"noise_scale{end}"] for end in ("", "_low", "_high"))
+            cells.append(show_interval(*noise))
         table.add_row(row["name"].removesuffix(".weight") if is_first else "", *cells)
     return table
 
@@ -135,7 +139,8 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
     """The numbers of a run's spectra of a kind at the reports of some steps.
 
     For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those of
-    the first report; NaN for what is not known, of exponents with the reason.
+    the first report; of gradients also the noise scale with its 80% interval, in samples, open above where its high end
+    is ``inf``. NaN for what is not known, of exponents with the reason.
     """
     bands = bands_of(run, kind)
     for name in run.names(kind):
@@ -146,6 +151,10 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
             overlap = nan
             if spectrum.vectors is not None and first.vectors is not None:
                 overlap = float(subspace_overlap(spectrum.vectors, first.vectors))
+            noise = {}
+            if kind_of(kind) == "gradient":
+                value, low, high, _, _ = run.noise_scale(step, name, kind)
+                noise = {"noise_scale": value, "noise_scale_low": low, "noise_scale_high": high}
             yield {
                 "kind": kind,
                 "name": name,
@@ -156,6 +165,7 @@ def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, A
                 "alpha_head": head.value,
                 "rankme": spectrum.rankme().value,
                 "overlap": overlap,
+                **noise,
                 "unknown": {
                     f"alpha_{part}": one.reason for part, one in (("tail", tail), ("head", head)) if isnan(one.value)
                 },

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_spectral import GradientSpectrum
 from lightning_spectral.measurement import GradientReport
 
-WIDTH, NUM_SAMPLES, STEPS = 6, 7, 4
+WIDTH, NUM_SAMPLES, NUM_GROUPS, STEPS = 6, 7, 3, 4
 TRAIN_BATCHES = {0: [3, 2, 4, 2], 1: [2, 3, 1, 2]}
 VALIDATION_BATCHES = {0: [3, 3], 1: [2, 2]}
 """Samples in each rank's batches: a report of 7 takes 4 from rank 0 and 3 from rank 1."""
@@ -102,7 +102,7 @@ class Kept(GradientSpectrum):
 
     def __init__(self, prefix: str, **kwargs: Any) -> None:
         self.report: GradientReport | None = None
-        settings = {"every_n_steps": STEPS, "num_samples": NUM_SAMPLES, "num_groups": 2, "head": (1, 3)}
+        settings = {"every_n_steps": STEPS, "num_samples": NUM_SAMPLES, "num_groups": NUM_GROUPS, "head": (1, 3)}
         super().__init__("net.0.weight", prefix=prefix, **(settings | kwargs))
 
     def measured(self, report: GradientReport) -> dict[str, float]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_spectral.functional import noise_sums
 from tests.callbacks import gradient_ddp_run
-from tests.callbacks.gradient_ddp_run import METHODS, NUM_SAMPLES
+from tests.callbacks.gradient_ddp_run import METHODS, NUM_GROUPS, NUM_SAMPLES
 from tests.limit import LIMIT
 
 
@@ -51,6 +52,19 @@ def test_singular_values_are_those_of_all_ranks_rows(ranks: list[dict], prefix: 
         values = found["spectra"][prefix].numpy()
         np.testing.assert_allclose(values, np.linalg.svd(rows, compute_uv=False), rtol=1e-5, atol=1e-7)
         assert found["metrics"][f"{prefix}gradient/net.0.weight/num_samples"] == NUM_SAMPLES
+
+
+@pytest.mark.parametrize("prefix", [f"{method}{stage}/" for method in METHODS for stage in ("", " validate")])
+def test_noise_scale_and_interval_are_those_of_one_process_with_all_rows(ranks: list[dict], prefix: str) -> None:
+    rows = torch.tensor(expected_rows(ranks, prefix))
+    # Sample i of a rank belongs to group (rank + i) mod G.
+    groups = torch.cat([torch.arange(4), 1 + torch.arange(3)]) % NUM_GROUPS
+    sums = noise_sums(rows @ rows.T, groups)
+    numbers = (sums.noise_scale, *sums.interval, sums.moments_between.noise_scale)
+    expected = dict(zip(("", "_low", "_high", "_smoothed"), map(float, numbers), strict=True))
+    for found in ranks:
+        metrics = {end: found["metrics"][f"{prefix}gradient/net.0.weight/noise_scale{end}"] for end in expected}
+        assert metrics == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:

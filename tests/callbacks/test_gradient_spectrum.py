@@ -21,12 +21,14 @@ from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from lightning_spectral.capture import engines
 from lightning_spectral.capture.backward import BackwardReader
 from lightning_spectral.capture.batch import num_samples
+from lightning_spectral.functional import noise_sums
 from lightning_spectral.measurement import gradients as measurement_of_gradients
 from lightning_spectral.measurement.row_store import RowStore
 from tests._reference import jackknife, power_law, rankme
 from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
 
 NAMES = [f"network.blocks.{index}.mlp.2.weight" for index in (0, 1, 2, 4, 5)]
+NOISE_QUANTITIES = ["noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_smoothed"]
 QUANTITIES = [
     "alpha_tail",
     "alpha_tail_stderr",
@@ -35,7 +37,7 @@ QUANTITIES = [
     "alpha_head_stderr",
     "alpha_tail_centred",
     "rankme",
-    "noise_scale",
+    *NOISE_QUANTITIES,
     "grad_norm",
     "num_samples",
 ]
@@ -124,7 +126,7 @@ def expected_values(rows: np.ndarray) -> dict[str, float]:
         "alpha_head_stderr": jackknife(exponent_of(head), groups)[1],
         "alpha_tail_centred": power_law(svd(rows - mean), *tail)[0],
         "rankme": rankme(values),
-        "noise_scale": trace / squared_norm if squared_norm > 0 else math.nan,
+        "noise_scale": trace / squared_norm if squared_norm > 0 else math.inf,
         "grad_norm": math.sqrt(mean @ mean),
         "num_samples": float(count),
     }
@@ -192,8 +194,26 @@ def test_values_are_those_of_autograd_sample_by_sample(run: SimpleNamespace, pre
         assert len(rows) == NUM_SAMPLES
         for index, name in enumerate(NAMES):
             expected = expected_values(np.stack([row[index] for row in rows]))
-            found = {q: scalar(run, f"{prefix}gradient/{name}/{q}", step) for q in QUANTITIES}
+            found = {quantity: scalar(run, f"{prefix}gradient/{name}/{quantity}", step) for quantity in expected}
             assert found == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True), (step, name)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_interval_and_smoothed_noise_scale_are_those_of_the_rows(run: SimpleNamespace, prefix: str) -> None:
+    means = np.zeros((len(NAMES), 2))
+    for step in steps_of(prefix):
+        rows = run.recorder.rows(prefix, step)
+        for index, name in enumerate(NAMES):
+            part = torch.tensor(np.stack([row[index] for row in rows]))
+            sums = noise_sums(part @ part.T, torch.arange(NUM_SAMPLES) % 4)
+            means[index] = 0.9 * means[index] + 0.1 * np.array(sums.moments_between)
+            squared_norm, trace = means[index]
+            smoothed = trace / squared_norm if squared_norm > 0 else math.inf
+            expected = [float(sums.noise_scale), *map(float, sums.interval), smoothed]
+            found = [scalar(run, f"{prefix}gradient/{name}/{quantity}", step) for quantity in NOISE_QUANTITIES]
+            assert found == pytest.approx(expected, rel=2e-2), (step, name)
+            assert math.isfinite(found[1])
+            assert found[1] < found[2]
 
 
 def test_weight_spectra_are_those_of_the_weights(run: SimpleNamespace) -> None:
@@ -320,12 +340,15 @@ def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: 
     rows = np.stack([np.concatenate(row) for batch in recorder.after[4] for row in batch])
     trace = ((rows - rows.mean(0)) ** 2).sum() / (len(rows) - 1)
     squared_norm = rows.mean(0) @ rows.mean(0) - trace / len(rows)
-    moments = [parameter.moments for parameter in spectrum.reports[0].parameters.values()]
+    moments = [parameter.noise.moments for parameter in spectrum.reports[0].parameters.values()]
     assert float(sum(part.trace for part in moments)) == pytest.approx(trace, rel=1e-4)
     assert float(sum(part.squared_norm for part in moments)) == pytest.approx(squared_norm, rel=1e-3, abs=1e-5)
-    expected = trace / squared_norm if squared_norm > 0 else math.nan
-    found = float(trainer.callback_metrics["gradient/noise_scale"])
-    assert found == pytest.approx(expected, rel=1e-2, nan_ok=True)
+    found = [float(trainer.callback_metrics[f"gradient/{quantity}"]) for quantity in NOISE_QUANTITIES]
+    assert found[0] == pytest.approx(trace / squared_norm if squared_norm > 0 else math.inf, rel=1e-2)
+    products = torch.tensor(rows @ rows.T)
+    sums = noise_sums(products, torch.arange(len(rows)) % 4)
+    assert found[1:3] == pytest.approx(list(map(float, sums.interval)), rel=1e-2)
+    assert found[3] == pytest.approx(float(sums.moments_between.noise_scale), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +492,7 @@ def test_validation_alone_is_measured_in_inference_mode(tmp_path: Path, method: 
     for index, name in enumerate(NAMES):
         expected = expected_values(np.stack([row[index] for row in rows]))
         # Of the 16 samples a group of four leaves 12: enough for both bands.
-        found = {q: float(trainer.callback_metrics[f"gradient/{name}/{q}"]) for q in QUANTITIES}
+        found = {q: float(trainer.callback_metrics[f"gradient/{name}/{q}"]) for q in expected}
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True), name
     assert trainer.callback_metrics["gradient/failed"] == 0
 

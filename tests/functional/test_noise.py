@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spectral.functional import gradient_moments, gradient_noise_scale, singular_spectrum
+from lightning_spectral.functional import gradient_moments, gradient_noise_scale, noise_sums, singular_spectrum
 from lightning_spectral.functional.noise import mean_row_norm
 from tests import _reference
 
@@ -28,7 +28,7 @@ def test_linear_model_has_the_analytic_spectrum_and_noise_scale() -> None:
     assert float(squared_norm) == 0
     # |g|^2 sum to 65, |mean|^2 = 65 / 16: trace = (65 - 4 * 65 / 16) / 3.
     assert float(trace) == pytest.approx(65 / 4)
-    assert math.isnan(gradient_noise_scale(rows @ rows.T))
+    assert gradient_noise_scale(rows @ rows.T) == math.inf
     assert float(mean_row_norm(rows.double() @ rows.double().T)) == pytest.approx(math.sqrt(65) / 4)
 
 
@@ -93,12 +93,16 @@ def test_batched_moments_equal_a_naive_twin(num_rows: int) -> None:
     np.testing.assert_allclose(mean_row_norm(grams), norms, rtol=1e-10)
 
 
-def test_noise_scale_is_nan_only_where_the_gradient_is_hidden() -> None:
+def test_noise_scale_is_infinite_only_where_the_gradient_is_hidden() -> None:
     rows = torch.tensor([[[2.0, 1.0], [2.0, -1.0]], [[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
     found = gradient_noise_scale(rows @ rows.mT)
     assert found.dtype == torch.float64
     assert float(found[0]) == pytest.approx(2 / 3)
-    assert found[1:].isnan().all()
+    assert found[1:].isposinf().all()
+
+
+def test_gradients_of_zero_have_no_noise_scale() -> None:
+    assert gradient_noise_scale(torch.zeros(4, 4)).isnan()
 
 
 def test_equal_gradients_have_no_noise() -> None:
@@ -131,8 +135,31 @@ def test_the_mean_of_no_rows_has_no_norm() -> None:
     assert mean_row_norm(torch.full((1, 1), 9.0)) == 3
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (3, 3, 4)])
-def test_what_is_no_gram_matrix_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="gram must be square in its last two axes, got shape") as caught:
-        gradient_noise_scale(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("gram", "reason"),
+    [
+        *((torch.zeros(shape), "be square in its last two axes, got shape") for shape in ((), (3,), (3, 4), (3, 3, 4))),
+        (torch.tensor([[1.0, 2.0], [-2.0, 1.0]]), "be symmetric, got a matrix that is not: give rows @ rows.T"),
+        (torch.tensor([[1.0, 0.0], [0.0, -3.0]]), "have squared norms on its diagonal, got -3"),
+        (torch.eye(3, dtype=torch.complex64), "be real, got torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("function", [gradient_noise_scale, gradient_moments, noise_sums])
+def test_what_is_no_gram_matrix_is_refused(gram: torch.Tensor, reason: str, function) -> None:
+    with pytest.raises(ValueError, match=f"gram must {reason}") as caught:
+        function(gram)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_that_is_symmetric_but_for_rounding_is_taken(dtype: torch.dtype) -> None:
+    rows = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert gradient_noise_scale(rows @ rows.T) > 0
+
+
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_come_to_nan(spoil: float) -> None:
+    gram = torch.eye(6)
+    gram[2, 2] = spoil
+    sums = noise_sums(gram)
+    assert all(number.isnan() for number in (sums.noise_scale, *sums.moments_between, *sums.interval))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spectral.functional import Spectrum
+from lightning_spectral.functional import Spectrum, noise_sums
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
 from tests._reference import gradient_moments, jackknife, power_law
 
@@ -56,13 +56,21 @@ def test_singular_values_of_all_rows_of_centred_rows_and_without_each_group(
         np.testing.assert_allclose(without, expected, rtol=1e-9)
 
 
+def test_interval_is_that_of_the_groups_of_samples(rows: dict[str, np.ndarray]) -> None:
+    for name, found in spectra_of(rows).items():
+        gram = torch.tensor(rows[name] @ rows[name].T)
+        expected = noise_sums(gram, torch.arange(NUM_SAMPLES) % NUM_GROUPS).interval
+        assert tuple(map(float, found.noise.interval)) == pytest.approx(tuple(map(float, expected)))
+        assert expected.low < expected.high
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_norm_and_moments_are_those_of_the_rows(rows: dict[str, np.ndarray], name: str) -> None:
     spectrum = spectra_of(rows)[name]
     squared_norm, trace = gradient_moments(rows[name])
     assert spectrum.grad_norm == pytest.approx(np.linalg.norm(rows[name].mean(0)))
-    assert float(spectrum.moments.squared_norm) == pytest.approx(squared_norm)
-    assert float(spectrum.moments.trace) == pytest.approx(trace)
+    assert float(spectrum.noise.moments.squared_norm) == pytest.approx(squared_norm)
+    assert float(spectrum.noise.moments.trace) == pytest.approx(trace)
 
 
 # Ranks of the 26 values: 3 to 13. Fractions of the 19 or 20 that a group leaves would be 2 to 9, or 2 to 10.
@@ -175,17 +183,17 @@ def test_values_below_the_rounding_of_the_rows_are_zero(dtype: torch.dtype) -> N
 
 
 def test_one_sample_has_a_value_and_no_noise(rows: dict[str, np.ndarray]) -> None:
-    spectrum, _, _, moments = spectra_of({"weight": rows["weight"][:1]})["weight"]
+    spectrum, _, _, noise = spectra_of({"weight": rows["weight"][:1]})["weight"]
     assert spectrum.values.tolist() == pytest.approx([np.linalg.norm(rows["weight"][0])])
-    assert math.isnan(float(moments.noise_scale))
+    assert math.isnan(float(noise.noise_scale))
     assert spectrum.exponent((0.125, 0.5)).reason is not None
 
 
 def test_what_is_missing_is_nan_with_its_reason() -> None:
-    spectrum, centred, norm, moments = ParameterGradients.missing("weight", 7, "no memory left", True)
+    spectrum, centred, norm, noise = ParameterGradients.missing("weight", 7, "no memory left", True)
     assert (spectrum.count, spectrum.failed_here, spectrum.is_zero) == (7, True, False)
     assert math.isnan(norm)
-    assert math.isnan(float(moments.noise_scale))
+    assert math.isnan(float(noise.noise_scale))
     assert spectrum.exponent((1, 10)).reason == "no memory left"
     assert math.isnan(centred.exponent((1, 10)).value)
 
@@ -193,9 +201,17 @@ def test_what_is_missing_is_nan_with_its_reason() -> None:
 def test_noise_scale_of_a_report_is_that_of_the_rows_side_by_side(rows: dict[str, np.ndarray]) -> None:
     found = spectra_of(rows)
     squared_norm, trace = gradient_moments(np.concatenate(list(rows.values()), axis=1))
-    assert GradientReport.of(4, found, {}, "loop", (4, 4)).noise_scale == pytest.approx(trace / squared_norm)
+    whole = GradientReport.of(4, found, {}, "loop", (4, 4)).noise
+    assert float(whole.noise_scale) == pytest.approx(trace / squared_norm)
+    side_by_side = torch.tensor(np.concatenate(list(rows.values()), axis=1))
+    groups = torch.arange(NUM_SAMPLES) % NUM_GROUPS
+    expected = noise_sums(side_by_side @ side_by_side.T, groups).interval
+    assert tuple(map(float, whole.interval)) == pytest.approx(tuple(map(float, expected)))
+    gone = GradientReport.of(4, found | {"gone": ParameterGradients.absent("gone", "frozen")}, {}, "loop", (4, 4))
+    assert gone.noise.noise_scale == whole.noise_scale
     found["other"] = ParameterGradients.missing("other", 0, "no sample was seen", False)
-    assert math.isnan(GradientReport.of(4, found, {}, "loop", (4, 4)).noise_scale)
+    missing = GradientReport.of(4, found, {}, "loop", (4, 4)).noise
+    assert all(map(math.isnan, (missing.noise_scale, *missing.interval)))
 
 
 def test_weights_have_an_exponent_without_an_error_bar() -> None:

@@ -1,0 +1,55 @@
+"""The noise scale of a report, read back from what a record keeps of it."""
+
+from collections.abc import Mapping, Sequence
+from math import nan
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_spectral.functional.noise import GradientMoments, NoiseSums
+
+
+class NoiseScale(NamedTuple):
+    """A noise scale as it was measured; NaN for what is not known."""
+
+    value: float
+    """In samples; ``inf`` where they agree no more than noise does."""
+    low: float
+    """80% interval; finite."""
+    high: float
+    """``inf`` where a gradient of zero is not excluded."""
+    squared_norm: float
+    """Squared norm of the true gradient, without bias."""
+    trace: float
+    """Trace of the covariance of per-sample gradients, without bias."""
+
+
+def noisy_names(arrays: Mapping[str, Any]) -> list[str]:
+    """The parameters of whose noise a report says something."""
+    return [key.removeprefix("gradient/").removesuffix("/trace") for key in arrays if key.endswith("/trace")]
+
+
+def read_noise(arrays: Mapping[str, Any], names: Sequence[str]) -> NoiseScale:
+    """The noise scale of some parameters together, from the arrays of a report of their gradients.
+
+    A report that holds the parts but not the sums over groups has no interval.
+    """
+    fields = NoiseSums._fields
+    if all(f"gradient/{name}/noise_{field}" in arrays for name in names for field in fields):
+        sums = NoiseSums.total(
+            [
+                NoiseSums(*(torch.as_tensor(arrays[f"gradient/{name}/noise_{field}"]) for field in fields))
+                for name in names
+            ]
+        )
+        parts, interval = sums.moments, sums.interval
+        low, high = float(interval.low), float(interval.high)
+    else:
+        parts = GradientMoments(*(_summed(arrays, names, field) for field in GradientMoments._fields))
+        low = high = nan
+    return NoiseScale(float(parts.noise_scale), low, high, float(parts.squared_norm), float(parts.trace))
+
+
+def _summed(arrays: Mapping[str, Any], names: Sequence[str], field: str) -> torch.Tensor:
+    numbers = [float(arrays.get(f"gradient/{name}/{field}", nan)) for name in names]
+    return torch.tensor(numbers, dtype=torch.float64).sum()
