@@ -24,15 +24,16 @@ class NoiseScale(NamedTuple):
     """Trace of the covariance of per-sample gradients, without bias."""
 
 
-def noisy_names(arrays: Mapping[str, Any]) -> list[str]:
-    """The parameters of whose noise a report says something."""
-    return [key.removeprefix("gradient/").removesuffix("/trace") for key in arrays if key.endswith("/trace")]
+def names_of_gradients(arrays: Mapping[str, Any]) -> list[str]:
+    """The parameters of whose gradients a report says something."""
+    keys = [key.removeprefix("gradient/") for key in arrays if key.startswith("gradient/")]
+    return list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
 
 
 def read_noise(arrays: Mapping[str, Any], names: Sequence[str]) -> NoiseScale:
     """The noise scale of some parameters together, from the arrays of a report of their gradients.
 
-    A report that holds the parts but not the sums over groups has no interval.
+    A report that holds the parts but not the sums over groups has no interval; one that holds neither, nothing.
     """
     fields = NoiseSums._fields
     if all(f"gradient/{name}/noise_{field}" in arrays for name in names for field in fields):

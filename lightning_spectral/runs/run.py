@@ -17,7 +17,7 @@ from lightning_spectral.runs.arguments import check_path, check_paths
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
-from lightning_spectral.runs.noise import NoiseScale, noisy_names, read_noise
+from lightning_spectral.runs.noise import NoiseScale, names_of_gradients, read_noise
 from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
 from lightning_spectral.runs.record_checks import tokens_of
 from lightning_spectral.runs.safe_files import Arrays, open_arrays
@@ -241,7 +241,7 @@ class Run:
         if kind_of(kind) != "gradient":
             raise ValueError(f"kind must be 'gradient' or a series of it, got {kind!r}: others have no noise scale")
         with _arrays(self._path(kind, step)) as arrays:
-            names = noisy_names(arrays)
+            names = names_of_gradients(arrays)
             if name in names or (name is None and names):
                 return read_noise(arrays, names if name is None else [name])
         raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
