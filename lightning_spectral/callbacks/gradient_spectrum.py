@@ -90,11 +90,12 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     and whose ``high`` is ``inf`` where a gradient of zero cannot be excluded; it needs ``num_groups`` of three or more
     (:func:`lightning_spectral.functional.noise_interval.noise_interval`). ``smoothed`` is the ratio of exponential
     means of both parts over the reports so far, over a resume too; a failed report is passed over, and NaN itself.
-    Interval and ``smoothed`` take products of samples of different groups alone, ``noise_scale`` those of all: over
-    rows in file order, whose neighbours are alike, it may lie below them, as their likeness passes for signal. The
-    whole model's come from the parts summed over parameters, so that the interval holds what parameters have in common.
-    By ``"hooks"`` in training they are those of the rows as they are: of samples weighed as the batch's mean weighs
-    them, at weights that move over the steps that are read, whose drift counts as noise.
+    Where gradients shrink fast, as at the start, their larger past outweighs the present in it. Interval and
+    ``smoothed`` take products of samples of different groups alone, ``noise_scale`` those of all, and may lie outside:
+    over rows in file order, whose neighbours are alike, it lies below, as their likeness passes for signal. The whole
+    model's come from the parts summed over parameters, so that the interval holds what parameters have in common. By
+    ``"hooks"`` in training they are those of the rows as they are: of samples weighed as the batch's mean weighs them,
+    at weights that move over the steps that are read, whose drift counts as noise.
 
     **Changing models.** Parameters are looked up again for each report: what is trained by then is measured, and what
     is frozen, or gone, is NaN under the keys it has. A parameter that a layer makes its weight of (``fc.weight_orig``
