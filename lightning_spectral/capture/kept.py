@@ -5,12 +5,13 @@ import functools
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.capture.large import ROOM, Large
 from lightning_spectral.capture.reachable import MANY, children_of, content_of, is_trainer, is_users, named_globals
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
@@ -47,6 +48,9 @@ class Kept:
         self._inside: list[PutBack] = []
         self._changed: list[PutBack] | None = None
         self._random: list[tuple[PutBack, bool]] = []
+        self._room = ROOM
+        self.large = Large()
+        """What does not fit into the room for copies, to be watched while losses are asked for."""
         # It also keeps what was seen alive, so that no id means two things.
         self._seen: dict[int, Any] = {}
         left: list[Any] = list(roots)
@@ -64,9 +68,27 @@ class Kept:
                     f"training_step must not draw from an iterator that a copy shares with training, got a "
                     f"{type(part).__name__}: give loss_fn, which takes all it needs from the batch"
                 )
+            if id(part) not in originals and not self._has_room(part):
+                continue
             for put_back in _notes(part, originals):
                 (self._inside if id(part) in originals else self._outside).append(put_back)
             left.extend(children_of(part))
+
+    def _has_room(self, part: Any) -> bool:
+        """Whether a copy of a tensor or an array fits; if not, it is watched."""
+        if isinstance(part, np.ndarray):
+            if not part.flags.writeable:
+                return False  # nobody writes to it
+            if part.nbytes > self._room:
+                self.large.add_array(part)
+                return False
+            self._room -= part.nbytes
+        elif _is_copyable(part):
+            if part.nbytes > self._room:
+                self.large.add_tensor(part)
+                return False
+            self._room -= part.nbytes
+        return True
 
     def random_state(self) -> list[Any]:
         """The states of all generators that can be reached, to see whether a loss has drawn from one."""
@@ -83,11 +105,13 @@ class Kept:
         else:
             for put_back in self._changed:
                 put_back()
+        self.large.put_back()
 
     def put_back(self) -> None:
         """Put everything outside of copies back, generators included."""
         for put_back in self._outside:
             put_back()
+        self.large.put_back()
         for put_back, is_copy in self._random:
             if not is_copy:
                 put_back()
@@ -100,8 +124,8 @@ class Kept:
 
 def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
     if isinstance(part, Tensor):
-        if (tensor := _tensor(part, originals.get(id(part)))) is not None:
-            yield tensor
+        if _is_copyable(part):
+            yield _tensor(part, originals.get(id(part)))
     elif isinstance(part, np.ndarray):
         if part.dtype != object:
             yield _array(part)
@@ -119,14 +143,15 @@ def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
         yield _mapping(attributes)
 
 
-def _tensor(tensor: Tensor, original: Any) -> PutBack | None:
-    if (
-        tensor.layout != torch.strided
-        or tensor.is_meta
-        or tensor.is_nested
-        or isinstance(tensor, nn.UninitializedParameter)
-    ):
-        return None
+def _is_copyable(part: Any) -> TypeGuard[Tensor]:
+    return (
+        isinstance(part, Tensor)
+        and part.layout == torch.strided
+        and not (part.is_meta or part.is_nested or isinstance(part, nn.UninitializedParameter))
+    )
+
+
+def _tensor(tensor: Tensor, original: Any) -> PutBack:
     is_twin = isinstance(original, Tensor) and original.shape == tensor.shape
     kept = original.detach() if is_twin else tensor.detach().clone()
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_spectral.capture.batch import batch_of, copied, tensors
 from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.kept import Kept
+from lightning_spectral.capture.large import LOCKED
 from lightning_spectral.capture.module_copy import copy_of
 from lightning_spectral.capture.original import Original
 from lightning_spectral.capture.parameters import named_parameters
@@ -83,8 +84,13 @@ class BatchLoss(nn.Module):
         """The loss, 0-dim, times ``scale``; ValueError if what comes back is no scalar."""
         # Of its own: a step may write into its batch.
         batch = copied(batch_of(batch))
-        with self.context():
-            loss = self._training_loss(batch) if self.loss_fn is None else self.loss_fn(self.shadow, batch)
+        try:
+            with self.context():
+                loss = self._training_loss(batch) if self.loss_fn is None else self.loss_fn(self.shadow, batch)
+        except ValueError as error:
+            if self._kept is not None and self._kept.large.has_arrays and "read-only" in str(error):
+                raise ValueError(LOCKED) from error
+            raise
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise ValueError(f"loss must be a tensor with one number, got {what}")
@@ -128,7 +134,8 @@ class BatchLoss(nn.Module):
             self._original = Original(self._module[0], self.shadow, self._originals)
             self._kept = kept = Kept(roots, known, stops=(Bystander, SilentMetric))
             try:
-                yield kept
+                with kept.large.watched():
+                    yield kept
             finally:
                 kept.put_back()
                 self._original.put_back()
