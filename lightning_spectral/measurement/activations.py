@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spectral.capture.activations import ActivationReader
-from lightning_spectral.capture.batch import hold
+from lightning_spectral.capture.batch import hold, tensors
 from lightning_spectral.capture.channels import (
     ChannelFinder,
     check_channel_dim,
@@ -99,6 +99,7 @@ class ActivationMeasurement(Measurement):
         self.note: str | None = None
         """What is to be said of that, for a callback to take."""
         self._has_seen_mask = False
+        self._has_seen_square = False
         self._reader = ActivationReader(self._read, self._fail)
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
@@ -174,6 +175,8 @@ class ActivationMeasurement(Measurement):
                     self.samples.cut(batch)  # what a user's function gets wrong should show early
                 self._size = self.samples.count(batch)
                 self._mask_now = self._mask_of(batch) if has_right_stage else None
+                if has_right_stage and self._is_square(batch):
+                    self._try_to_tell_time_from_samples(batch)
                 try:
                     self._collector.begin_batch(self._size, self._mask_now)
                 except Exception as error:  # whatever a batch may be made of
@@ -246,10 +249,7 @@ class ActivationMeasurement(Measurement):
     def _tell_time_from_samples(self, batch: Any, mask: Tensor) -> None:
         """Settle where samples are if a mask fits outputs either way; ValueError if nothing settles it."""
         try:
-            if world_size() > 1:
-                raise ValueError("it is not asked under several ranks")
-            loss = self._scene.make_loss(None)
-            found = time_first(loss, self._scene.module, self._layers, self.samples.cut(hold(batch)))
+            self._is_time_first = self._time_first(batch)
         except Exception as error:  # whatever the step makes of one sample
             size = len(mask)
             raise ValueError(
@@ -257,7 +257,26 @@ class ActivationMeasurement(Measurement):
                 f"way, and a pass of one sample does not tell ({str(error).partition(chr(10))[0]}): give batch_dim=0, "
                 f"or batches of another size than {size}"
             ) from error
-        self._is_time_first = found
+
+    def _is_square(self, batch: Any) -> bool:
+        """Whether outputs are, or may be, as long as there are samples, and nothing has said where samples are."""
+        if self.request.batch_dim is not None or self._mask is not None or self._is_time_first is not None:
+            return False
+        size = self._size or 0
+        return size > 1 and (self._has_seen_square or any(t.shape[:2] == (size, size) for t in tensors(batch)))
+
+    def _try_to_tell_time_from_samples(self, batch: Any) -> None:
+        """Settle where samples are in outputs as long as there are samples; where nothing does, they are not known."""
+        try:
+            self._is_time_first = self._time_first(batch)
+        except Exception:  # whatever the step makes of one sample
+            self._is_time_first = {}
+
+    def _time_first(self, batch: Any) -> dict[str, bool]:
+        if world_size() > 1:
+            raise ValueError("it is not asked under several ranks")
+        loss = self._scene.make_loss(None)
+        return time_first(loss, self._scene.module, self._layers, self.samples.cut(hold(batch)))
 
     def _read(self, name: str, output: Tensor) -> None:
         parts: tuple[Tensor, ...] = ()
@@ -305,10 +324,20 @@ class ActivationMeasurement(Measurement):
         if batch_dim is not None:
             if batch_dim and batch_dim < rows.ndim - 1 and rows.shape[batch_dim] == self._size:
                 rows = rows.movedim(batch_dim, 0)
-            is_time_first = False
-        else:
-            is_time_first = self._is_time_first is not None and self._is_time_first.get(name, False)
-        return rows if self._mask_now is None else fit_rows(rows, self._mask_now, is_time_first)
+            return rows if self._mask_now is None else fit_rows(rows, self._mask_now, False)
+        is_time_first = (self._is_time_first or {}).get(name)
+        if self._mask_now is not None:
+            return fit_rows(rows, self._mask_now, bool(is_time_first))
+        size = self._size or 0
+        # Of maps with channels first, and of more axes, samples are the first.
+        if size < 2 or rows.ndim != 3 or axis != output.ndim - 1 or rows.shape[1] != size:
+            return rows
+        if is_time_first:
+            return rows.transpose(0, 1)
+        if is_time_first is None and rows.shape[0] == size:
+            self._has_seen_square = True
+            return rows.unsqueeze(0)  # one sample of nobody knows what
+        return rows
 
     @override
     def make_report(self, step: int) -> None:

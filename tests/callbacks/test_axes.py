@@ -188,6 +188,38 @@ def test_the_pass_that_tells_time_from_samples_does_no_harm(tmp_path: Path) -> N
         assert torch.equal(found[1][name], tensor), name
 
 
+@pytest.mark.parametrize("kind", ["time first", "batch first", "nothing tells", "said"])
+def test_groups_of_square_outputs_are_of_samples_whichever_axis_they_are_on(tmp_path: Path, kind: str) -> None:
+    class Model(TimeFirst):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if kind in ("nothing tells", "said") and len(batch["input_ids"]) == 1:
+                raise IndexError("this step takes pairs")
+            x = self.embedding(batch["input_ids"]) + self.place(batch["positions"])
+            return self.layer(x if kind == "batch first" else x.transpose(0, 1)).square().mean()
+
+    class Kept(ActivationSpectrum):
+        def measured(self, report: Any) -> dict[str, float]:
+            spectra.append(report.spectra["activation"]["layer"])
+            return super().measured(report)
+
+    torch.manual_seed(0)
+    model, spectra = Model(), []
+    batches = [{"input_ids": torch.randint(20, (12, 12)), "positions": torch.arange(12)} for _ in range(2)]
+    outputs = keep(model.layer, lambda output: output if kind == "batch first" else output.transpose(0, 1))
+    said = {"batch_dim": 1} if kind == "said" else {}
+    if said:  # tokens have their samples there, too
+        batches = [batch | {"positions": torch.arange(12).unsqueeze(1).expand(12, 12)} for batch in batches]
+        outputs = keep(model.layer, lambda output: output.transpose(0, 1))
+    fit(tmp_path, model, batches, Kept("layer", every_n_steps=2, **(ARGUMENTS | said)))
+    assert spectra[0].count == 2 * 12 * 12
+    # Whole samples, one after the other; whole passes where it is not known where samples are.
+    samples = list(torch.stack(outputs) if kind == "nothing tells" else torch.cat(outputs))
+    for group in range(2):
+        rows = torch.cat([sample.reshape(-1, 6) for index, sample in enumerate(samples) if index % 2 != group])
+        expected = covariance_spectrum(rows.double().numpy())
+        np.testing.assert_allclose(spectra[0].leave_one_out[group].numpy(), expected, rtol=1e-6)
+
+
 def test_a_square_mask_that_nothing_settles_names_batch_dim(tmp_path: Path) -> None:
     class Manual(TimeFirst):
         automatic_optimization = False
