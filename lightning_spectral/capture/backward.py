@@ -82,7 +82,7 @@ class BackwardReader:
                 continue  # frozen, or made by this very batch: there is nothing to hook yet
             if name in self._unchecked:
                 if len(rows.out[name]) == rows.num_samples:
-                    hook = parameter.register_hook(lambda gradient, name=name: self._add_gradient(name, gradient))
+                    hook = _register_first(parameter, lambda gradient, name=name: self._add_gradient(name, gradient))
                     self._batch_handles.append(hook)
             elif on_complete is not None and name not in self._in_parts:
                 # Autograd sums the gradients of all layers that share a parameter before it comes by here.
@@ -188,6 +188,15 @@ class BackwardReader:
                 self._fail(name, error)
 
         output.register_hook(read)
+
+
+def _register_first(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """A hook that sees the gradient before a user's hooks make another of it for the optimizer."""
+    handle = parameter.register_hook(hook)
+    hooks: Any = parameter._backward_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)
+    return handle
 
 
 def check_contracts(root: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

@@ -228,6 +228,104 @@ def test_rows_by_hooks_are_of_the_first_evaluation_of_a_closure(tmp_path: Path) 
     assert spectrum.reports[0].checked == "loss: passed; span: passed"
 
 
+class Sharp(torch.optim.SGD):
+    """Sharpness-aware: steps by the gradient at weights moved up along the gradient."""
+
+    @torch.no_grad()
+    def climb(self, sign: float = 1.0) -> None:
+        for p in self.param_groups[0]["params"]:
+            if sign > 0:
+                self.state[p]["up"] = 0.5 * p.grad / (p.grad.norm() + 1e-12)
+            p.add_(self.state[p]["up"], alpha=sign)
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            return super().step()
+        with torch.enable_grad():
+            loss = closure()
+        self.climb()
+        with torch.enable_grad():
+            closure()
+        self.climb(-1.0)
+        super().step()
+        return loss
+
+
+def test_rows_by_hooks_of_a_closure_called_twice_are_at_the_weights_before_the_climb(tmp_path: Path) -> None:
+    class Closures(Net):
+        def configure_optimizers(self) -> Any:
+            return Sharp(self.parameters(), 0.1)
+
+    torch.manual_seed(0)
+    model, spectrum = Closures(), Kept(method="hooks")
+    trainer = fit(tmp_path, model, spectrum)
+    assert len(model.norms) == 2
+    assert model.norms[0] != pytest.approx(model.norms[1], rel=1e-2)
+    assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+
+
+class Climbing(Net):
+    """The same by hand: two passes a step."""
+
+    def __init__(self, by_hand: bool, keeps: bool, set_to_none: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.by_hand, self.keeps, self.set_to_none = by_hand, keeps, set_to_none
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad(set_to_none=self.set_to_none)
+        for sign in (1.0, -1.0):
+            loss = F.mse_loss(self(batch[0]), batch[1])
+            loss.backward() if self.by_hand else self.manual_backward(loss)
+            if sign > 0 and not self.keeps:
+                optimizer.optimizer.climb()
+                optimizer.zero_grad(set_to_none=self.set_to_none)
+        if not self.keeps:
+            optimizer.optimizer.climb(-1.0)
+        self.norms.append(float(self.fc.weight.grad.norm()))
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return Sharp(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["of its own", "added"])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_rows_by_hooks_of_two_passes_by_hand_are_those_that_the_optimizer_takes(
+    tmp_path: Path, keeps: bool, set_to_none: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Climbing(False, keeps, set_to_none)
+    trainer = fit(tmp_path, model, Kept(method="hooks"))
+    assert norm(trainer) == pytest.approx(model.norms[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["of its own", "added"])
+def test_two_passes_that_nobody_told_of_are_refused(tmp_path: Path, keeps: bool) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="training_step calls backward several times itself"):
+        trainer = fit(tmp_path, Climbing(True, keeps), Kept(method="hooks"))
+    assert math.isnan(norm(trainer))
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop", "hooks"])
+def test_hooks_on_parameters_are_no_part_of_a_row(tmp_path: Path, method: Any) -> None:
+    class Hooked(Net):
+        def on_fit_start(self) -> None:
+            self.fc.weight.register_hook(lambda gradient: 10 * gradient)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    torch.manual_seed(0)
+    model, spectrum = Hooked(), Kept(method=method)
+    trainer = fit(tmp_path, model, spectrum)
+    assert norm(trainer) == pytest.approx(model.norms[0] / 10, rel=1e-5)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+
+
 class Adversaries(Net):
     """Two networks, one after the other trained on losses that pass through both."""
 
