@@ -99,13 +99,15 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
     @property
     def source(self) -> str:
         """Where rows come from, for a heading: the stage, and whose weights it reads where there are two sets."""
-        if not self._has_average:
-            return self.stage
-        return f"{self.stage} ({'averaged' if self.stage == 'validate' else 'trained'} weights)"
+        return f"{self.stage} ({self._weights_read} weights)" if self._has_average else self.stage
+
+    @property
+    def _weights_read(self) -> str:
+        return "averaged" if self._has_average and self.stage == "validate" else "trained"
 
     @override
     def settings(self) -> dict[str, Any]:
-        return self._request.settings()
+        return self._request.settings() | {"weights_read": self._weights_read}
 
     def spectra(self, report: ReportT) -> dict[str, Spectrum]:
         """This callback's own spectra in a report, by name."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_spectral import ActivationSpectrum, GradientSpectrum
+from lightning_spectral import ActivationSpectrum, GradientSpectrum, Run
 from tests.models import tiny_trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -195,6 +195,9 @@ def test_validation_reads_averaged_weights_in_any_order(tmp_path: Path, is_first
         "gradient spectra, validate (averaged weights)",
         "gradient spectra, train (trained weights)",
     ]
+    run = Run(tmp_path)
+    read = {stage: run.settings(f"gradient-{stage}")["weights_read"] for stage in ("validate", "train")}
+    assert read == {"validate": "averaged", "train": "trained"}
 
 
 @pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
