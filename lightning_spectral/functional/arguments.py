@@ -114,6 +114,8 @@ def check_parts(
     if values.ndim < 1 or (leave_one_out.ndim != values.ndim + 1 and leave_one_out.numel()):
         shapes = f"{tuple(values.shape)} and {tuple(leave_one_out.shape)}"
         raise ValueError(f"values and leave_one_out must have the shapes (n,) and (G, m), got {shapes}")
+    if leave_one_out.shape[-2:-1].numel() and not leave_one_out.shape[-1]:
+        raise ValueError(f"leave_one_out must hold values of each group, got shape {tuple(leave_one_out.shape)}")
     for name, part, axes in (("vectors", vectors, 1), ("leave_one_out_vectors", leave_one_out_vectors, 2)):
         if part is None:
             continue
@@ -216,6 +218,10 @@ def check_number(minimum: float | None = None, **numbers: Any) -> None:
         is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if isinstance(value, bool) or not is_number:
             raise ValueError(f"{name} must be a number, got {describe(value)}: write e.g. 2.0")
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must be within the floating-point range, got {describe(value)}") from None
         if minimum is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum:g}, got {describe(value)}")
 
@@ -265,6 +271,20 @@ def check_broadcast(**shapes: torch.Size) -> None:
     except RuntimeError:
         listed = " and ".join(str(tuple(shape)) for shape in shapes.values())
         raise ValueError(f"{' and '.join(shapes)} must have leading axes that broadcast, got {listed}") from None
+
+
+def is_one_line(text: Any) -> bool:
+    """Whether something is a text without line breaks and what else would command a terminal.
+
+    Args:
+        text: Anything.
+
+    Returns:
+        True or False.
+    """
+    if not isinstance(text, str) or len(text.splitlines()) > 1:
+        return False
+    return not any(sign < " " or "\x7f" <= sign < "\xa0" or "\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def is_finite_number(value: Any) -> bool:

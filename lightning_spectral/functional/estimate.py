@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import nan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.functional.arguments import check_int, check_parts, to_count, to_tensor
 from lightning_spectral.functional.jackknife import jackknife
-from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, power_law, resolve_band
+from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, check_band, power_law, resolve_band
 from lightning_spectral.functional.spectrum import rankme
 
 
@@ -117,7 +117,12 @@ class Spectrum:
 
         Returns:
             The fit; what is not to be had is NaN, with the reason.
+
+        Raises:
+            ValueError: If that is no band.
         """
+        check_band("band", band)
+        band = cast(Band, tuple(band))
         if band not in self._fits:
             self._fits[band] = self._fit(band)
         return self._fits[band]

@@ -81,6 +81,7 @@ def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8
     """
     check_level(level)
     check_number(at=at)
+    at = float(at)
     _check_references(alpha, tokens)
     alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
     known = alpha.isfinite() & logs.isfinite()
@@ -193,6 +194,7 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
     check_pair(tokens=tokens, losses=losses)
     _check_positive(tokens)
     check_number(target=target)
+    target = float(target)
     tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
     known = tokens.isfinite() & losses.isfinite()
     log_tokens, losses = tokens[known].log(), losses[known]

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_spectral.functional.arguments import (
     check_broadcast,
     check_int,
+    check_number,
     check_positive_semidefinite,
     check_rows,
     check_spectrum,
@@ -94,6 +95,9 @@ def eigenvalues(matrices: Tensor, rtol: float | Tensor | None = None) -> Tensor:
     """
     # The solver's own error would pass for a failed solve, and come back as NaN.
     check_square("matrices", matrices)
+    if rtol is not None:
+        check_number(minimum=0, rtol=rtol)
+        rtol = float(rtol)
     matrices = matrices.to(torch.float64)
     values, _, least = _decompose(matrices, rtol, num_vectors=0)
     check_positive_semidefinite("matrices", matrices, least, torch.maximum(values[..., :1], -least))

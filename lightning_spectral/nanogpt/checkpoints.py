@@ -48,8 +48,8 @@ def from_speedrun(state: Mapping[str, Tensor], config: GPTConfig, turns_back: bo
         A state dict for `GPT.load_state_dict`.
 
     Raises:
-        ValueError: If the model has other parameters, or others of their shapes; if one is there twice, or is no dense tensor
-            of finite real numbers.
+        ValueError: If the model has other parameters, or others of their shapes; if one is there twice, or is no dense
+            tensor of finite real numbers.
     """
     if not isinstance(config, GPTConfig):
         raise ValueError(f"config must be a GPTConfig, got {shown(config)}: take that of the model")

@@ -221,14 +221,16 @@ def settings_for(
     settings = OPTIMIZERS[recipe]
     if tier == "tiny":
         settings = scaled(settings, TINY_LEARNING_RATE_FACTORS.get(recipe, 1.0))
+    if matrix_optimizer is not None and not (
+        isinstance(matrix_optimizer, str) and matrix_optimizer in ("muon", "adamw")
+    ):
+        raise ValueError(f"matrix_optimizer must be one of muon, adamw, got {shown(matrix_optimizer)}")
     if matrix_optimizer not in (None, settings.matrix_optimizer):
         if settings.matrix_optimizer == "adamw":
             raise ValueError(
                 f"matrix_optimizer must be adamw for {recipe}, which has no learning rate for another, got "
                 f"{matrix_optimizer!r}: take optimizer=muon or a later one"
             )
-        if matrix_optimizer != "adamw":
-            raise ValueError(f"matrix_optimizer must be one of muon, adamw, got {shown(matrix_optimizer)}")
         settings = settings._replace(matrix_optimizer="adamw", matrices=ADAMW_MATRICES)
     if learning_rate is not None:
         settings = with_learning_rate(settings, learning_rate)

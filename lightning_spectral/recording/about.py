@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_spectral.functional.arguments import describe
+from lightning_spectral.functional.arguments import describe, is_one_line
 from lightning_spectral.measurement.arguments import MAX_COUNT
 from lightning_spectral.recording.family import describe_model, family_name
 from lightning_spectral.runs.record import FOLDER
@@ -46,8 +46,10 @@ class Notes:
 
     def __post_init__(self) -> None:
         for name, text in (("family", self.family), ("loss", self.loss)):
-            if not (text is None or (isinstance(text, str) and text)):
-                raise ValueError(f"{name} must be a name, or None for that of the rule, got {describe(text)}")
+            if not (text is None or (is_one_line(text) and text)):
+                raise ValueError(
+                    f"{name} must be a name of one line, or None for that of the rule, got {describe(text)}"
+                )
         if not (isinstance(self.tags, Mapping) and all(isinstance(key, str) for key in self.tags)):
             raise ValueError(f"tags must be a dictionary with names as keys, got {describe(self.tags)}")
         tokens = self.tokens_per_sample

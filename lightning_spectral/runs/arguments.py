@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_spectral.functional.arguments import describe, is_finite_number
+from lightning_spectral.functional.arguments import describe, is_finite_number, is_one_line
 from lightning_spectral.functional.powerlaw import check_band
 
 
@@ -35,8 +35,8 @@ def check_loss(name: str, loss: Any) -> None:
 
 def check_name(name: str, value: Any) -> None:
     """Refuse what is neither a name nor None, by a ValueError."""
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"{name} must be a name, or None, got {describe(value)}")
+    if value is not None and not (is_one_line(value) and value):
+        raise ValueError(f"{name} must be a name of one line, or None, got {describe(value)}")
 
 
 def check_tail(tail: Any) -> None:

@@ -1,5 +1,6 @@
 """Comparing two sides of runs at equal loss: what was gained in tokens and in time, and what moved in the spectra."""
 
+import os
 from collections.abc import Iterator, Sequence
 from math import exp, isnan, log, nan, sqrt
 from pathlib import Path
@@ -174,7 +175,7 @@ def _open_floor(floor: Paths | None, sides: tuple[list[Run], list[Run]]) -> tupl
     if floor is None:
         return [], None
     check_paths("floor", floor)
-    if isinstance(floor, (str, Path)) and Path(floor).is_file():
+    if isinstance(floor, (str, Path)) and os.path.isfile(floor):
         recorded = read_scatter(Path(floor))
         if family not in recorded.families:
             raise ValueError(f"floor must be of the base's family, {family}, got {', '.join(recorded.families)}")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite, isnan
 from typing import Any, NamedTuple
 
-from lightning_spectral.functional.arguments import describe, is_finite_number
+from lightning_spectral.functional.arguments import describe, is_finite_number, is_one_line
 from lightning_spectral.functional.powerlaw import check_band
 
 MAX_STEP = 10**15
@@ -34,7 +34,7 @@ def _is_band(value: Any) -> bool:
     return True
 
 
-_TEXT = _Fact("a text", lambda value: isinstance(value, str))
+_TEXT = _Fact("a text of one line", is_one_line)
 _FLAG = _Fact("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Fact("a count", _is_count)
 _BAND = _Fact("two ascending ranks or fractions", _is_band)

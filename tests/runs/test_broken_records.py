@@ -81,7 +81,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list of batches": (lambda run: about(run, batch_tokens=[1]), "batch_tokens must be a positive number"),
     "a negative batch": (lambda run: about(run, batch_tokens=-5), "batch_tokens must be a positive number"),
     "a batch of words": (lambda run: about(run, batch_tokens="many"), "batch_tokens must be a positive number"),
-    "a family of numbers": (lambda run: about(run, family=[1]), "family must be a text"),
+    "a family of numbers": (lambda run: about(run, family=[1]), "family must be a text of one line"),
     "a forecast of text": (lambda run: about(run, forecast={"a": "b"}), "forecast must be a table of tables"),
     "an actual of text": (
         lambda run: about(run, forecast={"a": {"actual": "x"}}),
