@@ -28,6 +28,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.masks import Mask
 
 SampleCutter = Callable[[Any], Sequence[Any]]
@@ -245,10 +246,12 @@ def load_cutter(samples: SampleCutter | str | None) -> SampleCutter | None:
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"samples must be a function or its import path, got {samples!r}: {error}") from None
+            raise ValueError(
+                f"samples must be a function or its import path, got {shown(samples)}: {' '.join(str(error).split())}"
+            ) from None
         if callable(found):
             return found
-    raise ValueError(f"samples must be a function that cuts a batch, its import path or None, got {samples!r}")
+    raise ValueError(f"samples must be a function that cuts a batch, its import path or None, got {shown(samples)}")
 
 
 def path_of(function: Callable[..., Any] | None) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.batch import SampleCutter, Samples, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
 from lightning_spectral.capture.parameters import resolve_parameters
@@ -127,14 +128,23 @@ def _check_arguments(
     for name, value, holds, words in (
         ("module", module, isinstance(module, nn.Module), "a torch.nn.Module"),
         ("parameters", parameters, parameters is None or isinstance(parameters, str) or is_list, "patterns, or None"),
-        ("method", method, method in ("auto", "vmap", "hooks", "loop"), "'auto', 'vmap', 'hooks' or 'loop'"),
+        (
+            "method",
+            method,
+            isinstance(method, str) and method in ("auto", "vmap", "hooks", "loop"),
+            "'auto', 'vmap', 'hooks' or 'loop'",
+        ),
         ("chunk_size", chunk_size, chunk_size is None or _is_int(chunk_size, 1), "a positive int, or None"),
-        ("loss_reduction", loss_reduction, loss_reduction in ("mean", "sum"), "'mean' or 'sum'"),
+        (
+            "loss_reduction",
+            loss_reduction,
+            isinstance(loss_reduction, str) and loss_reduction in ("mean", "sum"),
+            "'mean' or 'sum'",
+        ),
         ("batch_dim", batch_dim, batch_dim is None or _is_int(batch_dim, 0), "an int from 0, or None"),
     ):
         if not holds:
-            text = " ".join(repr(value).split())
-            raise ValueError(f"{name} must be {words}, got {text if len(text) <= 80 else text[:76] + ' ...'}")
+            raise ValueError(f"{name} must be {words}, got {shown(value)}")
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.batch import batch_of, copied, tensors
 from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.kept import Kept
@@ -236,7 +237,11 @@ def load_loss(loss_fn: LossFunction | str | None) -> LossFunction | None:
         module, _, name = loss_fn.rpartition(".")
         loaded = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"loss_fn must be a callable or its import path, got {loss_fn!r}: {error}") from error
+        raise ValueError(
+            f"loss_fn must be a callable or its import path, got {shown(loss_fn)}: {' '.join(str(error).split())}"
+        ) from error
     if not callable(loaded):
-        raise ValueError(f"loss_fn must be a callable or its import path, got {loss_fn!r}, a {type(loaded).__name__}")
+        raise ValueError(
+            f"loss_fn must be a callable or its import path, got {shown(loss_fn)}, a {type(loaded).__name__}"
+        )
     return loaded

@@ -117,7 +117,7 @@ class NanoGPT(pl.LightningModule):
         self.gpt = GPT(config)
         self.settings = settings_for(
             tier,
-            optimizer or recipe,
+            recipe if optimizer is None else optimizer,
             matrix_optimizer=matrix_optimizer,
             learning_rate=learning_rate,
             lr_multiplier=lr_multiplier,

@@ -136,7 +136,7 @@ def forecast(
 
     Raises:
         ValueError: If no family has, naming what is missing; if an argument is of another type, the tail reaches beyond
-            the width, or ``at`` beyond what the fastest run took or before all were measured.
+            the width, or ``at`` beyond what the fastest run took or before any was measured.
     """
     check_loss("target", target)
     check_name("layer", layer)
@@ -206,7 +206,7 @@ def _of_family(
     tokens = [run.tokens_to(target) for run in runs]
     batches = [float(run.about.get("batch_tokens") or nan) for run in runs]
     fastest = min(tokens)
-    _check_at(at, max(_reported(run)[0] for run in runs), fastest)
+    _check_at(at, min(_reported(run)[0] for run in runs), fastest)
     at = [fraction * fastest for fraction in FRACTIONS] if at is None else at
     points = [_point(runs, tokens, batches, layer, band, target, there) for there in at]
     unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
@@ -231,8 +231,8 @@ def _check_at(at: Sequence[float] | None, first: float, fastest: float) -> None:
     for tokens in at or ():
         if not first <= tokens <= fastest:
             raise ValueError(
-                f"at must be from {first:,.0f} tokens, the first that all runs were measured at, to the {fastest:,.0f} "
-                f"that the fastest took, got {tokens:,.6g}: leave it out for 10, 25 and 50%"
+                f"at must be from {first:,.0f} tokens, at which a run was measured first, to the {fastest:,.0f} that "
+                f"the fastest took, got {tokens:,.6g}: leave it out for 10, 25 and 50%"
             )
 
 

@@ -72,9 +72,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     try:
         about = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: it has no {ABOUT}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if not os.path.lexists(path):
+            raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: it has no {ABOUT}") from None
         raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error}): restore it") from error
     if not isinstance(about, dict) or "format" not in about or not _is_table(about.get("series")):
         raise ValueError(f"run must be a folder with a record, got {str(folder)!r}: its {ABOUT} is something else's")

@@ -55,7 +55,7 @@ WRONG = {
     "compare, nothing": (["compare"], f"{REQUIRED}: BASE, VARIANT: see lightning-spectral compare --help"),
     "compare, three": (["compare", "f0", "f1", "f2"], "unrecognized arguments: f2: see lightning-spectral compare"),
     "compare, floor": (["compare", "f0", "f1", "--floor", "gone"], "run must be a folder with a record, got 'gone'"),
-    "compare, NaN": (["compare", "f0", "f1", "--at-loss", "nan"], "at_loss must be a loss that all runs came down"),
+    "compare, NaN": (["compare", "f0", "f1", "--at-loss", "nan"], "at_loss must be a finite number, got nan"),
     "compare, ending": (["compare", "f0", "f1", "--plot", "a.xyz"], "plot must be a file that can be written, such"),
     "forecast, nothing": (["forecast"], f"{REQUIRED}: RUN, --target: see lightning-spectral forecast --help"),
     "forecast, target": (["forecast", "f*", "--target", "low"], "argument --target: invalid float value: 'low'"),
