@@ -47,36 +47,42 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def open_arrays(path: Path) -> Iterator["Arrays"]:
-    """The arrays in an ``.npz``; ValueError for one that is no such file, or larger than any of ours."""
+def open_archive(path: Path) -> Iterator[BinaryIO]:
+    """An ``.npz`` open for reading; ValueError for one whose directory says that it is larger than any of ours."""
     with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         if size > MAX_ARRAYS:
             raise ValueError(f"it has {size:,} bytes, more than {MAX_ARRAYS:,}")
         _check_directory(file, size)
         with zipfile.ZipFile(file) as archive:
-            yield Arrays(archive)
+            entries = archive.infolist()
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("it holds arrays of one name twice")
+        total = sum(entry.file_size for entry in entries)
+        if total > MAX_ARRAYS:
+            raise ValueError(f"its arrays take {total:,} bytes, more than {MAX_ARRAYS:,}")
+        file.seek(0)
+        yield file
+
+
+@contextmanager
+def open_arrays(path: Path) -> Iterator["Arrays"]:
+    """The arrays in an ``.npz``; ValueError as for :func:`open_archive`."""
+    with open_archive(path) as file, zipfile.ZipFile(file) as archive:
+        yield Arrays(archive)
 
 
 class Arrays:
     """Arrays by name, each read when it is asked for, after its size was checked.
 
     Args:
-        archive: Open for reading.
-
-    Raises:
-        ValueError: If what it says it holds is too large.
+        archive: Open for reading, its sizes checked.
     """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
         self._archive = archive
         self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
-        if len(self._entries) < len(entries):
-            raise ValueError("it holds arrays of one name twice")
-        total = sum(entry.file_size for entry in entries)
-        if total > MAX_ARRAYS:
-            raise ValueError(f"its arrays take {total:,} bytes, more than {MAX_ARRAYS:,}")
 
     @property
     def files(self) -> list[str]:

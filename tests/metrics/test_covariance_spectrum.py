@@ -313,7 +313,8 @@ def test_the_number_of_features_must_be_a_positive_int(num_features):
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (6, 5)], ids=str)
 def test_rows_of_another_length_are_refused(shape):
-    message = re.escape(f"x must have {WIDTH} features in its last axis, got shape {shape}")
+    what = f"{WIDTH} features in its last axis" if shape else "at least one axis"
+    message = re.escape(f"x must have {what}, got shape {shape}")
     with pytest.raises(ValueError, match=message):
         CovarianceSpectrum(WIDTH).update(torch.ones(shape))
 
