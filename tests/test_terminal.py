@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_spectral.terminal import console, new_table, number, print_table, show_number, with_error
+from lightning_spectral.terminal import console, new_table, number, one_line, print_table, show_number, with_error
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,16 @@ def test_a_log_file_is_wide_enough_for_whole_numbers(capsys: pytest.CaptureFixtu
     table.add_row("x" * 200, "123,456,789")
     console().print(table)
     assert "123,456,789" in capsys.readouterr().out
+
+
+def test_what_would_command_the_terminal_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table("\x1b[2Jtitle", ["[red]name[/red]"], ["number"])
+    table.add_row("[/] :smile: \x1b]0;x\x07", "1")
+    console().print(table)
+    console().print("two\nlines\r\x9b2J")
+    printed = capsys.readouterr().out
+    assert "\\x1b[2Jtitle" in printed
+    assert "[red]name[/red]" in printed
+    assert "[/] :smile: \\x1b]0;x\\x07" in printed
+    assert "two\nlines\\r\\x9b2J" in printed
+    assert one_line(" a\n b\x1b[0m\n") == "a b\\x1b[0m"
