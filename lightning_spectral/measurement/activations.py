@@ -22,7 +22,6 @@ from lightning_spectral.capture.nested import parts_of, rows_of_parts
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.arguments import check_flag, describe
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.moments import Moments
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement.arguments import check_axis, check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
@@ -77,8 +76,8 @@ class ActivationMeasurement(Measurement):
     """
 
     def __init__(self, request: ActivationRequest, scene: Scene) -> None:
-        super().__init__(request, request.num_tokens, scene.stopwatch)
-        device = scene.device
+        device = torch.device("cpu") if scene.device.type == "mps" else scene.device
+        super().__init__(request, request.num_tokens, scene.stopwatch, device)
         self.request = request
         self.refusals: dict[str, str] = {}
         """Why layers cannot be read at all, by name, as an output has shown."""
@@ -111,7 +110,7 @@ class ActivationMeasurement(Measurement):
             num_groups=request.num_groups,
             normalize=request.normalize,
             dtype=DTYPES[request.dtype],
-            device=torch.device("cpu") if device.type == "mps" else device,
+            device=device,
         )
 
     def watch(
@@ -345,12 +344,10 @@ class ActivationMeasurement(Measurement):
         with self.stopwatch.running():
             reasons = dict.fromkeys(self._absent, ABSENT) | self._collector.failures
             spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
-            for names, parts, offered, dtypes in self._collector.pool():
-                rows = zip(names, offered, strict=True)
-                # Over the steps of its own: what a layer's window is does not depend on others.
-                if self.steps_collected:
-                    self._rows |= {name: total / len(self._steps[name]) for name, total in rows if total > 0}
-                spectra |= self._decompose(names, parts, step, dtypes)
+            if not self._collector.is_agreed:
+                self._collector.agree()
+            for width in self._collector.widths:
+                spectra |= self._of_width(width, step)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
             self.report = Report(step, {self.kind: spectra})
@@ -372,12 +369,28 @@ class ActivationMeasurement(Measurement):
                 "in float64 from the next report on"
             )
 
-    def _decompose(self, names: list[str], parts: Moments, step: int, dtypes: list[str]) -> dict[str, Spectrum]:
+    def _of_width(self, width: int, step: int) -> dict[str, Spectrum]:
+        """Spectra of the layers of one width; all are missing, on all ranks, where one has no memory for them, say."""
+        names = self._collector.names_of(width)
+
+        def pooled() -> tuple[dict[str, Spectrum], list[float]]:
+            parts, offered, dtypes = self._collector.pool_width(width)
+            failures = self._collector.failures
+            is_bad = zip(names, parts.num_rows.isnan().any(-1).tolist(), strict=True)
+            elsewhere = {name: self.together.reasons(failures.get(name)) for name, bad in is_bad if bad}
+            return decompose(names, parts, failures, step, self._num_vectors, dtypes, elsewhere), offered
+
         try:
-            return decompose(names, parts, self._collector.failures, step, self._num_vectors, dtypes)
-        except RuntimeError as error:  # out of memory, most likely; past the collectives, so that no rank waits
-            reason = str(error).partition("\n")[0]
-            return {name: self._missing(name, step, reason) for name in names}
+            spectra, offered = self.together.attempt(pooled)
+        except Exception as error:
+            if self.together.ends(error):
+                raise
+            return {name: self._missing(name, step, reason_of(error)) for name in names}
+        # Over the steps of its own: what a layer's window is does not depend on others.
+        if self.steps_collected:
+            rows = zip(names, offered, strict=True)
+            self._rows |= {name: total / len(self._steps[name]) for name, total in rows if total > 0}
+        return spectra
 
     @override
     def missing_report(self, step: int, reason: str) -> Report:

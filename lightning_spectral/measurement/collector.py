@@ -322,20 +322,34 @@ class Collector:
         """
         if not self.is_agreed:
             self.agree()
-        for _, (names, sums) in sorted(self._buffers.items()):
-            for index, name in enumerate(names):
-                if name in self.failures:
-                    # All ranks must come to the same result, and only NaN survives a sum.
-                    sums.count[index] = torch.nan
-            mirror_(sums.outer)
-            parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
-            is_double = [self._dtype_of(name) == torch.float64 for name in names]
-            numbers = [[self.offered(name) for name in names], [self.offered(name) > 0 for name in names], is_double]
-            riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-            pooled, totals = reduce_moments(parts, riders.flatten())
-            offered, num_ranks, num_double = totals.chunk(3)
-            dtypes = ["float64" if number == self._world else "float32" for number in num_double.tolist()]
-            yield names, pooled, self._as_if_all(offered, num_ranks), dtypes
+        for width in self.widths:
+            yield self.names_of(width), *self.pool_width(width)
+
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the layers, ascending, as agreed."""
+        return sorted(self._buffers)
+
+    def names_of(self, width: int) -> list[str]:
+        """The layers of a width."""
+        return self._buffers[width][0]
+
+    def pool_width(self, width: int) -> tuple[Moments, list[float], list[str]]:
+        """What :meth:`pool` gives for the layers of one width; a collective."""
+        names, sums = self._buffers[width]
+        for index, name in enumerate(names):
+            if name in self.failures:
+                # All ranks must come to the same result, and only NaN survives a sum.
+                sums.count[index] = torch.nan
+        mirror_(sums.outer)
+        parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
+        is_double = [self._dtype_of(name) == torch.float64 for name in names]
+        numbers = [[self.offered(name) for name in names], [self.offered(name) > 0 for name in names], is_double]
+        riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        pooled, totals = reduce_moments(parts, riders.flatten())
+        offered, num_ranks, num_double = totals.chunk(3)
+        dtypes = ["float64" if number == self._world else "float32" for number in num_double.tolist()]
+        return pooled, self._as_if_all(offered, num_ranks), dtypes
 
     def reset(self) -> None:
         """Forget all rows; nothing slides from one report into the next."""

@@ -17,6 +17,7 @@ def decompose(
     step: float = torch.nan,
     num_vectors: int = 0,
     dtypes: Sequence[str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, Spectrum]:
     """Solve all layers of one width.
 
@@ -28,6 +29,7 @@ def decompose(
         num_vectors: How many leading eigenvectors to keep, 0 for none.
         dtypes: Of the products of each layer, ``"float32"`` or ``"float64"``; None for float64. Eigenvalues below their
             rounding are zero.
+        elsewhere: What is known of failures on other ranks.
 
     Returns:
         Spectra by name; error bars where all of two or more groups received rows.
@@ -43,7 +45,7 @@ def decompose(
     ):
         failure = failures.get(name)
         if failure is None and bool(count.isnan().any()):
-            failure = "another rank could not measure it"
+            failure = (elsewhere or {}).get(name) or "another rank could not measure it"
         failure = failure or why_no_spectrum(Moments(*(part[0] for part in sample)))
         if failure is None and bool(values[0].isnan().any()):
             failure = "the eigensolver did not converge"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from math import isnan
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +39,7 @@ from lightning_spectral.measurement.gradient_report import GradientReport, Param
 from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.stopwatch import settle
+from lightning_spectral.metrics.collectives import OtherRankError
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
 from lightning_spectral.metrics.reduction import gather_numbers, world_size
 
@@ -147,7 +149,8 @@ class GradientMeasurement(Measurement):
     """Whether fewer samples fit into memory at a time than were tried first."""
 
     def __init__(self, request: GradientRequest, scene: Scene) -> None:
-        super().__init__(request, request.num_samples, scene.stopwatch)
+        self._device = torch.device("cpu") if scene.device.type == "mps" else scene.device
+        super().__init__(request, request.num_samples, scene.stopwatch, self._device)
         self.request = request
         self.parameters: dict[str, nn.Parameter] = resolve_parameters(scene.module, request.parameters)
         """Those that are measured, by clean name."""
@@ -161,7 +164,6 @@ class GradientMeasurement(Measurement):
         self._absent: dict[str, str] = {}
         self._weight_spectra: dict[str, Spectrum] | None = None
         self._is_finished = False
-        self._device = torch.device("cpu") if scene.device.type == "mps" else scene.device
         self._world = world_size()
         self._rank = dist.get_rank() if self._world > 1 else 0
         share, rest = divmod(request.num_samples, self._world)
@@ -327,9 +329,9 @@ class GradientMeasurement(Measurement):
         with self.stopwatch.running():
             with torch.inference_mode(False), torch.no_grad():
                 parameters = self._decompose(step)
+                weights = self._weights_of_all(step)
             span = (self._span[0], self._span[-1]) if self._span else (step, step)
             checked = "; ".join(f"{part}: {result}" for part, result in sorted(self.checked.items()))
-            weights = self._weight_spectra or {}
             self.report = GradientReport.of(step, parameters, weights, self.method, span, checked, self.weights_ratio)
             self.reset()
 
@@ -370,13 +372,12 @@ class GradientMeasurement(Measurement):
             self.schedule.rows_per_step = float(of_ranks[:, 1].sum()) / self.steps_collected
         num_rows = sum(counts)
         missing = ParameterGradients.missing
-        found = {
-            name: missing(
-                name, num_rows, self._failures.get(name, "another rank could not measure it"), name in self._failures
-            )
-            for name, is_good in zip(names, of_ranks[:, 3:].min(0).values.tolist(), strict=True)
-            if not is_good
-        }
+        found = {}
+        for name, is_good in zip(names, of_ranks[:, 3:].min(0).values.tolist(), strict=True):
+            if not is_good:
+                elsewhere = self.together.reasons(self._failures.get(name))
+                reason = self._failures.get(name, elsewhere)
+                found[name] = missing(name, num_rows, reason, name in self._failures)
         wanted = [name for name in names if name not in found]
         if num_rows == 0:
             found |= {name: missing(name, 0, "no sample was seen", False) for name in wanted}
@@ -384,14 +385,19 @@ class GradientMeasurement(Measurement):
             shares: dict[str, Tensor] = {}
             for name in wanted:
                 try:
-                    shares[name] = self._share(name, counts)
-                except RuntimeError as error:
-                    if self._world > 1:
-                        raise  # the other ranks wait in a collective
-                    found[name] = missing(name, num_rows, reason_of(error), True)
+                    shares[name] = self.together.attempt(partial(self._share, name, counts))
+                except Exception as error:  # no memory, most likely
+                    if self.together.ends(error):
+                        raise
+                    found[name] = missing(name, num_rows, reason_of(error), not isinstance(error, OtherRankError))
             if shares:
-                grams = sum_over_ranks(torch.stack(list(shares.values())))
-                found |= self._solve(dict(zip(shares, grams, strict=True)), counts, step)
+                try:
+                    found |= self.together.attempt(lambda: self._solve(shares, counts, step))
+                except Exception as error:
+                    if self.together.ends(error):
+                        raise
+                    is_here = not isinstance(error, OtherRankError)
+                    found |= {name: missing(name, num_rows, reason_of(error), is_here) for name in shares}
         for name, reason in self._absent.items():
             found[name] = ParameterGradients.absent(name, reason)
         return {name: found[name] for name in names}
@@ -403,17 +409,12 @@ class GradientMeasurement(Measurement):
     def _gram(self, rows: Tensor, counts: list[int]) -> Tensor:
         return gram_share(rows, counts, self._device)
 
-    def _solve(self, grams: dict[str, Tensor], counts: list[int], step: int) -> dict[str, ParameterGradients]:
+    def _solve(self, shares: dict[str, Tensor], counts: list[int], step: int) -> dict[str, ParameterGradients]:
+        grams = dict(zip(shares, sum_over_ranks(torch.stack(list(shares.values()))), strict=True))
         num_groups = self.request.num_groups
         # Sample i of a rank belongs to group (rank + i) mod G, as for activations.
         groups = torch.cat([(torch.arange(count) + rank) % num_groups for rank, count in enumerate(counts)])
-        try:
-            return decompose_grams(
-                grams, self._store.sizes, groups.to(self._device), num_groups, self._store.dtype, step
-            )
-        except RuntimeError as error:  # out of memory, most likely; past the collectives, so that no rank waits
-            reason = str(error).partition("\n")[0]
-            return {name: ParameterGradients.missing(name, sum(counts), reason, True) for name in grams}
+        return decompose_grams(grams, self._store.sizes, groups.to(self._device), num_groups, self._store.dtype, step)
 
     def _weights(self, step: int) -> dict[str, Spectrum]:
         """Singular values of the matrices among the parameters; those of one shape are solved together."""
@@ -438,6 +439,17 @@ class GradientMeasurement(Measurement):
                 facts: dict[str, Any] = {"failure": failure, "failed_here": failure is not None, "dtype": "float64"}
                 spectra[name] = Spectrum(row, corrects_bias=False, name=name, step=step, **facts)
         return {name: spectra[name] for name in self._matrices()}
+
+    def _weights_of_all(self, step: int) -> dict[str, Spectrum]:
+        """The spectra of weights, those missing that some rank, of all that have the same, could not have."""
+        weights = dict(self._weight_spectra or {})
+        if self._world > 1 and weights:
+            num_failed = gather_numbers([int(one.failure is not None) for one in weights.values()], self._device).sum(0)
+            for name in [name for name, number in zip(weights, num_failed.tolist(), strict=True) if number]:
+                reason = self.together.reasons(weights[name].failure)
+                if weights[name].failure is None:
+                    weights[name] = Spectrum.missing(reason, corrects_bias=False, name=name, step=step)
+        return weights
 
     def _matrices(self) -> list[str]:
         return [name for name, weight in self.weights.items() if weight.ndim >= 2]

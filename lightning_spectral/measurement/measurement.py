@@ -16,7 +16,7 @@ from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.measurement.arguments import MAX_GROUPS, check_at_most, check_axis, check_choice, check_positive
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
-from lightning_spectral.metrics.reduction import world_size
+from lightning_spectral.metrics.collectives import Together
 
 Stage = Literal["train", "validate"]
 
@@ -94,9 +94,13 @@ class Measurement:
         request: What to measure, and when.
         num_rows: Rows wanted per report, over all ranks.
         stopwatch: Counts the time that measuring takes.
+        device: Where the process group can reduce.
+
+    What a subclass does in :meth:`make_report` and :meth:`agree_on_rows` succeeds on all ranks or on none: there alone
+    it may call the collectives of :mod:`lightning_spectral.metrics`, and raise whatever comes up between them.
     """
 
-    def __init__(self, request: Request, num_rows: int, stopwatch: Stopwatch) -> None:
+    def __init__(self, request: Request, num_rows: int, stopwatch: Stopwatch, device: torch.device) -> None:
         self.stage = request.stage
         self.every_n_steps = request.every_n_steps
         self.loader = request.dataloader_idx
@@ -113,7 +117,10 @@ class Measurement:
         self.steps_collected = 0
         """Optimizer steps collected for the next report."""
         self.stopwatch = stopwatch
+        self.together = Together(device)
+        """For parts of a report that may fail without the others."""
         self._is_renewed = False
+        self._failure: str | None = None
         self.rows: dict[str, str] = {}
         """What a row of each layer that has run is, in words."""
         self.batch_idx = 0
@@ -212,8 +219,9 @@ class Measurement:
             return
         self.steps_collected += self.is_collecting
         if self.schedule.rows_per_step is None:
-            self.schedule.rows_per_step = self.agree_on_rows()
-            self.trim(step - moved)
+            with suppress(Exception):  # on all ranks, which try again after the next step
+                self.schedule.rows_per_step = self.together.attempt(self.agree_on_rows)
+                self.trim(step - moved)
         if self.schedule.due():
             self._report(step)
 
@@ -236,7 +244,10 @@ class Measurement:
         """A validation batch has ended, maybe the last of the loader that is measured."""
         self.close()
         if is_last and self.is_collecting:
-            self.read_weights(step)
+            try:
+                self.read_weights(step)
+            except Exception as error:  # for the report to say
+                self._failure = reason_of(error)
 
     def end_validation(self, step: int) -> None:
         """A validation run has ended; makes its report."""
@@ -249,13 +260,19 @@ class Measurement:
             self.renew()
 
     def _report(self, step: int) -> None:
+        before = self.state_dict()
         try:
-            self.make_report(step)
-        except Exception as error:
-            if world_size() > 1:
-                raise  # the other ranks wait in a collective
+            self.together.attempt(lambda: self._make_report(step))
+        except Exception as error:  # on all ranks
+            self.load_state_dict(before)  # what some ranks have learnt is not what all know
             self.report = self.missing_report(step, reason_of(error))
             self.reset()
+
+    def _make_report(self, step: int) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise RuntimeError(failure)
+        self.make_report(step)
 
 
 def reason_of(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.functional.singular import gram
-from lightning_spectral.metrics.reduction import world_size
+from lightning_spectral.metrics.collectives import all_reduce, all_to_all, world_size
 
 SLAB_NUMBERS = 2**23
 """Numbers that a rank receives at a time, 32 MiB in float32: what the exchange needs beside the rows themselves."""
@@ -46,13 +46,8 @@ def gram_share(
         blocks = [slab[:, r * width : (r + 1) * width] for r in range(world)]
         mine = blocks[rank].shape[1]
         received = slab.new_empty(num_rows * mine)
-        dist.all_to_all_single(
-            received,
-            torch.cat([block.flatten() for block in blocks]),
-            output_split_sizes=[count * mine for count in counts],
-            input_split_sizes=[block.numel() for block in blocks],
-            group=group,
-        )
+        sent = torch.cat([block.flatten() for block in blocks])
+        all_to_all(received, sent, [count * mine for count in counts], [block.numel() for block in blocks], group)
         share += gram(received.view(num_rows, mine))
     return share
 
@@ -60,5 +55,5 @@ def gram_share(
 def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum a tensor of one shape on every rank over the ranks of a group, None for all, in place; a collective."""
     if world_size(group) > 1:
-        dist.all_reduce(share, group=group)
+        all_reduce(share, group)
     return share

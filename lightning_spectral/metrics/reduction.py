@@ -5,11 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.functional.moments import Moments, between_sets
-
-
-def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of ranks in a group, None for all; 1 where torch.distributed is not in use."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+from lightning_spectral.metrics.collectives import all_reduce, world_size
 
 
 def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Moments, Tensor]:
@@ -24,7 +20,7 @@ def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | No
         return parts, riders
     weighted = parts.mean * parts.num_rows.unsqueeze(-1)
     small = torch.cat([parts.num_rows.flatten(), weighted.flatten(), riders])
-    dist.all_reduce(small, group=group)
+    all_reduce(small, group)
     num_sets, num_sums = parts.num_rows.numel(), weighted.numel()
     count = small[:num_sets].view_as(parts.num_rows)
     total = small[num_sets : num_sets + num_sums].view_as(weighted)
@@ -32,7 +28,7 @@ def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | No
     # A rank without rows weighs nothing, however far from the common mean its own zero lies.
     deviation = (parts.mean - mean) * parts.num_rows.sqrt().unsqueeze(-1)
     scatter = parts.scatter.addcmul_(deviation.unsqueeze(-1), deviation.unsqueeze(-2))
-    dist.all_reduce(scatter, group=group)
+    all_reduce(scatter, group)
     return Moments(count, mean, scatter), small[num_sets + num_sums :]
 
 
@@ -50,7 +46,7 @@ def reduce_packed(packed: Tensor, num_features: int, group: dist.ProcessGroup | 
     slots[dist.get_rank(group) if world > 1 else 0] = packed[:size]
     flat = torch.cat([packed[size:], slots.flatten()])
     if world > 1:
-        dist.all_reduce(flat, group=group)
+        all_reduce(flat, group)
     slots = flat[-slots.numel() :].view(world, size)
     count, mean, between = between_sets(slots[:, 0], slots[:, 1:], slots.new_ones(1, world))
     scatter = flat[: num_features * num_features] + between.flatten()
@@ -66,5 +62,5 @@ def gather_numbers(numbers: list[int], device: torch.device, group: dist.Process
     slots = torch.zeros(world, len(numbers), dtype=torch.float64, device=device)
     slots[dist.get_rank(group) if world > 1 else 0] = torch.tensor(numbers, dtype=torch.float64)
     if world > 1:
-        dist.all_reduce(slots, group=group)
+        all_reduce(slots, group)
     return slots.cpu()

@@ -70,7 +70,7 @@ class BatchCounter:
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective if a batch was counted since the last time."""
-        if self.num_batches == self._agreed_batches:
+        if not self.is_behind:
             return
         tokens, losses, num_losses = self._sum(
             float(self._new_tokens), float(self._new_losses), float(self._num_new_losses)
@@ -80,6 +80,11 @@ class BatchCounter:
         self._num_losses += num_losses
         self._agreed_batches = self.num_batches
         self._forget()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a batch was counted since ranks agreed; the same on all."""
+        return self.num_batches != self._agreed_batches
 
     def _sum(self, *numbers: float) -> list[float]:
         return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_spectral.capture.batch import Samples
 from lightning_spectral.measurement.measurement import Measurement, Report
 from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
+from lightning_spectral.metrics.collectives import Together
 from lightning_spectral.recording.about import Notes
 from lightning_spectral.recording.counter import BatchCounter
 from lightning_spectral.recording.fingerprint import Fingerprint
@@ -69,6 +70,8 @@ class RunRecorder:
         self._series: dict[Measurement, Series] = {}
         self._fingerprint: Fingerprint | None = None
         self._device = torch.device("cpu")
+        self._together = Together(self._device)
+        self._is_agreed = True
         self._batches_per_step = 1
         self._monitored: Sequence[str] = ()
         self._is_training = self._is_validating = False
@@ -118,12 +121,17 @@ class RunRecorder:
     @property
     def tokens(self) -> float:
         """Training tokens over all ranks when they last agreed on them; NaN outside training."""
-        return self._counter.tokens if self._is_training else nan
+        return self._counter.tokens if self._is_training and self._is_agreed else nan
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective, which all ranks come to at the same points."""
-        if self._is_training:
-            self._counter.agree()
+        if self._is_training and self._counter.is_behind:
+            try:
+                self._together.attempt(self._counter.agree)
+                self._is_agreed = True
+            except Exception as error:  # on all ranks; the next time counts what this one did not
+                self._is_agreed = False
+                self._warner.warn(f"does not know the tokens at a report: {error}")
 
     def start(self, start: Start) -> None:
         """Training begins, or resumes."""
@@ -135,6 +143,7 @@ class RunRecorder:
             )
             before = {"tokens": nan, "seconds": nan}
         self.family, self._device, self._batches_per_step = start.family, start.device, start.batches_per_step
+        self._together, self._is_agreed = Together(start.device), True
         self._monitored = start.monitored
         tokens, losses = before.get("tokens", 0.0), before.get("losses")
         samples = next((m.samples for m, _ in start.settings if m.samples.is_said), Samples())
@@ -207,10 +216,13 @@ class RunRecorder:
         # On all ranks: to read the metrics may be to compute them, together.
         key = self._loss_key(metrics)
         self._add_row(step, nan if key is None else float(metrics[key]))
-        if self._fingerprint is not None:
-            data = self._fingerprint.agree(num_loaders, self._device)
-            self._fingerprint = None
-            self.describe(validation_data=data, val_loss=key)
+        if (fingerprint := self._fingerprint) is not None:
+            try:
+                data = self._together.attempt(lambda: fingerprint.agree(num_loaders, self._device))
+                self._fingerprint = None
+                self.describe(validation_data=data, val_loss=key)
+            except Exception as error:  # on all ranks, and tried again after the next validation
+                self._warner.warn(f"does not know which validation data these are: {error}")
         self._is_validating = False
         self._clock.start()
 

@@ -68,7 +68,7 @@ def test_noise_scale_and_interval_are_those_of_one_process_with_all_rows(ranks: 
 
 
 def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
-    assert [found["broken"] for found in ranks] == ["another rank could not measure it", "rank 1 cannot"]
+    assert [found["broken"] for found in ranks] == ["rank 1: rank 1 cannot", "rank 1 cannot"]
     assert [found["metrics"]["broken/gradient/failed"] for found in ranks] == [1, 1]
 
 
@@ -76,7 +76,7 @@ def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
 def test_one_sample_that_one_rank_cannot_take_is_nan_on_all(ranks: list[dict], stage: str) -> None:
     # In training its rows of the step before are there already; nothing hangs, and the run is none the worse.
     reasons = [found["fussy"][f"{stage}/"] for found in ranks]
-    assert reasons == ["another rank could not measure it", "rank 1 cannot"]
+    assert reasons == ["rank 1: rank 1 cannot", "rank 1 cannot"]
     for found in ranks:
         assert found["fussy metrics"][f"{stage}/gradient/failed"] == 1
         assert np.isnan(found["fussy metrics"][f"{stage}/gradient/net.0.weight/rankme"])

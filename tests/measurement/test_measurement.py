@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from lightning_spectral.measurement import Measurement, Report, Request, Scene
 from lightning_spectral.measurement.stopwatch import Stopwatch
@@ -24,7 +25,7 @@ class Counter(Measurement):
     """Reports the batches it collected, by step."""
 
     def __init__(self, request: Counting) -> None:
-        super().__init__(request, request.num_rows, Stopwatch())
+        super().__init__(request, request.num_rows, Stopwatch(), torch.device("cpu"))
         self.held: list[int] = []
         self.reports: dict[int, list[int]] = {}
         self.error: Exception | None = None

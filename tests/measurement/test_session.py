@@ -35,7 +35,7 @@ class Counting(Request):
 
 class Counter(Measurement):
     def __init__(self, request: Counting, scene: Scene) -> None:
-        super().__init__(request, 1, scene.stopwatch)
+        super().__init__(request, 1, scene.stopwatch, scene.device)
         self.name, self.heard = request.name, scene.make_loss
         self.is_removed = False
 

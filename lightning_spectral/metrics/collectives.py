@@ -1,0 +1,137 @@
+"""The collectives of this package, and a guard under which what fails on one rank is learnt by all, and none waits."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+NUM_BYTES = 240
+"""Of a failure's reason that other ranks are told."""
+
+_DEEPEST = 1000
+
+
+class OtherRankError(Exception):
+    """Another rank has failed; the message is its own."""
+
+    def __init__(self, reason: str, level: int) -> None:
+        super().__init__(reason)
+        self.level = level
+        """Of the attempt that has failed: those inside it are over, too."""
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of ranks in a group, None for all; 1 where torch.distributed is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Sum a tensor of one shape on every rank over the ranks of a group, None for all, in place."""
+    _meet()
+    dist.all_reduce(tensor, group=group)
+
+
+def all_to_all(
+    received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int], group: dist.ProcessGroup | None
+) -> None:
+    """Send a part of a flat tensor to each rank of a group, and receive one of each."""
+    _meet()
+    dist.all_to_all_single(received, sent, output_split_sizes=received_sizes, input_split_sizes=sent_sizes, group=group)
+
+
+class Together:
+    """Attempts that succeed on all ranks or on none, however many collectives they consist of.
+
+    Before each collective of this module the ranks meet: one number tells whether all have come so far. A rank that
+    fails, out of memory say, in the work between two of them skips the rest of its attempt and meets the others once
+    more; they learn of it before they begin a collective that it will not join. At the end of an attempt they meet,
+    too. Attempts may be made within attempts: what fails further out ends those inside. All ranks make the same
+    attempts in the same order.
+
+    Args:
+        device: Where the process group can reduce. What is sent is allocated now, for then there is memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._world = world_size()
+        self._level = 0
+        if self._world > 1:
+            with torch.inference_mode(False):  # in which validation runs
+                self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+                self._reasons = torch.zeros(self._world, NUM_BYTES, dtype=torch.uint8, device=device)
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        """Work that may hold collectives, on all ranks.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            Exception: What it raised; where another rank failed, OtherRankError with that rank's reason.
+        """
+        if self._world == 1:
+            return work()
+        self._level += 1
+        token = _under.set(self)
+        try:
+            found = work()
+            self.meet()
+            return found
+        except OtherRankError:
+            raise
+        except Exception as error:
+            reason, level = self._tell(self._level, error)
+            if level < self._level:
+                raise OtherRankError(reason, level) from error
+            raise
+        finally:
+            _under.reset(token)
+            self._level -= 1
+
+    def ends(self, error: Exception) -> bool:
+        """Whether what an attempt raised ends not only it, but the attempt that it was made in."""
+        return isinstance(error, OtherRankError) and error.level <= self._level
+
+    def meet(self) -> None:
+        """Wait for the other ranks; raises OtherRankError if one has failed."""
+        reason, level = self._tell(0, None)
+        if level:
+            raise OtherRankError(reason, level)
+
+    def _tell(self, level: int, error: Exception | None) -> tuple[str, int]:
+        """Tell the other ranks of a failure at a level, or of none; why, and at which level, the attempt is over."""
+        self._flag.fill_(_DEEPEST - level if level else 0)
+        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+        worst = int(self._flag)
+        if not worst:
+            return "", 0
+        reason = None if error is None else str(error).strip().partition("\n")[0] or type(error).__name__
+        return self._share(reason), _DEEPEST - worst
+
+    def reasons(self, reason: str | None) -> str:
+        """Reasons of all ranks, in one line, where all know that one has one; None for a rank without."""
+        _meet()
+        return "" if self._world == 1 else self._share(reason)
+
+    def _share(self, reason: str | None) -> str:
+        words = (reason or "").encode()[:NUM_BYTES]
+        self._reasons.zero_()
+        if words:
+            self._reasons[dist.get_rank(), : len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        dist.all_reduce(self._reasons)
+        found = (bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in self._reasons.cpu())
+        return "; ".join([f"rank {rank}: {one}" for rank, one in enumerate(found) if one][:3])
+
+
+_under: ContextVar[Together | None] = ContextVar("_under", default=None)
+
+
+def _meet() -> None:
+    together = _under.get()
+    if together is not None:
+        together.meet()
