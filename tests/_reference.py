@@ -1,5 +1,6 @@
 """Slow float64 twins of the measures: NumPy, one row, one rank, one group at a time."""
 
+import itertools
 import math
 
 import numpy as np
@@ -75,3 +76,36 @@ def gradient_moments(rows):
     rows = np.asarray(rows, dtype=np.float64)
     products = [math.fsum(a * b) for m, a in enumerate(rows) for n, b in enumerate(rows) if m != n]
     return math.fsum(products) / len(products), math.fsum(rows.var(0, ddof=1))
+
+
+def contiguous_groups(samples, num_groups):
+    """Samples in groups of neighbours, one sample at a time, as if nobody knew how many will come."""
+    slots, unit = [], 1
+    for sample in samples:
+        if num_groups > 1 and slots and len(slots[-1]) >= unit and len(slots) > num_groups:
+            slots = _join_shortest(slots)
+            if min(map(len, slots)) >= 2 * unit:
+                unit *= 2
+        if not slots or (num_groups > 1 and len(slots[-1]) >= unit):
+            slots.append([])
+        slots[-1].append(sample)
+    return _join_shortest(slots) if len(slots) > num_groups else slots
+
+
+def _join_shortest(slots):
+    lengths = [len(first) + len(second) for first, second in itertools.pairwise(slots)]
+    at = lengths.index(min(lengths))
+    return [*slots[:at], slots[at] + slots[at + 1], *slots[at + 2 :]]
+
+
+def spread_samples(samples, num_rows):
+    """Samples spread over a pass: each that begins when no more of the rows were taken than of the pass has gone by."""
+    taken, rows = [], 0
+    for index, sample in enumerate(samples):
+        if rows / num_rows > index / len(samples) + 1e-12:
+            continue
+        if rows and rows + len(sample) > num_rows:
+            break
+        taken.append(sample)
+        rows += len(sample)
+    return taken

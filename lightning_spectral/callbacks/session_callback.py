@@ -8,10 +8,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from lightning_spectral.callbacks.loss_scale import accumulated_batches, gradient_scale
 from lightning_spectral.measurement import Measurement, Session
+from lightning_spectral.measurement.passes import Pass, pass_of
 from lightning_spectral.recording import RunRecorder, Start
 from lightning_spectral.recording.about import describe_run, record_folder
 from lightning_spectral.recording.family import describe_model, family_name
@@ -119,7 +121,7 @@ class SessionCallback(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without fit callbacks join as validation starts, just before, and it is always measured.
         if (session := self._led()) and not trainer.sanity_checking:
-            session.start_validation(trainer.global_step, always=trainer.state.fn == "validate")
+            session.start_validation(trainer.global_step, trainer.state.fn == "validate", _validation_passes(trainer))
 
     @override
     def on_validation_batch_start(
@@ -195,6 +197,15 @@ def _start(session: Session[RunRecorder], trainer: Trainer, pl_module: Lightning
         batches_per_step=trainer.accumulate_grad_batches,
         monitored=[key for key in _monitored(trainer) if not session.is_claimed(key)],
     )
+
+
+def _validation_passes(trainer: Trainer) -> list[Pass | None]:
+    """How long each pass over a validation loader is going to be."""
+    loaders = tree_flatten(trainer.val_dataloaders)[0]
+    lengths = trainer.num_val_batches
+    if len(loaders) != len(lengths):
+        return [None] * len(lengths)
+    return [pass_of(loader, length) for loader, length in zip(loaders, lengths, strict=True)]
 
 
 def _monitored(trainer: Trainer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class BackwardReader:
                 continue  # frozen, or made by this very batch: there is nothing to hook yet
             if name in self._unchecked:
                 if len(rows.out[name]) == rows.num_samples:
-                    hook = _register_first(parameter, lambda gradient, name=name: self._add_gradient(name, gradient))
+                    hook = _register_first(parameter, partial(self._add_gradient, name))
                     self._batch_handles.append(hook)
             elif on_complete is not None and name not in self._in_parts:
                 # Autograd sums the gradients of all layers that share a parameter before it comes by here.

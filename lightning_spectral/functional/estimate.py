@@ -64,6 +64,7 @@ class Spectrum:
             of products, ``"bfloat16"`` of rows that were kept in it; empty where it is not known.
         corrects_bias: Whether the bias of exponents falls with the number of rows, so that the jackknife mends it: true
             of covariances, not of the singular values of as many rows as there are.
+        rows: What tells the rows behind the values, and their groups, from others; empty where that is not known.
         name: Layer or parameter.
         step: Optimizer steps at the report.
         tokens: Training tokens at the report, where they were counted.
@@ -88,6 +89,7 @@ class Spectrum:
     failed_here: bool = False
     corrects_bias: bool = True
     dtype: str = ""
+    rows: str = ""
     name: str = ""
     step: float = nan
     tokens: float = nan
@@ -253,9 +255,10 @@ class Spectrum:
         numbers = {} if count is None else {count: self.count}
         if self.count_without is not None:
             numbers["num_rows_without"] = self.count_without
+        words = {"failure": self.failure or ""} | ({"rows": self.rows} if self.rows else {})
         arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
         facts = {name: torch.tensor(number).numpy() for name, number in numbers.items()}
-        return arrays | facts | {"failure": self.failure or "", "dtype": self.dtype}
+        return arrays | facts | words | {"dtype": self.dtype}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], values: str, count: str | None, **facts: Any) -> "Spectrum":
@@ -291,5 +294,6 @@ class Spectrum:
             else None,
             failure=str(arrays.get("failure", "")) or None,
             dtype=str(arrays.get("dtype", "")),
+            rows=str(arrays.get("rows", "")),
             **facts,
         )

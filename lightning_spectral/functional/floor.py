@@ -25,6 +25,11 @@ of the angle therefore goes to pi/2, and the overlap may lose each direction tha
 *Two samples.* Each gives an estimate, and the mean of both is the expectation between them; of two numbers of degrees
 of freedom the smaller one counts.
 
+*Two of the same rows*, known by :attr:`Spectrum.rows`, as of one model at two times on validation data that come back,
+are paired (:mod:`lightning_spectral.functional.paired`): the expectation is that of their difference, which the rows'
+own scatter leaves alone as far as it is common to both. Then a distance beyond the floor is one that other rows of the
+same population show too, in 95 of 100 cases where they would show none it lies within.
+
 References:
     Satterthwaite, *An approximate distribution of estimates of variance components* (1946); Anderson, *Asymptotic
     theory for principal component analysis* (1963), for the rotation of eigenvectors; Davis, Kahan, *The rotation of
@@ -32,6 +37,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +46,7 @@ from torch import Tensor
 
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.paired import are_paired, basis_differences, pairs_of, spectral_differences
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.functional.subspace import principal_angles
 
@@ -56,8 +63,8 @@ def js_floor(*samples: Spectrum) -> Tensor:
     are the eigenvalues of :math:`\operatorname{diag} p - p p^\top`.
 
     Args:
-        samples: One, for the floor about it, or the two that are compared. Those with fewer than two groups are passed
-            over.
+        samples: One, for the floor about it, or the two that are compared: paired if they are of the same rows. Those
+            with fewer than two groups are passed over.
 
     Returns:
         ``(...)`` nats, float64, at most ln 2; NaN where no sample has estimates without each of two or more groups.
@@ -74,7 +81,11 @@ def js_floor(*samples: Spectrum) -> Tensor:
         tensor(161.4476, dtype=torch.float64)
     """
     _check(samples)
-    return _limit([_js_noise(sample) for sample in samples]).clamp(max=math.log(2))
+    noises = [_js_noise(sample) for sample in samples]
+    if _is_pair(samples):
+        distances, parts = spectral_differences(*samples)
+        noises = [_paired(noises, distances, parts)]
+    return _limit(noises).clamp(max=math.log(2))
 
 
 def overlap_floor(*samples: Spectrum) -> Tensor:
@@ -101,6 +112,8 @@ def overlap_floor(*samples: Spectrum) -> Tensor:
         loss = _noise(sample, _angles(sample).sin().square().sum(-1), rotations.flatten(-2))
         noises.append(loss)
         weights.append(rotations / rotations.sum((-2, -1), keepdim=True).clamp(min=_TINY))
+    if _is_pair(samples):
+        noises = [_paired(noises, basis_differences(*samples).square().sum((-2, -1)))]
     shares = torch.stack(weights).mean(0) * _limit(noises)[..., None, None]
     inside, outside = (_loss(shares.sum(axis)).sum(-1) for axis in (-1, -2))
     width, rank = shares.shape[-2] + shares.shape[-1], shares.shape[-2]
@@ -128,6 +141,8 @@ def angle_floor(*samples: Spectrum) -> Tensor:
         rotations = _rotations(sample)
         most = rotations.sum(-1).argmax(-1)[..., None, None].expand(*rotations.shape[:-2], 1, rotations.shape[-1])
         noises.append(_noise(sample, _angles(sample)[..., 0].square(), rotations.gather(-2, most).squeeze(-2)))
+    if _is_pair(samples):
+        noises = [_paired(noises, torch.linalg.matrix_norm(basis_differences(*samples), ord=2).square())]
     return _loss(_limit(noises)).sqrt().asin()
 
 
@@ -153,8 +168,20 @@ class _Noise(NamedTuple):
     num_groups: int
 
 
+def _is_pair(samples: tuple[Spectrum, ...]) -> bool:
+    return len(samples) == 2 and _num_groups(samples[0]) >= 2 and are_paired(*samples)
+
+
+def _paired(noises: list[_Noise], distances: Tensor, parts: Sequence[Tensor] = ()) -> _Noise:
+    """What two samples of the same rows tell together, from distances ``(..., pairs)`` of the groups' differences."""
+    num_groups = noises[0].num_groups
+    known = [_degrees(part.sum(-1), torch.linalg.vector_norm(part, dim=-1)) for part in parts]
+    degrees = torch.stack([*(noise.degrees for noise in noises), *known]).amin(0)
+    return _Noise((num_groups - 1) ** 2 / (2 * num_groups) * distances.mean(-1), degrees, num_groups)
+
+
 def _js_noise(sample: Spectrum) -> _Noise:
-    first, second = _pairs(sample.leave_one_out)
+    first, second = pairs_of(sample.leave_one_out)
     p = normalize(sample.values)
     square = p.square().sum(-1)
     # Trace and Frobenius norm of diag(p) - p p', whose eigenvalues are the parts c.
@@ -177,12 +204,6 @@ def _num_groups(sample: Spectrum) -> int:
     return sample.leave_one_out.shape[-2]
 
 
-def _pairs(estimates: Tensor, axis: int = -2) -> tuple[Tensor, Tensor]:
-    """The first and the second of each pair of groups, along the groups' axis."""
-    first, second = torch.triu_indices(estimates.shape[axis], estimates.shape[axis], 1, device=estimates.device)
-    return estimates.index_select(axis, first), estimates.index_select(axis, second)
-
-
 def _expected(sample: Spectrum, distances: Tensor) -> Tensor:
     # The mean of no pair is NaN, and a sample without pairs is passed over.
     return (_num_groups(sample) - 1) ** 2 / max(_num_groups(sample), 1) * distances.mean(-1)
@@ -196,7 +217,7 @@ def _vectors(sample: Spectrum) -> tuple[Tensor, Tensor]:
 
 def _angles(sample: Spectrum) -> Tensor:
     """Principal angles ``(..., pairs, k)`` between the leading eigenvectors without each group."""
-    return principal_angles(*_pairs(_vectors(sample)[1], axis=-3))
+    return principal_angles(*pairs_of(_vectors(sample)[1], axis=-3))
 
 
 def _rotations(sample: Spectrum) -> Tensor:

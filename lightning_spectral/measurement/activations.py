@@ -1,7 +1,7 @@
 """The measurement of activations: rows of layers collected as they pass, pooled over ranks and decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from lightning_spectral.measurement.arguments import check_axis, check_choice, c
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
+from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.metrics.reduction import world_size
 
@@ -103,6 +104,7 @@ class ActivationMeasurement(Measurement):
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
         self._rows: dict[str, float] = {}
+        self._same_rows = SameRows(self.samples)
         self._steps: dict[str, set[int]] = {}
         self._collector = Collector(
             names=self._reader.names,
@@ -177,10 +179,12 @@ class ActivationMeasurement(Measurement):
                 if has_right_stage and self._is_square(batch):
                     self._try_to_tell_time_from_samples(batch)
                 try:
-                    self._collector.begin_batch(self._size, self._mask_now)
+                    self._collector.begin_batch(self._size, self._mask_now, self.place)
                 except Exception as error:  # whatever a batch may be made of
                     self._fail_all(error)
             is_train = self.is_collecting and self.stage == "train"
+            if self.is_collecting and not is_train:
+                self._same_rows.look(batch, self.place)
             self._collector.closed = self._closed(step) if is_train else ()
             if is_train:
                 for name in self._reader.names:
@@ -346,10 +350,12 @@ class ActivationMeasurement(Measurement):
             spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
             if not self._collector.is_agreed:
                 self._collector.agree()
+            same = self._same_rows.agree(self._collector.device) if self.stage == "validate" else ""
             for width in self._collector.widths:
                 spectra |= self._of_width(width, step)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
+            spectra = {name: replace(spectrum, rows=same) for name, spectrum in spectra.items()}
             self.report = Report(step, {self.kind: spectra})
             self.reset()
             self._widen(spectra, step)
@@ -414,4 +420,5 @@ class ActivationMeasurement(Measurement):
     def reset(self) -> None:
         super().reset()
         self._steps.clear()
+        self._same_rows.reset()
         self._collector.reset()

@@ -1,9 +1,8 @@
 """Rows of many layers into the moments of groups of whole samples, in one buffer per width."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from lightning_spectral.capture.precision import ieee_products
 from lightning_spectral.functional.moments import Moments, add_products, from_shifted_sums, mirror_
+from lightning_spectral.measurement.passes import Place
+from lightning_spectral.measurement.stretches import Stretches
 from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
 
 RMS_EPS = 1e-6
@@ -54,35 +55,31 @@ class _Sums:
             tensor.zero_()
 
 
-@dataclass
 class _Progress:
     """How far one layer has come in the current report, on this rank."""
 
-    rows: int = 0
-    """Rows accumulated."""
-    offered: int = 0
-    """Rows that went by, accumulated or not; of masked ones none."""
-    batch: int = 0
-    """The batch that was seen last."""
-    samples: int = 0
-    """Samples in it and before."""
-    samples_before: int = 0
-    batches_before: int = -1
-    is_full: bool = False
-
-    def enter(self, batch: int) -> None:
-        """See a batch, for the first time or again: however often a layer is called, samples are counted once."""
-        if batch != self.batch:
-            self.batch, self.samples_before = batch, self.samples
-            self.batches_before += 1
+    def __init__(self, num_groups: int) -> None:
+        self.rows = 0
+        """Rows accumulated."""
+        self.offered = 0
+        """Rows that went by, accumulated or not; of masked ones none."""
+        self.batch = 0
+        """The batch that was seen last."""
+        self.parts: list[tuple[int, list[int]]] = []
+        """Its samples that are taken, in each of the layer's calls, by slot."""
+        self.is_whole = False
+        """Whether it counts as one sample."""
+        self.is_full = False
+        self.stretches = Stretches(num_groups)
 
 
 class Collector:
     """Accumulates the centred outer products of layers' outputs on this rank, and pools them over ranks.
 
-    Where the first axis of an output is the batch, sample i goes to group (rank + i) mod G, in each of a layer's calls;
-    otherwise whole batches go round the groups. Only whole samples are taken, until the next would exceed this rank's
-    share of the rows.
+    Groups are contiguous stretches of this rank's samples (:class:`Stretches`), for neighbours may have much in common
+    that others have not. Where the first axis of an output is the batch its entries are the samples, the same in each
+    of a layer's calls; otherwise whole batches are. Only whole samples are taken: of a pass whose length is known those
+    spread over it (:class:`Place`), of others the first, until the next would exceed this rank's share of the rows.
 
     Blocks are centred about a pivot, the mean of the first block, and multiplied in ``dtype``; sums are kept in
     float64, of the symmetric products half until the report. One product per group costs no more than one for all.
@@ -90,7 +87,7 @@ class Collector:
     Args:
         names: The layers; may grow until the first output arrives.
         num_tokens: Rows per layer and report over all ranks, at the most (but one sample a rank at the least).
-        num_groups: Groups G of samples whose moments are kept apart for error bars.
+        num_groups: Groups G of samples whose moments are kept apart for error bars; G > 1 take the memory of G + 1.
         normalize: Apply a parameter-free RMSNorm over the last axis first.
         dtype: Type of the products, float32 or float64; ``in_float64`` names layers that have the wider anyway.
         device: Where the sums are kept; must be able to hold float64.
@@ -121,19 +118,24 @@ class Collector:
         """Layers whose rows go by uncounted, for they lie before their part of a window."""
         self._batch = 0
         self._num_samples: int | None = None
+        self._place: Place | None = None
         self._mask: Tensor | None = None
         self._real_tokens: list[int] = []
         self._buffers: dict[int, tuple[list[str], _Sums]] = {}
         self._sums: dict[str, _Sums] = {}
+        self._spare: dict[str, _Sums] = {}
+        """The slot beyond those of the groups, of layers that have come to use it."""
         self._refused: dict[str, str] = {}
-        self._progress: dict[str, _Progress] = defaultdict(_Progress)
+        self._progress: dict[str, _Progress] = defaultdict(lambda: _Progress(num_groups))
 
-    def begin_batch(self, num_samples: int | None, mask: Tensor | None) -> None:
+    def begin_batch(self, num_samples: int | None, mask: Tensor | None, place: Place | None = None) -> None:
         """Say what the outputs that follow belong to: a batch of so many samples, None if unknown.
 
-        The boolean mask is True where a token counts, None for all.
+        The boolean mask is True where a token counts, None for all. ``place`` is where the batch lies in its pass; None
+        where that is not known, or rows are not to be spread.
         """
         self._batch += 1
+        self._place = place
         self._num_samples, self._mask, self._real_tokens = num_samples, None, []
         # The one number a GPU must tell the host, once for all layers.
         self._real_tokens = [] if mask is None else mask.reshape(len(mask), mask.shape[1:].numel()).sum(1).tolist()
@@ -152,7 +154,7 @@ class Collector:
             return
         try:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
-                self._add(self._sums_of(name, output, lengths), progress, output, lengths, self._dtype_of(name))
+                self._add(name, progress, output, lengths)
         except Exception as error:
             self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
 
@@ -177,48 +179,95 @@ class Collector:
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float64 if name in self.in_float64 else self.dtype
 
-    def _add(
-        self, sums: _Sums, progress: _Progress, output: Tensor, lengths: list[int] | None, dtype: torch.dtype
-    ) -> None:
-        mask = self._mask
+    def _add(self, name: str, progress: _Progress, output: Tensor, lengths: list[int] | None) -> None:
+        sums, mask, dtype = self._sums_of(name, output, lengths), self._mask, self._dtype_of(name)
         if dtype == torch.float64 and output.device.type == "mps":  # which has none
             output, mask = output.cpu(), None if mask is None else mask.cpu()
-        progress.enter(self._batch)
         samples: Tensor | tuple[Tensor, ...]
+        is_whole = False
         if lengths is not None and self._num_samples in (None, len(lengths)):
-            samples, first, mask = output.split(lengths), progress.samples_before, None
-            rows_per_sample = lengths
+            samples, mask, rows_per_sample = output.split(lengths), None, lengths
         elif lengths is None and output.shape[0] == self._num_samples:
-            samples, first = output, progress.samples_before
+            samples = output
             rows_per_sample = self._real_tokens if mask is not None else [output.shape[1:-1].numel()] * len(output)
         else:
-            samples, first = output.unsqueeze(0), progress.batches_before * self._world
+            samples, is_whole = output.unsqueeze(0), True
             mask = None if mask is None or lengths is not None else mask.unsqueeze(0)
             rows_per_sample = [output.shape[:-1].numel() if mask is None else sum(self._real_tokens)]
-        num_taken = self._num_fitting(rows_per_sample, progress)
-        for group in range(self.num_groups):
-            chosen = slice((group - self._rank - first) % self.num_groups, num_taken, self.num_groups)
-            num_rows = sum(rows_per_sample[chosen])
-            if num_rows > 0:
-                part = samples[chosen] if isinstance(samples, Tensor) else torch.cat(samples[chosen])
-                counted = None if mask is None else mask[chosen]
-                self._accumulate(sums, group, part, counted, num_rows, progress.rows == 0, dtype)
+        if progress.batch != self._batch:
+            progress.batch, progress.is_whole = self._batch, is_whole
+            self._choose(name, progress, rows_per_sample)
+        parts = progress.parts
+        if is_whole != progress.is_whole:  # of a layer that is called in two ways
+            parts = [(slot, list(range(len(rows_per_sample)))) for slot, _ in parts[:1]]
+        for slot, chosen in parts:
+            fitting = self._fitting(progress, rows_per_sample, chosen)
+            if num_rows := sum(rows_per_sample[index] for index in fitting):
+                part, kept = _picked(samples, fitting), None if mask is None else _picked(mask, fitting)
+                self._accumulate(sums, self._slot(name, slot), part, kept, num_rows, progress.rows == 0, dtype)
                 progress.rows += num_rows
-        progress.samples = max(progress.samples, progress.samples_before + num_taken)
 
-    def _num_fitting(self, rows_per_sample: list[int], progress: _Progress) -> int:
-        """How many of the samples still fit into this rank's share: at least one where there is none yet."""
-        room = self._share - progress.rows
-        fitting = sum(total <= room for total in accumulate(rows_per_sample))
-        progress.is_full = fitting < len(rows_per_sample)
-        # Samples without a real token fit always, and are not the one.
-        is_short = progress.is_full and progress.rows == 0 and not any(rows_per_sample[:fitting])
-        return fitting + is_short
+    def _choose(self, name: str, progress: _Progress, rows_per_sample: list[int]) -> None:
+        """Choose samples of a new batch, and their slots."""
+        chosen, rows, size = [], progress.rows, len(rows_per_sample)
+        for index, num_rows in enumerate(rows_per_sample):
+            if num_rows == 0 or not (self._place is None or self._place.is_due(rows, self._share, index, size)):
+                continue
+            # At least one with a real token is taken where there is none yet.
+            if rows and rows + num_rows > self._share:
+                progress.is_full = True
+                break
+            chosen.append(index)
+            rows += num_rows
+        joins, runs = progress.stretches.place(len(chosen))
+        self._join(name, joins)
+        progress.parts = [(run.slot, chosen[run.start : run.stop]) for run in runs]
+
+    def _fitting(self, progress: _Progress, rows_per_sample: list[int], chosen: list[int]) -> list[int]:
+        """Those of the samples chosen that still fit into this rank's share, in a further call too."""
+        rows = progress.rows
+        for number, index in enumerate(chosen):
+            if rows and rows + rows_per_sample[index] > self._share:
+                progress.is_full = True
+                return chosen[:number]
+            rows += rows_per_sample[index]
+        return chosen
+
+    def _slot(self, name: str, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, total and outer sum of a slot: one of the groups', or the spare."""
+        sums = self._sums[name]
+        if slot == self.num_groups:
+            if name not in self._spare:
+                self._spare[name] = _Sums.empty(1, num_features=sums.pivot.shape[-1], device=self.device)
+            sums, slot = self._spare[name], 0
+        return sums.count[slot], sums.total[slot], sums.outer[slot]
+
+    def _join(self, name: str, joins: Sequence[int]) -> None:
+        """Carry out joins of slots, see :class:`Stretches`; all sums of a layer are about one pivot."""
+        for first in joins:
+            for mine, theirs in zip(self._slot(name, first), self._slot(name, first + 1), strict=True):
+                mine.add_(theirs)
+            for slot in range(first + 1, self.num_groups):
+                for mine, theirs in zip(self._slot(name, slot), self._slot(name, slot + 1), strict=True):
+                    mine.copy_(theirs)
+            for emptied in self._slot(name, self.num_groups):
+                emptied.zero_()
+
+    def _finish(self, name: str) -> None:
+        """Bring what slots hold into the groups' own."""
+        stretches = self._progress[name].stretches
+        self._join(name, stretches.finish())
+        # From the last on, for none moves to an earlier one.
+        for slot, group in reversed(list(enumerate(stretches.groups(self._rank, self._world)))):
+            if slot != group:
+                for mine, theirs in zip(self._slot(name, slot), self._slot(name, group), strict=True):
+                    theirs.copy_(mine)
+                    mine.zero_()
 
     def _accumulate(
         self,
         sums: _Sums,
-        group: int,
+        slot: tuple[Tensor, Tensor, Tensor],
         samples: Tensor,
         mask: Tensor | None,
         num_rows: int,
@@ -231,12 +280,13 @@ class Collector:
         keep = None if mask is None else mask.unsqueeze(-1)
         if is_first:
             origin = samples.new_zeros(samples.shape[-1], dtype=dtype)
-            total = self._centred(samples, scale, origin, keep).sum(0)
-            sums.pivot.copy_(total / max(num_rows, 1))
+            pivot = self._centred(samples, scale, origin, keep).sum(0)
+            sums.pivot.copy_(pivot / max(num_rows, 1))
         centred = self._centred(samples, scale, sums.pivot.to(samples.device, dtype), keep)
-        sums.count[group] += num_rows
-        sums.total[group] += centred.sum(0).to(sums.total)
-        add_products(sums.outer[group], centred)
+        count, total, outer = slot
+        count.add_(num_rows)
+        total.add_(centred.sum(0).to(total))
+        add_products(outer, centred)
 
     @staticmethod
     def _centred(samples: Tensor, scale: Tensor | None, pivot: Tensor, keep: Tensor | None) -> Tensor:
@@ -253,8 +303,9 @@ class Collector:
     def drop(self, names: Collection[str]) -> None:
         """Forget the rows of some layers."""
         for name in names:
-            if name in self._sums:
-                self._sums[name].zero_()
+            for sums in (self._sums, self._spare):
+                if name in sums:
+                    sums[name].zero_()
             self._progress.pop(name, None)
 
     def agree(self) -> dict[str, float]:
@@ -301,6 +352,7 @@ class Collector:
             self.failures.update(self._refused)
             for name in names:
                 self._sums.pop(name, None)
+                self._spare.pop(name, None)
             return
         for index, name in enumerate(names):
             if self._width(name) == width:
@@ -341,6 +393,8 @@ class Collector:
             if name in self.failures:
                 # All ranks must come to the same result, and only NaN survives a sum.
                 sums.count[index] = torch.nan
+            elif name in self._progress and name in self._sums:
+                self._finish(name)
         mirror_(sums.outer)
         parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
         is_double = [self._dtype_of(name) == torch.float64 for name in names]
@@ -353,19 +407,19 @@ class Collector:
 
     def reset(self) -> None:
         """Forget all rows; nothing slides from one report into the next."""
-        for _, sums in self._buffers.values():
+        for sums in (*(buffer for _, buffer in self._buffers.values()), *self._spare.values()):
             sums.zero_()
         for name in list(self._sums):
             if not any(name in names for names, _ in self._buffers.values()):
                 del self._sums[name]
+                self._spare.pop(name, None)
         self._progress.clear()
         self.failures.clear()
         self.failures.update(self._refused)
 
     def forget(self) -> None:
         """Forget the layers' widths, too: under their names there are others now. All ranks do, or none."""
-        self._buffers.clear()
-        self._sums.clear()
+        self.release()
         self._refused.clear()
         self.reset()
 
@@ -373,3 +427,15 @@ class Collector:
         """Let go of all memory; the collector is of no use afterwards."""
         self._buffers.clear()
         self._sums.clear()
+        self._spare.clear()
+
+
+def _picked(samples: Tensor | tuple[Tensor, ...], indices: list[int]) -> Tensor:
+    """Some of the samples: a view where they are of one length and lie evenly."""
+    if isinstance(samples, tuple):
+        return torch.cat([samples[index] for index in indices])
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    evenly = range(indices[0], indices[0] + step * len(indices), step)
+    if list(evenly) == indices:
+        return samples[evenly.start : evenly.stop : step]
+    return samples.index_select(0, torch.tensor(indices, device=samples.device))

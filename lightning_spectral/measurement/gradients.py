@@ -39,6 +39,7 @@ from lightning_spectral.measurement.gradient_report import GradientReport, Param
 from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.stopwatch import settle
+from lightning_spectral.measurement.stretches import groups_of
 from lightning_spectral.metrics.collectives import OtherRankError
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
 from lightning_spectral.metrics.reduction import gather_numbers, world_size
@@ -412,8 +413,8 @@ class GradientMeasurement(Measurement):
     def _solve(self, shares: dict[str, Tensor], counts: list[int], step: int) -> dict[str, ParameterGradients]:
         grams = dict(zip(shares, sum_over_ranks(torch.stack(list(shares.values()))), strict=True))
         num_groups = self.request.num_groups
-        # Sample i of a rank belongs to group (rank + i) mod G, as for activations.
-        groups = torch.cat([(torch.arange(count) + rank) % num_groups for rank, count in enumerate(counts)])
+        of_ranks = (groups_of(count, num_groups, rank, self._world) for rank, count in enumerate(counts))
+        groups = torch.tensor([group for of_rank in of_ranks for group in of_rank])
         return decompose_grams(grams, self._store.sizes, groups.to(self._device), num_groups, self._store.dtype, step)
 
     def _weights(self, step: int) -> dict[str, Spectrum]:

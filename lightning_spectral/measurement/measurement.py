@@ -14,6 +14,7 @@ from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.measurement.arguments import MAX_GROUPS, check_at_most, check_axis, check_choice, check_positive
+from lightning_spectral.measurement.passes import Pass, Place
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.metrics.collectives import Together
@@ -121,6 +122,8 @@ class Measurement:
         """For parts of a report that may fail without the others."""
         self._is_renewed = False
         self._failure: str | None = None
+        self.validation: Pass | None = None
+        """The pass of the validation run under way; None if its length is not known, and its first samples are read."""
         self.rows: dict[str, str] = {}
         """What a row of each layer that has run is, in words."""
         self.batch_idx = 0
@@ -133,6 +136,12 @@ class Measurement:
     def close(self) -> None:
         """The batch has ended."""
         raise NotImplementedError
+
+    @property
+    def place(self) -> Place | None:
+        """Where the validation batch under way lies in its pass, if that is to be read spread over."""
+        is_spread = self.stage == "validate" and self.is_collecting and self.validation is not None
+        return self.validation.place(self.batch_idx) if is_spread and self.validation is not None else None
 
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         """A backward pass begins.
@@ -225,8 +234,12 @@ class Measurement:
         if self.schedule.due():
             self._report(step)
 
-    def start_validation(self, step: int, always: bool = False) -> None:
-        """A validation run begins; it is measured if it comes late enough after the last that was, or always."""
+    def start_validation(self, step: int, always: bool = False, of: Pass | None = None) -> None:
+        """A validation run begins, of a pass over the loader that is measured, None for one of unknown length.
+
+        It is measured if it comes late enough after the last that was, or always.
+        """
+        self.validation = of
         last = self.last_validation
         early = last is not None and step - last < self.every_n_steps
         self.is_collecting = self.stage == "validate" and (always or not early)

@@ -55,7 +55,9 @@ class PassGradients(GradientMeasurement):
         cut = self.samples.cut(hold(batch))
         self._offered += cut.size
         wanted = min(cut.size, self._store.room - self._waiting)
-        if wanted > 0:
+        # Whole batches spread over a validation pass: apart, samples would take a pass of the model each.
+        is_due = self.place is None or self.place.is_due(self._waiting, self._store.capacity, 0, 1)
+        if wanted > 0 and is_due:
             self._batches.append((copied(take(cut, 0, wanted)), wanted, self.batch_idx))
             self._waiting += wanted
 

@@ -1,12 +1,13 @@
 """The conductor: takes each event of a loop once, and hands it to the recorder and to every measurement."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.measurement.stopwatch import Stopwatch
 
 
@@ -16,8 +17,8 @@ class Recorder(Protocol):
     def end_train_batch(self, batch: Any, loss: Tensor | None) -> None:
         """A training batch has ended, with its loss if it has one."""
 
-    def start_validation(self) -> None:
-        """A validation run, not the sanity check, begins."""
+    def start_validation(self, passes: Sequence[Pass | None] = ()) -> None:
+        """A validation run, not the sanity check, begins, of these passes over its loaders."""
 
     def start_validation_batch(self, batch: Any, loader: int) -> None:
         """A batch of a validation run begins."""
@@ -167,11 +168,12 @@ class Session(Generic[R]):
             measurement.end_train_batch(step)
             self._record(measurement, before)
 
-    def start_validation(self, step: int, always: bool) -> None:
-        """A validation run begins; it is measured however early it comes, if always."""
-        self.recorder.start_validation()
+    def start_validation(self, step: int, always: bool, passes: Sequence[Pass | None] = ()) -> None:
+        """A validation run begins, of these passes over its loaders; it is measured however early, if always."""
+        self.recorder.start_validation(passes)
         for measurement in self.measurements:
-            measurement.start_validation(step, always)
+            known = measurement.loader < len(passes)
+            measurement.start_validation(step, always, passes[measurement.loader] if known else None)
 
     def start_validation_batch(self, batch: Any, loader: int, step: int, is_check: bool, batch_idx: int = 0) -> None:
         """A validation batch begins, maybe of the sanity check."""

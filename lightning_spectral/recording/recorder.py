@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_spectral.capture.batch import Samples
 from lightning_spectral.measurement.measurement import Measurement, Report
+from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
 from lightning_spectral.metrics.collectives import Together
 from lightning_spectral.recording.about import Notes
@@ -69,6 +70,7 @@ class RunRecorder:
         self._record: Record | None = None
         self._series: dict[Measurement, Series] = {}
         self._fingerprint: Fingerprint | None = None
+        self._passes: Sequence[Pass | None] = ()
         self._device = torch.device("cpu")
         self._together = Together(self._device)
         self._is_agreed = True
@@ -197,9 +199,10 @@ class RunRecorder:
                 raise
             self._warner.warn(f"could not count the tokens of a batch: {error}", on_this_rank=True)
 
-    def start_validation(self) -> None:
-        """A validation run begins."""
+    def start_validation(self, passes: Sequence[Pass | None] = ()) -> None:
+        """A validation run begins, of these passes over its loaders."""
         if self._is_training:
+            self._passes = passes
             self._clock.pause()
             self._is_validating = True
 
@@ -220,7 +223,9 @@ class RunRecorder:
             try:
                 data = self._together.attempt(lambda: fingerprint.agree(num_loaders, self._device))
                 self._fingerprint = None
-                self.describe(validation_data=data, val_loss=key)
+                passes = enumerate(self._passes)
+                known = {str(loader): of.of_all_ranks for loader, of in passes if of and of.of_all_ranks}
+                self.describe(validation_data=data, validation_samples=known, val_loss=key)
             except Exception as error:  # on all ranks, and tried again after the next validation
                 self._warner.warn(f"does not know which validation data these are: {error}")
         self._is_validating = False

@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import exp, isnan, log, nan, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import stdtrit
 
+from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.floor import js_floor
+from lightning_spectral.functional.jackknife import jackknife
+from lightning_spectral.functional.paired import are_paired
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.runs.arguments import check_loss, check_paths
 from lightning_spectral.runs.kinds import Key
@@ -63,7 +68,7 @@ class Shift(NamedTuple):
     """Interval, NaN where the scatter of runs is not known, and for ``js``."""
     high: float
     sampling_floor: float
-    """What other rows of the same runs may show, with 95% confidence."""
+    """What other rows of the same runs may show, with 95% confidence; paired where both sides are of the same rows."""
     run_floor: float
     """What other seeds may show; NaN where the scatter of runs is not known."""
     is_detected: bool
@@ -239,7 +244,7 @@ def _shifts(kind: str, name: str, sides: _Sides) -> Iterator[Shift]:
     for quantity in ("alpha_head", "alpha_tail", "rankme"):
         key = Key(quantity, kind, name)
         first, second = sides.means(key)
-        shift, run_floor, sampling_floor = second - first, sides.floor(key), _sampling_floor(key, sides)
+        shift, run_floor, sampling_floor = second - first, sides.floor(key), _sampling_floor(key, sides, second - first)
         interval = (shift - run_floor, shift + run_floor)
         is_detected = _lies_beyond(abs(shift), run_floor, sampling_floor)
         yield Shift(kind, name, quantity, first, second, shift, *interval, sampling_floor, run_floor, is_detected)
@@ -249,9 +254,14 @@ def _js_shift(kind: str, name: str, sides: _Sides) -> Shift:
     key = Key("js", kind, name)
     spectra = [[run.spectra[key] for run in side] for side in sides.both]
     shift = float(js_divergence(*(mean_spectrum([spectrum.values for spectrum in side]) for side in spectra)))
-    # Between means over runs, the sampling of rows shows less than between two.
-    share = (1 / len(sides.base) + 1 / len(sides.variant)) / 2
-    sampling_floor = share * float(js_floor(*(spectrum for side in spectra for spectrum in side)))
+    every = [spectrum for side in spectra for spectrum in side]
+    if are_paired(*every):
+        # However many runs a side has, their rows are the same: what those show of their own is in all of them.
+        sampling_floor = float(js_floor(*map(_mean_of, spectra)))
+    else:
+        # Between means over runs, the sampling of rows shows less than between two.
+        share = (1 / len(sides.base) + 1 / len(sides.variant)) / 2
+        sampling_floor = share * float(js_floor(*every))
     return _divergence(key, shift, sampling_floor, sides)
 
 
@@ -276,8 +286,19 @@ def _lies_beyond(shift: float, run_floor: float, sampling_floor: float) -> bool:
     return not isnan(run_floor) and shift > run_floor and not shift <= sampling_floor
 
 
-def _sampling_floor(key: Key, sides: _Sides) -> float:
+def _mean_of(spectra: Sequence[Spectrum]) -> Spectrum:
+    """The mean over runs that were measured on the same rows, with and without each group."""
+    without = mean_spectrum([spectrum.leave_one_out for spectrum in spectra])
+    return replace(spectra[0], values=mean_spectrum([one.values for one in spectra]), leave_one_out=without)
+
+
+def _sampling_floor(key: Key, sides: _Sides, shift: float) -> float:
     """95% limit of the difference of two sides' means by the sampling of rows alone."""
+    every = [run.spectra[key._replace(quantity="js")] for side in sides.both for run in side]
+    if are_paired(*every):
+        first, second = (torch.stack([run.without[key] for run in side]).mean(0) for side in sides.both)
+        stderr = float(jackknife(torch.tensor(shift), second - first).stderr)
+        return float(stdtrit(len(first) - 1, 0.975)) * stderr if len(first) > 1 else nan
     variance, degrees = 0.0, 0
     for side in sides.both:
         for run in side:

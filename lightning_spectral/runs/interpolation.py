@@ -28,7 +28,8 @@ def between(first: Spectrum, second: Spectrum, weight: float, tokens: float) -> 
     values = _log_mix(first.values, second.values, weight)
     # A value is known between two reports as far as the coarser of them tells.
     dtype = first.dtype if first.dtype in WIDER else second.dtype
-    return replace(nearer, step=step, tokens=tokens, values=values, leave_one_out=without, dtype=dtype)
+    rows = first.rows if first.rows == second.rows else ""
+    return replace(nearer, step=step, tokens=tokens, values=values, leave_one_out=without, dtype=dtype, rows=rows)
 
 
 def _log_mix(first: Tensor, second: Tensor, weight: float) -> Tensor:

@@ -1,16 +1,22 @@
 """What a comparison takes from each run at the loss that all are matched at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan, log, nan
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from lightning_spectral.functional.estimate import Estimate, Spectrum
-from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
+from lightning_spectral.functional.powerlaw import Band, power_law
+from lightning_spectral.functional.spectrum import rankme
 from lightning_spectral.runs.history import Point
 from lightning_spectral.runs.kinds import KINDS, Key
 from lightning_spectral.runs.run import Run
+
+MOST_UNEQUAL = 0.1
+"""Relative difference of two numbers of samples that limits in batches of unequal sizes may come to."""
 
 BANDS: dict[str, Band] = {"head": (1, 10), "tail": (0.125, 0.5)}
 """Bands of runs that recorded none: those of the callbacks."""
@@ -26,8 +32,10 @@ class Measured(NamedTuple):
     """``alpha_head``, ``alpha_tail`` and ``rankme`` of each spectrum, with standard errors by sampling."""
     spectra: dict[Key, Spectrum]
     """Each under the key of its ``js``."""
-    unknown: dict[Key, str]
+    unknown: Mapping[Key, str] = MappingProxyType({})
     """Why exponents are NaN, of spectra that are there."""
+    without: Mapping[Key, Tensor] = MappingProxyType({})
+    """Of each estimate those without each group, ``(G,)``; NaN where there is no error bar."""
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
@@ -43,6 +51,7 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
                 f"{run.history.loss_name} in {run}: give all of them validation data"
             )
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
+        _refuse_other_lengths(first, run)
     kinds = [kind for kind, row in KINDS.items() if row.is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
         for run in runs:
@@ -53,6 +62,17 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
             by_hooks = [settings.get("method") == "hooks" for settings in (one, other)]
             _refuse_difference(f"{kind} spectra of method='hooks'", first, run, *by_hooks)
     return kinds
+
+
+def _refuse_other_lengths(first: Run, second: Run) -> None:
+    """Rows are spread over the whole pass: of a part of the data they are other rows than of all."""
+    one, other = (run.about.get("validation_samples", {}) for run in (first, second))
+    for loader in one.keys() & other.keys():
+        if abs(one[loader] - other[loader]) > MOST_UNEQUAL * max(one[loader], other[loader]):
+            raise ValueError(
+                f"runs must have been validated on as many samples, got {one[loader]} in {first} and {other[loader]} "
+                f"in {second}: give both the same part of the data, by limit_val_batches"
+            )
 
 
 def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any) -> None:
@@ -146,19 +166,27 @@ def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[s
         "throughput": run.history.throughput(Point(point.step, point.tokens, point.seconds)),
         "seconds": point.seconds,
     }
-    estimates, spectra, unknown = {}, {}, {}
+    estimates, spectra, unknown, without = {}, {}, {}, {}
     for kind in kinds:
         for name in run.names(kind):
             spectrum = spectra[Key("js", kind, name)] = point.spectrum(kind, name)
             for part, band in bands[kind].items():
                 exponent = spectrum.exponent(band)
-                key = Key(f"alpha_{part}", kind, name)
-                estimates[key] = Estimate(exponent.value, exponent.stderr)
+                estimates[key := Key(f"alpha_{part}", kind, name)] = Estimate(exponent.value, exponent.stderr)
+                without[key] = _exponents_without(spectrum, exponent)
                 if spectrum.failure is None and isnan(exponent.value) and exponent.reason is not None:
                     unknown[key] = exponent.reason
-            estimates[Key("rankme", kind, name)] = spectrum.rankme()
+            estimates[key := Key("rankme", kind, name)] = spectrum.rankme()
+            without[key] = rankme(spectrum.leave_one_out)
     logs = {Key(name): log(value) if value > 0 else nan for name, value in numbers.items()}
-    return Measured(run, logs, estimates, spectra, unknown)
+    return Measured(run, logs, estimates, spectra, unknown, without)
+
+
+def _exponents_without(spectrum: Spectrum, exponent: Exponent) -> Tensor:
+    missing = spectrum.leave_one_out.new_full(spectrum.leave_one_out.shape[:1], nan)
+    if exponent.band is None or isnan(exponent.stderr):
+        return missing
+    return power_law(spectrum.leave_one_out, exponent.band).exponent
 
 
 def _short(value: Any) -> str:

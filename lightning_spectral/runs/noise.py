@@ -52,5 +52,6 @@ def read_noise(arrays: Mapping[str, Any], names: Sequence[str]) -> NoiseScale:
 
 
 def _summed(arrays: Mapping[str, Any], names: Sequence[str], field: str) -> torch.Tensor:
-    numbers = [float(arrays.get(f"gradient/{name}/{field}", nan)) for name in names]
+    keys = [f"gradient/{name}/{field}" for name in names]
+    numbers = [float(arrays[key]) if key in arrays else nan for key in keys]
     return torch.tensor(numbers, dtype=torch.float64).sum()

@@ -22,7 +22,7 @@ HISTORY = "history.csv"
 FORMAT = 1
 """Version of the record's layout; a reader refuses others."""
 
-_LASTING = ("started", "batch_tokens", "validation_data", "val_loss")
+_LASTING = ("started", "batch_tokens", "validation_data", "validation_samples", "val_loss")
 """What is known of a run only once it is under way, and after a resume at first no more."""
 
 _REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")

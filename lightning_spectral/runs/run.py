@@ -193,7 +193,7 @@ class Run:
         path = self._path(kind, max(self._reports[self.series(kind)]))
         start = f"{kind_of(kind)}/"
         with _arrays(path) as arrays:
-            keys = [key.removeprefix(start) for key in arrays.files if key.startswith(start)]
+            keys = [key.removeprefix(start) for key in arrays if key.startswith(start)]
             found = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
             if not found:
                 raise ValueError(f"it holds no spectrum of kind {kind_of(kind)}")
@@ -216,7 +216,7 @@ class Run:
         part, path = kind_of(kind), self._path(kind, step)
         start, row = f"{part}/{name}/", KINDS[part]
         with _arrays(path) as arrays:
-            found = {key.removeprefix(start): arrays[key] for key in arrays.files if key.startswith(start)}
+            found = {key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)}
             where: dict[str, Any] = {"name": name, "step": step, "tokens": tokens_of(arrays["tokens"])}
             if row.values in found:
                 return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)

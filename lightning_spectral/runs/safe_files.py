@@ -5,7 +5,7 @@ import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -72,7 +72,7 @@ def open_arrays(path: Path) -> Iterator["Arrays"]:
         yield Arrays(archive)
 
 
-class Arrays:
+class Arrays(Mapping[str, np.ndarray]):
     """Arrays by name, each read when it is asked for, after its size was checked.
 
     Args:
@@ -84,12 +84,13 @@ class Arrays:
         self._archive = archive
         self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
 
-    @property
-    def files(self) -> list[str]:
-        """Names of the arrays, in order."""
-        return list(self._entries)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
 
-    def __contains__(self, name: str) -> bool:
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
         return name in self._entries
 
     def __getitem__(self, name: str) -> np.ndarray:

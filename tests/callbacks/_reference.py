@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests._reference import covariance_spectrum, head_share, jackknife, power_law, rankme
+from tests._reference import contiguous_groups, covariance_spectrum, head_share, jackknife, power_law, rankme
 
 Samples = list[np.ndarray]
 """One layer's rows, an array ``(rows, width)`` per sample."""
@@ -43,11 +43,11 @@ def rms_normalized(rows: np.ndarray) -> np.ndarray:
 
 
 def layer_values(samples: Samples, num_groups: int = 4) -> dict[str, float]:
-    """What ActivationSpectrum logs of one layer with its default bands; sample i is in group i mod G."""
+    """What ActivationSpectrum logs of one layer with its default bands; groups are contiguous."""
     width = samples[0].shape[-1]
     tail, head = (max(1, width // 8), width // 2), (1, 10)
     normalized = [rms_normalized(sample) for sample in samples]
-    groups = [np.concatenate(normalized[group::num_groups]) for group in range(num_groups)]
+    groups = [np.concatenate(group) for group in contiguous_groups(normalized, num_groups)]
     spectrum = covariance_spectrum(np.concatenate(groups))
 
     def exponent_of(band: tuple[int, int]) -> Callable[[np.ndarray], float]:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_spectral import ActivationSpectrum
+from tests._reference import spread_samples
 from tests.callbacks._reference import Recorder, layer_values
 from tests.models import LENGTH, PROBES, WIDTH, Alternating, LanguageModel, Perceptron, tiny_trainer, token_loader
 
@@ -113,13 +114,13 @@ def test_training_values_are_those_of_the_last_steps(run: SimpleNamespace, step:
     assert_values(run, "", step, layer, layer_values(samples))
 
 
-# Of the 40 samples 25 are the first 200 rows.
+# Of the 40 samples, in five batches, 25 have 200 rows.
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("step", VALIDATION_STEPS)
-def test_validation_values_are_those_of_the_first_rows(run: SimpleNamespace, step: int, layer: str) -> None:
+def test_validation_values_are_those_of_rows_spread_over_the_pass(run: SimpleNamespace, step: int, layer: str) -> None:
     samples = run.recorder.samples(layer, "validate", [step])
     assert len(samples) == 40
-    assert_values(run, "val/", step, layer, layer_values(samples[:25]))
+    assert_values(run, "val/", step, layer, layer_values(spread_samples(samples, 200)))
 
 
 def assert_values(run: SimpleNamespace, prefix: str, step: int, layer: str, expected: dict[str, float]) -> None:
@@ -230,8 +231,9 @@ def test_two_optimizers_move_the_step_by_two(tmp_path: Path) -> None:
     fit(tmp_path, recorder, spectrum, model=Alternating(), max_steps=14)
     assert list(spectrum.reports) == [4, 6, 10, 12]
     for step in (4, 6, 10, 12):
-        # One batch is two forwards, of 4 x 8 rows each; the second begins one step later.
-        samples = recorder.samples("network.blocks.3", "train", [step - 2, step - 1])
+        # One batch is two forwards, of 4 x 8 rows each; the second begins one step later. Its samples are the same.
+        forwards = (recorder.samples("network.blocks.3", "train", [before]) for before in (step - 2, step - 1))
+        samples = [np.concatenate(pair) for pair in zip(*forwards, strict=True)]
         expected = {f"activation/network.blocks.3/{q}": value for q, value in layer_values(samples).items()}
         assert spectrum.reports[step] == pytest.approx(expected, rel=1e-4)
 

@@ -105,10 +105,10 @@ def svd(rows: np.ndarray) -> np.ndarray:
 
 
 def expected_values(rows: np.ndarray) -> dict[str, float]:
-    """What is logged of one parameter with the default bands; sample i is in group i mod 4."""
+    """What is logged of one parameter with the default bands; groups are contiguous."""
     count = len(rows)
     tail, head = (count // 8, count // 2), (1, 10)
-    groups = [rows[group::4] for group in range(4)]
+    groups = [rows[[4 * index // count == group for index in range(count)]] for group in range(4)]
     values = svd(rows)
 
     def exponent_of(band: tuple[int, int]):

@@ -12,6 +12,7 @@ from lightning_spectral.functional import Spectrum
 from lightning_spectral.functional.moments import Moments, covariance, pool
 from lightning_spectral.measurement.collector import RMS_EPS, Collector, inverse_rms
 from lightning_spectral.measurement.decomposition import decompose
+from tests._reference import contiguous_groups
 
 WIDTH = 12
 
@@ -50,10 +51,14 @@ def assert_moments(found: Moments, groups: list[np.ndarray], rtol: float = 1e-10
 
 def groups_of(samples: list[np.ndarray], num_groups: int = 4) -> list[np.ndarray]:
     empty = np.zeros((0, WIDTH))
-    return [np.concatenate([empty, *samples[group::num_groups]]) for group in range(num_groups)]
+    groups = contiguous_groups([sample for sample in samples if len(sample)], num_groups)
+    found = [empty] * num_groups
+    for place, group in enumerate(groups):
+        found[num_groups * place // len(groups)] = np.concatenate(group)
+    return found
 
 
-def test_batch_first_samples_go_round_the_groups_across_batches() -> None:
+def test_groups_are_stretches_of_samples_across_batches() -> None:
     outputs = batches(3, 4, 1, 6)
     found = collector()
     for output in outputs:
@@ -75,7 +80,7 @@ def test_whole_is_that_of_all_rows_whatever_the_groups(num_groups: int) -> None:
     np.testing.assert_allclose(covariance(whole), np.cov(rows, rowvar=False), rtol=1e-10)
 
 
-def test_where_the_first_axis_is_not_the_batch_forwards_go_round() -> None:
+def test_where_the_first_axis_is_not_the_batch_groups_are_stretches_of_forwards() -> None:
     outputs = [output.transpose(0, 1) for output in batches(3, 4, 2, 3, 7)]
     found = collector()
     for output in outputs:
@@ -211,7 +216,7 @@ def test_one_sample_with_real_tokens_is_taken_after_empty_ones() -> None:
     found = collector(num_tokens=2)
     found.begin_batch(3, mask)
     found.add("layer", output)
-    assert pooled(found).num_rows.tolist() == [0, 5, 0, 0]
+    assert pooled(found).num_rows.tolist() == [5, 0, 0, 0]
 
 
 def test_empty_batch_is_no_failure() -> None:
@@ -329,8 +334,8 @@ def test_a_layer_called_several_times_in_a_batch_keeps_samples_in_their_groups(h
             found.add("layer", output)
     ((_, parts, *_),) = found.pool()
     samples = outputs.transpose(1, 2).reshape(15, 6, WIDTH) if has_samples else outputs.reshape(5, 18, WIDTH)
-    for group in range(4):
-        rows = samples[group::4].reshape(-1, WIDTH)
+    for group, found_samples in enumerate(contiguous_groups(list(samples), 4)):
+        rows = torch.cat(found_samples)
         assert int(parts.num_rows[0, group]) == len(rows)
         torch.testing.assert_close(parts.mean[0, group], rows.mean(0), rtol=1e-5, atol=1e-6)
 
