@@ -1,6 +1,7 @@
 """Processes that do not change, and pairs of samples of them, which floors must hold."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,23 @@ def drawn(process: Process, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[
     rng = np.random.default_rng(seed)
     first, second = (sample_of(np.stack([process.draw(rng) for _ in range(num_draws)]), process.rank) for _ in range(2))
     return first, second
+
+
+def of_same_rows(
+    process: Process, common: float, num_directions: int | None = None, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> tuple[Spectrum, Spectrum]:
+    """Pairs of samples that two models of one population spectrum give of the same rows.
+
+    ``common`` is the correlation of the two in the leading directions, all or so many; in others they are the same.
+    """
+    rng = np.random.default_rng(seed)
+    scales = np.sqrt(process.eigenvalues)
+    white = process._replace(eigenvalues=np.ones_like(scales), mean=0.0)
+    first, fresh = (np.stack([white.draw(rng) for _ in range(num_draws)]) for _ in range(2))
+    kept = np.where(np.arange(len(scales)) < (num_directions or len(scales)), common, 1.0)
+    second = kept * first + np.sqrt(1 - kept**2) * fresh
+    one, other = (replace(sample_of(rows * scales, process.rank), rows="the same") for rows in (first, second))
+    return one, other
 
 
 def power(width: int, exponent: float = 1.2, **equal: float) -> np.ndarray:

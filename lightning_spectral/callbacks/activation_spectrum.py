@@ -40,8 +40,9 @@ class ActivationSpectrum(LayersCallback):
         layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five
             blocks spread evenly over it.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
-        stage: ``"train"`` reads the last training batches before a report, ``"validate"`` the first rows of a
-            validation run. Runs are compared on validation rows, which do not change.
+        stage: ``"train"`` reads the last training batches before a report, ``"validate"`` rows spread over
+            a validation run, the first where its length is not known (``docs/error-bars.md``). Runs are compared on
+            validation rows, which do not change.
         num_tokens: Rows per report over all ranks, after the mask. The exponent of the tail depends on rows per
             channel: compare runs at equal numbers. The default is 16 rows a channel at width 4,096: in all blocks of a
             small trained GPT, 16 bring the corrected exponent to within 0.011 of its truth on average and spread it by
@@ -51,9 +52,10 @@ class ActivationSpectrum(LayersCallback):
             the width. Ranks 1 to 10 as in *Spectral Lens*.
         tail: Band of the tail exponent, likewise. An eighth to a half of the width holds the bands of *Spectral Lens*
             at widths 768 to 1600; (30, 150) is that of its released scripts.
-        num_groups: Groups of whole samples for the delete-a-group jackknife; 1 for no error bars. Each takes 8 d^2
-            bytes for a layer of width d, on the model's device: four of five layers 94 MB at width 768, 410 MB at
-            1,600.
+        num_groups: Groups of whole samples, neighbours together, for the delete-a-group jackknife; 1 for no error bars.
+            Each, and one more, takes 8 d^2 bytes for a layer of width d, on the model's device: four of five layers
+            118 MB at width 768, 512 MB at 1,600. Errors are those of other rows of the same population, not of other
+            data or seeds (``docs/error-bars.md``).
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
             1e-3 of the largest and resolves none below 1e-7 of it, ``"float64"`` is good to 1e-5 above 1e-6, at about

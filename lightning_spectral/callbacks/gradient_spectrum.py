@@ -114,8 +114,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         parameters: Glob patterns over parameter names, ``"all"`` for every trainable parameter, None for the attention
             output projections of five blocks spread evenly over the depth, as in *Spectral Lens*.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
-        stage: ``"train"`` takes the last training samples before a report, ``"validate"`` the first of a validation
-            run.
+        stage: ``"train"`` takes the last training samples before a report, ``"validate"`` those of whole batches
+            spread over a validation run, the first where its length is not known.
         num_samples: Samples N per report over all ranks; 512 in *Spectral Lens*.
         method: How per-sample gradients are had.
         chunk_size: Samples at a time, for all methods but ``"loop"``; None for as many as fit into a quarter of the

@@ -41,10 +41,11 @@ class HeadDrift(LayersCallback):
 
     **Floors** are read off the scatter of the report and its reference themselves: the spectra and vectors without each
     of ``num_groups`` groups of whole samples differ by sampling alone, whatever the distribution of rows and however
-    tokens depend on each other within a sequence. They say what *another sample* of rows would show. Where the same
-    validation rows come back at every report the numbers scatter less, and a change within the floor may be real, but
-    is one that other rows need not show. Runs from other seeds differ by far more than samples of one run: a floor is
-    no measure of what tells two *runs* apart.
+    tokens depend on each other within a sequence. They say what *another sample* of rows would show. Where a report and
+    its reference are of the same validation rows, the groups' *differences* are what is read: what the rows do to both
+    goes out, the floor falls as the two have more in common, and drift beyond it is one that other rows of the same
+    population show too. Floors do not cover other data, nor other seeds: runs from those differ by far more than
+    samples of one run, and a floor is no measure of what tells two *runs* apart (``docs/error-bars.md``).
 
     **Eigenvalues that are equal at the cut** leave the span of exactly ``rank`` vectors undetermined: sampling turns it
     freely among the equal ones. Overlap and angles are still those of exactly ``rank`` vectors, and it is the floors
@@ -67,8 +68,8 @@ class HeadDrift(LayersCallback):
             ``HeadDrift`` of this rank or more, whose report nearest in tokens counts. All ranks must be able to read
             it.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
-        stage: ``"validate"`` reads the first rows of a validation run, which do not change; ``"train"`` the last
-            training batches before a report.
+        stage: ``"validate"`` reads rows spread over a validation run, the same at each report unless they are
+            shuffled; ``"train"`` the last training batches before a report.
         num_tokens: Rows per report over all ranks, after the mask. The floor of angles falls with the root of it, that
             of JS in proportion (of two reports on a small trained GPT 2e-4 nats at 64 rows a channel, 6e-5 at 256:
             ``benchmarks/findings``, study 1), and a spectrum of fewer rows is steeper: a reference of another number

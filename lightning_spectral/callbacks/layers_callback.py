@@ -111,7 +111,9 @@ class LayersCallback(SpectralCallback[Report]):
         """What rows were, for the heading of a table; empty before any."""
         rows = {} if self.measurement is None else self.measurement.rows
         words = list(dict.fromkeys(rows[name] for name in self.names if name in rows))
-        return f"; rows: {'; '.join(words[:3])}{', ...' if len(words) > 3 else ''}" if words else ""
+        reading = "" if self.measurement is None or self.stage != "validate" else self.measurement.reading
+        which = f", {reading}" if reading else ""
+        return f"; rows: {'; '.join(words[:3])}{', ...' if len(words) > 3 else ''}{which}" if words else ""
 
     @override
     def check_early(self) -> None:

@@ -57,7 +57,7 @@ class TailForecaster(LayersCallback):
         monitor: Key of the loss in ``trainer.callback_metrics``.
         references: Log directories of finished runs, or glob patterns of them; all ranks must be able to read them.
         layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
-        stage: ``"validate"`` reads the first rows of a validation run, which are the same in all runs; ``"train"`` the
+        stage: ``"validate"`` reads rows spread over a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.
         every_n_steps: Optimizer steps between forecasts; between measured validation runs at the least.
         num_tokens: Rows per report over all ranks, after the mask; for the default see :class:`ActivationSpectrum`.

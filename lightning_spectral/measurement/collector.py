@@ -61,6 +61,8 @@ class _Progress:
     def __init__(self, num_groups: int) -> None:
         self.rows = 0
         """Rows accumulated."""
+        self.rows_of_one_call = 0
+        """Those that were chosen, as if the layer were called once in each batch."""
         self.offered = 0
         """Rows that went by, accumulated or not; of masked ones none."""
         self.batch = 0
@@ -210,6 +212,8 @@ class Collector:
     def _choose(self, name: str, progress: _Progress, rows_per_sample: list[int]) -> None:
         """Choose samples of a new batch, and their slots."""
         chosen, rows, size = [], progress.rows, len(rows_per_sample)
+        # How often the layer is called in a batch, as far as batches before have shown.
+        calls = max(progress.rows // max(progress.rows_of_one_call, 1), 1)
         for index, num_rows in enumerate(rows_per_sample):
             if num_rows == 0 or not (self._place is None or self._place.is_due(rows, self._share, index, size)):
                 continue
@@ -218,7 +222,8 @@ class Collector:
                 progress.is_full = True
                 break
             chosen.append(index)
-            rows += num_rows
+            progress.rows_of_one_call += num_rows
+            rows += num_rows * calls
         joins, runs = progress.stretches.place(len(chosen))
         self._join(name, joins)
         progress.parts = [(run.slot, chosen[run.start : run.stop]) for run in runs]

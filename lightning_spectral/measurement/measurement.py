@@ -124,6 +124,8 @@ class Measurement:
         self._failure: str | None = None
         self.validation: Pass | None = None
         """The pass of the validation run under way; None if its length is not known, and its first samples are read."""
+        self.reading = ""
+        """Which rows of the latest validation run there are, in words."""
         self.rows: dict[str, str] = {}
         """What a row of each layer that has run is, in words."""
         self.batch_idx = 0
@@ -240,6 +242,7 @@ class Measurement:
         It is measured if it comes late enough after the last that was, or always.
         """
         self.validation = of
+        self.reading = "the first of a pass whose length is not known" if of is None else of.in_words
         last = self.last_validation
         early = last is not None and step - last < self.every_n_steps
         self.is_collecting = self.stage == "validate" and (always or not early)

@@ -56,7 +56,7 @@ class PassGradients(GradientMeasurement):
         self._offered += cut.size
         wanted = min(cut.size, self._store.room - self._waiting)
         # Whole batches spread over a validation pass: apart, samples would take a pass of the model each.
-        is_due = self.place is None or self.place.is_due(self._waiting, self._store.capacity, 0, 1)
+        is_due = self.place is None or self.place.needs(self._waiting, self._store.capacity)
         if wanted > 0 and is_due:
             self._batches.append((copied(take(cut, 0, wanted)), wanted, self.batch_idx))
             self._waiting += wanted

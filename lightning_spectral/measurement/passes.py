@@ -32,6 +32,10 @@ class Place(NamedTuple):
         """
         return rows * self.total * size <= share * (min(self.start, self.total) * size + self.span * index)
 
+    def needs(self, samples: int, share: int) -> bool:
+        """Whether a whole batch is to be read: where less of the share was read than of the pass is over after it."""
+        return samples * self.total < share * min(self.start + self.span, self.total)
+
 
 class Pass(NamedTuple):
     """How long a pass is, on this rank."""
@@ -43,6 +47,13 @@ class Pass(NamedTuple):
     """Samples of each batch but the last, then."""
     of_all_ranks: int | None = None
     """Samples of the passes of all ranks together; padding that makes them equal is none."""
+
+    @property
+    def in_words(self) -> str:
+        """How it is read."""
+        if self.num_samples is None:
+            return f"spread over {self.num_batches} batches"
+        return f"spread over {self.num_samples if self.of_all_ranks is None else self.of_all_ranks} samples"
 
     def place(self, batch_idx: int) -> Place:
         """Where a batch lies."""

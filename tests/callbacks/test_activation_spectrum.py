@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_spectral import ActivationSpectrum
 from tests._reference import spread_samples
@@ -208,6 +209,7 @@ class Reports(ActivationSpectrum):
         values = super().measured(report)
         assert report.step not in self.reports
         self.reports[report.step] = values
+        self.said = self.rows_in_words()
         return values
 
     def row_counts(self) -> dict[int, float]:
@@ -263,6 +265,33 @@ def test_trainer_validate_is_always_measured(tmp_path: Path, every_n_steps: int)
     expected = layer_values(recorder.samples(LAYERS[0], "validate", [0])[:24])
     assert {q: values[f"activation/{LAYERS[0]}/{q}"] for q in expected} == pytest.approx(expected, rel=1e-4)
     assert all(len(module._forward_hooks) == 0 for module in model.modules())
+
+
+class Stream(IterableDataset):
+    """Samples of a loader without a length."""
+
+    def __init__(self, samples) -> None:
+        self.samples = samples
+
+    def __iter__(self):
+        return (self.samples[index] for index in range(len(self.samples)))
+
+
+@pytest.mark.parametrize("limit", [1.0, 5], ids=["without a length", "limited"])
+def test_a_stream_is_read_spread_where_its_length_is_known(tmp_path: Path, limit: float) -> None:
+    """Else the first rows are, and groups are of equal length all the same; the heading of the table says which."""
+    spectrum, recorder = Reports(stage="validate", num_tokens=80, tail=(1, 4), layers="*.blocks.0"), Recorder()
+    trainer = tiny_trainer(tmp_path, callbacks=[recorder, spectrum], limit_val_batches=limit)
+    stream = DataLoader(Stream(token_loader(40, seed=1).dataset), batch_size=8)
+    trainer.validate(LanguageModel(), stream, verbose=False)
+    seen = recorder.samples("network.blocks.0", "validate", [0])
+    assert len(seen) == 40
+    read = spread_samples(seen, 80) if limit == 5 else seen[:10]
+    assert spectrum.reports[0]["activation/network.blocks.0/rankme"] == pytest.approx(
+        layer_values(read)["rankme"], rel=1e-5
+    )
+    words = "spread over 5 batches" if limit == 5 else "the first of a pass whose length is not known"
+    assert spectrum.said.endswith(f"channels, {words}")
 
 
 def test_fit_and_validate_with_one_trainer(tmp_path: Path) -> None:
