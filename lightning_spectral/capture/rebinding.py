@@ -5,9 +5,11 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_spectral.capture.reachable import MANY, content_of, named_globals
+
+T = TypeVar("T")
 
 REFERENCES = (weakref.ref, weakref.WeakMethod)
 CALLABLES = (types.FunctionType, types.MethodType, functools.partial, *REFERENCES)
@@ -35,6 +37,10 @@ class Rebinding:
 
     def __init__(self, memo: dict[int, Any]) -> None:
         self._memo = memo
+        self._shared: set[int] = set()
+        """Functions that have been seen to lead nowhere."""
+        self._globals: dict[int, dict[str, Any]] = {}
+        """Twins of modules' globals."""
         self._kept = memo.setdefault(id(memo), [])
         """What has been copied, kept alive, so that no id means two things."""
 
@@ -46,7 +52,8 @@ class Rebinding:
                 self._in_dict(copied)
             elif isinstance(copied, (list, deque)):
                 for index, value in enumerate(copied):
-                    copied[index] = self.twin(value)
+                    if self._has_twin(value):
+                        copied[index] = self.twin(value)
             elif isinstance(copied, set) and any(map(self._has_twin, copied)):
                 values = list(map(self.twin, copied))
                 copied.clear()
@@ -69,7 +76,11 @@ class Rebinding:
         """What a part of the original, or of what leads to it, is in the copy; others are what they are."""
         if id(part) in self._memo:
             return self._memo[id(part)]
-        if not isinstance(part, (*CALLABLES, *CONTAINERS)) or not self._leads_to_original(part, set()):
+        if not isinstance(part, (*CALLABLES, *CONTAINERS)) or id(part) in self._shared:
+            return part
+        if not self._leads(part):
+            if isinstance(part, types.FunctionType):  # others may be gone, and their ids another's, in a moment
+                self._shared.add(id(part))
             return part
         if isinstance(part, types.FunctionType):
             return self.twin(part.__dict__[WRAPPED]) if _is_compiled(part) else self._function(part)
@@ -82,35 +93,55 @@ class Rebinding:
             partial = type(part)(self.twin(part.func), *map(self.twin, part.args), **keywords)
             partial.__dict__.update({name: self.twin(value) for name, value in part.__dict__.items()})
             return partial
+        if isinstance(part, (tuple, frozenset)):
+            twins = map(self.twin, part)
+            return part._make(twins) if hasattr(part, "_make") else type(part)(twins)
+        # Before it is filled: it may hold itself.
+        copied = self._remember(part, part.copy())
         if isinstance(part, dict):
-            mapping = part.copy()
-            mapping.update({key: self.twin(value) for key, value in part.items()})
-            return mapping
-        twins = map(self.twin, part)
-        return part._make(twins) if hasattr(part, "_make") else type(part)(twins)
+            copied.update({key: self.twin(value) for key, value in part.items()})
+        else:
+            copied.clear()
+            (copied.update if isinstance(part, set) else copied.extend)(map(self.twin, part))
+        return copied
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        cells = [types.CellType() for _ in function.__closure__ or ()]
-        globals_ = dict(function.__globals__)
-        twin = types.FunctionType(
-            function.__code__, globals_, function.__name__, function.__defaults__, tuple(cells) or None
+        cells = [self._cell(cell) for cell in function.__closure__ or ()]
+        named = {name: value for name, value in named_globals(function).items() if self._leads(value)}
+        globals_ = self._globals.setdefault(id(function.__globals__), dict(function.__globals__)) if named else None
+        twin = self._remember(
+            function,
+            types.FunctionType(
+                function.__code__,
+                function.__globals__ if globals_ is None else globals_,
+                function.__name__,
+                closure=tuple(cells) or None,
+            ),
         )
-        # Before it is filled: it may refer to itself.
-        self._remember(function, twin)
         for old, new in zip(function.__closure__ or (), cells, strict=True):
-            self._remember(old, new)
-            if not _is_empty(old):
-                new.cell_contents = self.twin(content_of(old))
-        globals_.update({name: self.twin(value) for name, value in named_globals(function).items()})
+            if new is not old:
+                new.cell_contents = self.twin(old.cell_contents)
+        if globals_ is not None:
+            globals_.update({name: self.twin(value) for name, value in named.items()})
         twin.__defaults__ = self.twin(function.__defaults__)
         twin.__kwdefaults__ = self.twin(function.__kwdefaults__)
         twin.__module__, twin.__qualname__, twin.__doc__ = function.__module__, function.__qualname__, function.__doc__
         twin.__dict__.update({name: self.twin(value) for name, value in function.__dict__.items()})
         return twin
 
-    def _remember(self, part: Any, twin: Any) -> None:
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """One that several functions share stays one; what does not lead to the original stays shared with it."""
+        if id(cell) in self._memo or not self._leads(content_of(cell)):
+            return self._memo.get(id(cell), cell)
+        return self._remember(cell, types.CellType())
+
+    def _remember(self, part: Any, twin: T) -> T:
         self._memo[id(part)] = twin
         self._kept.append(part)
+        return twin
+
+    def _leads(self, part: Any) -> bool:
+        return self._leads_to_original(part, set())
 
     def _leads_to_original(self, part: Any, seen: set[int]) -> bool:
         if id(part) in self._memo or _is_compiled(part):
@@ -141,14 +172,6 @@ def _held_by(part: Any) -> Iterable[Any]:
     if len(part) > MANY:
         return ()
     return list(part.values()) if isinstance(part, dict) else list(part)
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
 
 
 def _slots(part: Any) -> list[tuple[str, Any]]:
