@@ -33,7 +33,8 @@ from benchmarks.findings.runs import (
 from benchmarks.harness import console, environment
 from lightning_spectral import Run
 from lightning_spectral import forecast as forecast_family
-from lightning_spectral.functional.forecast import extrapolate_loss, forecast_tokens
+from lightning_spectral.functional.forecast import MIN_REFERENCES, extrapolate_loss
+from lightning_spectral.functional.line import fit_line
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.rank_correlation import spearman_interval
 from lightning_spectral.runs.references import alpha_at, loss_at
@@ -167,9 +168,13 @@ def forecast(rest: Sequence[Observed], point: int, name: str | None, run: Observ
     if name is None:
         return float(tokens.log().mean().exp())
     own = run.early[point][name]
-    return (
-        own if name == LOSS_CURVE else forecast_tokens(torch.from_numpy(vector(rest, point, name)), tokens, own).value
-    )
+    if name == LOSS_CURVE:
+        return own
+    # As planned: a value however far it lies beyond the others, which `forecast_tokens` would refuse.
+    values = torch.from_numpy(vector(rest, point, name))
+    known = values.isfinite()
+    line = fit_line(values[known], tokens[known].log()) if int(known.sum()) >= MIN_REFERENCES else None
+    return nan if line is None else float(line.at(torch.tensor(own, dtype=torch.float64)).exp())
 
 
 def errors(runs: Sequence[Observed], point: int, name: str | None) -> Errors:

@@ -3,7 +3,7 @@
     python -m benchmarks.findings.promises
 
 The suite keeps the first case of each, with the same draws and limits. The command fails where a promise is broken.
-A minute on one core.
+Two minutes on one core.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.findings.forecasts import coverage
+from benchmarks.findings.sides_in_time import ORDERS, alarms
 from benchmarks.findings.stationary import PROCESSES, drawn, of_same_rows
 from benchmarks.harness import console
 from lightning_spectral.functional import (
@@ -179,6 +181,16 @@ def p_values(num_runs: int) -> list[Finding]:
     ]
 
 
+def forecasts(num_references: int) -> list[Finding]:
+    """80% intervals of forecasts hold 80 in 100 new runs inside the references, and as many or more beyond them."""
+    return [Finding(*row) for row in coverage(num_references)]
+
+
+def sides(order: str) -> list[Finding]:
+    """Machines that change their pace from day to day are no gain in tokens a second."""
+    return [Finding(*row) for row in alarms(order)]
+
+
 def family(rng: np.random.Generator, num_runs: int, slope: float = SLOPE, noise: float = 0.3) -> tuple[Tensor, Tensor]:
     """Early exponents of runs and the tokens that each takes: ln tokens = intercept + slope alpha + noise.
 
@@ -213,6 +225,8 @@ PROMISES: dict[str, tuple[Promise, Sequence[Any]]] = {
     "exponents": (exponents, (4, 16, 64)),
     "noise scale": (noise_scales, tuple(product((30.0, 1000.0), (32, 8, 128, 512), NOISES))),
     "skill": (skills, (5, 8, 12)),
+    "forecasts": (forecasts, (6, 4, 12, 30)),
+    "sides": (sides, tuple(ORDERS)),
     "p-values": (p_values, (7, 4, 5, 9, 15, 30)),
 }
 """Each with its cases; the suite tests the first."""

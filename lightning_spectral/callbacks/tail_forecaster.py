@@ -23,6 +23,7 @@ from lightning_spectral.measurement.arguments import check_key
 from lightning_spectral.runs.arguments import check_paths
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.references import Reference, References, Wanted, find_references
+from lightning_spectral.runs.settings import settings_of
 
 NO_SKILL = 0.1
 """Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
@@ -40,10 +41,14 @@ class TailForecaster(LayersCallback):
 
     - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens.
     - ``relative``: the forecast over the fewest tokens that a reference needed; 1 is as good as the best.
-    - ``num_references``: how many were usable here; with fewer than four all forecasts are NaN.
+    - ``num_references``, ``num_settings``: how many were usable here, and of how many settings (runs that differ by
+      their seeds alone are of one, see :func:`lightning_spectral.runs.settings.settings_of`); with fewer than four, or
+      of fewer than three settings, all forecasts are NaN.
+    - ``extrapolated``: 1 where this run's exponent lies beyond those of the references, and the interval holds the
+      curvature that they do not exclude; 0 inside. Beyond them by more than half their range there is no forecast.
     - ``skill``, ``median_error``: how well the references forecast each other at this point: rank correlation of
-      leave-one-out forecasts with the truth, and their median relative error. Where that skill is what runs without any
-      relation show, a warning says so.
+      forecasts from the other settings with the truth, and their median relative error. Where that skill is what runs
+      without any relation show, or cannot be told, a warning says so.
     - ``alpha_tail``: this run's exponent.
     - ``actual``: the tokens it took, once the target is reached.
     - ``failed``: measurements that came to nothing so far.
@@ -99,6 +104,8 @@ class TailForecaster(LayersCallback):
         "high",
         "relative",
         "num_references",
+        "num_settings",
+        "extrapolated",
         "skill",
         "median_error",
         "alpha_tail",
@@ -158,6 +165,7 @@ class TailForecaster(LayersCallback):
         self.actual = math.nan
         """Tokens that the target took; NaN until it is reached."""
         self._found = References([], {})
+        self._settings: list[int] = []
         self._losses: list[list[float]] = []
         self._forecasts: list[dict[str, float]] = []
 
@@ -234,6 +242,7 @@ class TailForecaster(LayersCallback):
             found = find_references(self.references, wanted, recorder.run_id)
         # Ranks that look by themselves, while other runs come to their end, might find different ones.
         self._found = trainer.strategy.broadcast(found)
+        self._settings = settings_of([reference.run for reference in self._found.usable])
         if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
             reasons = self._found.reasons()
             self.warn(
@@ -276,24 +285,40 @@ class TailForecaster(LayersCallback):
         """What the references make of this run's exponent, at its tokens."""
         here = [self._alpha_of(reference, layer) for reference in self._found.usable]
         known = [index for index, value in enumerate(here) if math.isfinite(value)]
-        values: dict[str, float] = {"num_references": float(len(known))}
+        settings = torch.tensor([self._settings[index] for index in known])
+        num_settings = len(settings.unique())
+        values = {"num_references": float(len(known)), "num_settings": float(num_settings)}
         if len(known) < MIN_REFERENCES:
             if len(self._found.usable) >= MIN_REFERENCES:
                 self.warn(f"makes no forecast where fewer than {MIN_REFERENCES} references have reports on both sides")
             return values
         alphas = torch.tensor([here[index] for index in known], dtype=torch.float64)
         tokens = torch.tensor([self._found.usable[index].tokens_to_target for index in known], dtype=torch.float64)
-        forecast, skill = forecast_tokens(alphas, tokens, alpha), backtest(alphas, tokens)
-        if skill.p_value > NO_SKILL:
+        forecast, skill = forecast_tokens(alphas, tokens, alpha, settings=settings), backtest(alphas, tokens, settings)
+        if forecast.reason is not None and math.isfinite(alpha):
+            self.warn(f"makes no forecast at {self.tokens:,.0f} tokens: {forecast.reason}")
+        elif forecast.extrapolated:
+            self.warn(
+                f"forecasts beyond its references at {self.tokens:,.0f} tokens: with a tail exponent of {alpha:.3f}, "
+                f"and theirs from {float(alphas.min()):.3f} to {float(alphas.max()):.3f}, the interval is the wider"
+            )
+        if math.isnan(skill.p_value):
+            self.warn(
+                f"cannot tell its skill at {self.tokens:,.0f} tokens: its references are of {num_settings} settings, "
+                "or alike in their exponents or their tokens. Train references of other batch sizes or learning rates"
+            )
+        elif skill.p_value > NO_SKILL:
             self.warn(
                 f"has no skill at {self.tokens:,.0f} tokens: its references forecast each other with a rank "
                 f"correlation of {skill.rank_correlation:.2f} (p = {skill.p_value:.2f}), as runs without a relation do"
             )
+        is_known = math.isfinite(forecast.value)
         return values | {
             "tokens_to_target": forecast.value,
             "low": forecast.low,
             "high": forecast.high,
             "relative": forecast.value / self._found.best,
+            "extrapolated": float(forecast.extrapolated) if is_known else math.nan,
             "skill": skill.rank_correlation,
             "median_error": skill.median_error,
         }
@@ -354,7 +379,8 @@ class TailForecaster(LayersCallback):
     def draw(self, boards: list[Board], report: Report) -> None:
         start = f"{self.prefix}forecast"
         tokens = [f"{start}/{quantity}" for quantity in ("tokens_to_target", "low", "high", "actual")]
-        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": [f"{start}/skill", f"{start}/median_error"]}
+        trust = [f"{start}/{quantity}" for quantity in ("skill", "median_error", "extrapolated")]
+        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": trust}
         for board in boards:
             board.charts("forecast", charts)
 

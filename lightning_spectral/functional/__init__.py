@@ -4,6 +4,7 @@ from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.forecast import (
     MIN_REFERENCES,
+    MIN_SETTINGS,
     Forecast,
     Skill,
     backtest,
@@ -35,6 +36,7 @@ from lightning_spectral.functional.subspace import principal_angles, subspace_ov
 
 __all__ = [
     "MIN_REFERENCES",
+    "MIN_SETTINGS",
     "Band",
     "Estimate",
     "Exponent",

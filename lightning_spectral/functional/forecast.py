@@ -4,21 +4,27 @@ Every number is drawn from a handful of runs, so each comes with what a handful 
 prediction interval of its line, a rank correlation with a bootstrap interval or a p-value, and the error of forecasting
 each reference from the others. Nothing here knows of spectra: log batch size or an early loss goes wherever ``alpha``
 does, which is how the tail is compared with predictors that need no spectrum.
+
+*Settings count, not runs.* Seeds of one batch size, learning rate and model are alike in alpha and in tokens: they say
+how seeds scatter, and no more than one of them would about what another setting takes.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_spectral.functional.arguments import check_number
+from lightning_spectral.functional.line import FARTHEST, fit_line, setting_means
 from lightning_spectral.functional.rank_correlation import check_level, check_pair, p_value, spearman
 
 MIN_REFERENCES = 4
 """Fewest runs, or points of a loss curve, that give a number: what fits three leaves one residual at best, and a t
 interval on it spans orders of magnitude."""
+
+MIN_SETTINGS = 3
+"""Fewest settings among them: a line through two has no residual that is not of seeds."""
 
 _EXPONENTS = (1e-3, 10.0)
 """Bounds on b of a loss curve: a straight line in ln t at one end, a drop after the first point at the other."""
@@ -33,41 +39,59 @@ class Forecast(NamedTuple):
     """Lower end of the prediction interval."""
     high: float
     """Upper end; infinite where it is beyond the floating-point range."""
+    extrapolated: bool = False
+    """Whether the run lies beyond its references."""
+    reason: str | None = None
+    """Why there is no number, where there is none."""
 
 
 class Skill(NamedTuple):
-    """How well each reference is forecast from the others."""
+    """How well each reference is forecast from those of other settings."""
 
     rank_correlation: float
-    """Spearman's rho of forecasts and truths, both relative to the others' mean: 1 is best, about 0 is no skill."""
+    """Spearman's rho, over settings, of forecasts and truths, both relative to the others' mean: 1 is best, about 0 is
+    no skill."""
     p_value: float
     """Two-sided, of alpha and tokens being unrelated."""
     median_error: float
-    """Median of ``|forecast / truth - 1|``."""
+    """Median over settings of the mean ``|forecast / truth - 1|`` of their runs."""
     predictions: Tensor
     """``(n,)`` forecasts in tokens, in the order given; NaN for a run without one."""
 
 
-def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8) -> Forecast:
+def forecast_tokens(
+    alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8, settings: Tensor | None = None
+) -> Forecast:
     r"""Tokens to a target at one exponent, by the line of ln tokens on alpha through n reference runs.
 
-    Ordinary least squares with the prediction interval of a new run, t the quantile at (1 + level)/2 for n - 2 degrees
-    of freedom and s the residual standard error:
-    :math:`\hat y \pm t s \sqrt{1 + 1/n + (\alpha - \bar\alpha)^2 / S_{\alpha\alpha}}`, then exponentiated.
+    Least squares with the prediction interval of a new run, t the quantile at (1 + level)/2 for n - 2 degrees of
+    freedom and s the residual standard error:
+    :math:`\hat y \pm t s \sqrt{1 + 1/n + (\alpha - \bar\alpha)^2 / S_{\alpha\alpha}}`, then exponentiated. Where
+    there are several runs of one setting they share its weight, and n is the number of settings.
+
+    *Beyond the references* nothing has been seen, and the interval also holds the curvature that they do not exclude:
+    to its squared error comes :math:`(\hat c^2 + s^2 / Q)\, q(\alpha)^2`, q the parabola that is orthogonal to the line
+    at the references, Q its sum of squares over them and :math:`\hat c` its coefficient. Past half their range beyond
+    them there is no number. 80% intervals held 83 to 97% of new runs there, of laws without curvature and with one by
+    which the slope changes threefold, of noisy predictors, and of 4 to 30 references; those of the line alone 2 to 81%
+    (``python -m benchmarks.findings.promises --only forecasts``).
 
     Args:
         alpha: ``(n,)`` early exponents of the references, all at one number of tokens.
         tokens: ``(n,)`` tokens each took to the target, positive.
         at: The exponent of the run to forecast, at that same number of tokens.
         level: Share of new runs within the interval.
+        settings: ``(n,)`` numbers that are equal for runs that differ by their seeds alone; None where each run is a
+            setting of its own.
 
     Returns:
-        The forecast. References with a number that is not finite are dropped first. NaN where fewer than four are
-        left, where all their exponents are equal, and where ``at`` is not finite.
+        The forecast. References with a number that is not finite are dropped first. NaN, with the reason, where fewer
+        than four are left, or fewer than three settings, where all their exponents are equal, where ``at`` is not
+        finite or lies too far beyond them.
 
     Raises:
-        ValueError: If alpha and tokens are not two vectors of one length, tokens are not positive, ``at`` is no number,
-            or the level is not between 0 and 1.
+        ValueError: If alpha, tokens and settings are not vectors of one length, tokens are not positive, ``at`` is no
+            number, or the level is not between 0 and 1.
 
     References:
         Draper, Smith, *Applied Regression Analysis*, section 3.1 (1998).
@@ -76,30 +100,38 @@ def forecast_tokens(alpha: Tensor, tokens: Tensor, at: float, level: float = 0.8
         >>> import torch
         >>> alpha, noise = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4]), torch.tensor([0.02, -0.03, 0.0, 0.03, -0.02])
         >>> forecast = forecast_tokens(alpha, torch.exp(14 + 2 * alpha + noise), at=1.25)
-        >>> [round(tokens / 1e6, 2) for tokens in forecast]  # the law gives exp(16.5), 14.65 million
+        >>> [round(tokens / 1e6, 2) for tokens in forecast[:3]]  # the law gives exp(16.5), 14.65 million
         [14.64, 13.88, 15.43]
+        >>> forecast_tokens(alpha, torch.exp(14 + 2 * alpha + noise), at=2.0).reason
+        'it lies beyond its references by 1.50 times their range, and half of it is the most'
     """
     check_level(level)
     check_number(at=at)
     at = float(at)
-    _check_references(alpha, tokens)
-    alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
-    known = alpha.isfinite() & logs.isfinite()
-    alpha, logs = alpha[known], logs[known]
-    line = _line(alpha, logs)
-    num_runs = len(alpha)
-    if num_runs < MIN_REFERENCES or line is None or not math.isfinite(at):
-        return Forecast(math.nan, math.nan, math.nan)
-    degrees = num_runs - 2
-    residual = (logs - line.at(alpha)).square().sum() / degrees
-    leverage = 1 + 1 / num_runs + (at - line.mean).square() / line.square_sum
-    reach = float(stdtrit(degrees, (1 + level) / 2)) * (residual * leverage).sqrt()
+    alpha, logs, settings, _ = _known(alpha, tokens, settings)
+    line = fit_line(alpha, logs, settings)
+    reason = None
+    if len(alpha) < MIN_REFERENCES:
+        reason = f"it needs {MIN_REFERENCES} references and has {len(alpha)}"
+    elif line is None:
+        reason = "all its references have one exponent"
+    elif line.num_settings < MIN_SETTINGS:
+        reason = f"its references are of {line.num_settings} settings, and seeds of {MIN_SETTINGS} are the fewest"
+    elif not math.isfinite(at):
+        reason = "its own exponent is not known"
+    elif line.beyond(at) > FARTHEST:
+        reason = f"it lies beyond its references by {line.beyond(at):.2f} times their range, and half of it is the most"
+    if line is None or reason is not None:
+        is_beyond = line is not None and math.isfinite(at) and line.beyond(at) > 0
+        return Forecast(math.nan, math.nan, math.nan, is_beyond, reason)
+    reach = line.reach(at, level)
     centre = line.at(torch.tensor(at, dtype=torch.float64))
-    return Forecast(float(centre.exp()), float((centre - reach).exp()), float((centre + reach).exp()))
+    low, high = float((centre - reach).exp()), float((centre + reach).exp())
+    return Forecast(float(centre.exp()), low, high, extrapolated=line.beyond(at) > 0)
 
 
-def backtest(alpha: Tensor, tokens: Tensor) -> Skill:
-    r"""Forecast each reference from the others, and compare with what it took.
+def backtest(alpha: Tensor, tokens: Tensor, settings: Tensor | None = None) -> Skill:
+    r"""Forecast each reference from those of other settings, and compare with what it took.
 
     *Rank correlation.* The mean of the others is low when the run left out is high, so forecasts of a family without
     any relation go against the truth: by a line the correlation averages -0.35 to -0.4 for 4 to 30 runs, by the mean
@@ -111,21 +143,22 @@ def backtest(alpha: Tensor, tokens: Tensor) -> Skill:
 
     *p-value.* With so wide and skew a scatter, the correlation of forecasts is no test. The p-value is that of
     Spearman's rho of alpha and tokens themselves, two-sided, since forecasts do not care for the sign: by all
-    permutations up to eight runs, ties and all, by :math:`t = r \sqrt{(n - 2)/(1 - r^2)}` beyond. Both hold whatever
-    the distributions, for runs that are exchangeable. Seeds of one batch size are alike in alpha and in tokens, so that
-    they count for fewer runs than they are: :func:`partial_spearman` given log batch size asks what is left.
+    permutations up to eight, ties and all, by :math:`t = r \sqrt{(n - 2)/(1 - r^2)}` beyond. Both hold whatever the
+    distributions, for what is exchangeable. Seeds of one setting are not, which are alike in both: with ``settings``,
+    means over seeds take the place of runs throughout.
 
     Args:
         alpha: ``(n,)`` early exponents, all at one number of tokens; any other early number does as well.
         tokens: ``(n,)`` tokens each run took to the target, positive.
+        settings: As for :func:`forecast_tokens`.
 
     Returns:
         The skill. Runs with a number that is not finite are dropped first, and have no forecast; nor has a run whose
-        others all have one exponent. NaN where fewer than four runs are left. Of four, each is forecast by the line
-        through three.
+        others all have one exponent. NaN where fewer than four runs are left; of fewer than four settings there are
+        forecasts and errors, but neither correlation nor p-value. Of four, each is forecast by the line through three.
 
     Raises:
-        ValueError: If alpha and tokens are not two vectors of one length, or tokens are not positive.
+        ValueError: If alpha, tokens and settings are not vectors of one length, or tokens are not positive.
 
     References:
         Poldrack, Huckins, Varoquaux, *Establishment of best practices for evidence for prediction* (2020), on what
@@ -138,25 +171,25 @@ def backtest(alpha: Tensor, tokens: Tensor) -> Skill:
         >>> round(skill.rank_correlation, 3), round(skill.p_value, 4), round(skill.median_error, 4)
         (1.0, 0.0028, 0.0)
     """
-    _check_references(alpha, tokens)
-    alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
-    known = alpha.isfinite() & logs.isfinite()
+    predictions = torch.full((len(alpha),) if alpha.ndim else (), math.nan, dtype=torch.float64)
+    alpha, logs, settings, known = _known(alpha, tokens, settings)
+    if len(alpha) < MIN_REFERENCES:
+        return Skill(math.nan, math.nan, math.nan, predictions)
+    groups = torch.arange(len(alpha)) if settings is None else settings
     predicted, others = torch.full_like(logs, math.nan), torch.full_like(logs, math.nan)
-    if int(known.sum()) < MIN_REFERENCES:
-        return Skill(math.nan, math.nan, math.nan, predicted)
-    for run in known.nonzero().flatten().tolist():
-        rest = known.clone()
-        rest[run] = False
-        others[run] = logs[rest].mean()
-        line = _line(alpha[rest], logs[rest])
+    for group in groups.unique():
+        rest = groups != group
+        others[~rest] = setting_means(logs[rest], groups[rest]).mean()
+        line = fit_line(alpha[rest], logs[rest], groups[rest])
         if line is not None:
-            predicted[run] = line.at(alpha[run])
+            predicted[~rest] = line.at(alpha[~rest])
+    predictions[known] = predicted.exp()
     errors = (predicted - logs).expm1().abs()
     return Skill(
-        spearman(predicted - others, torch.where(known, logs - others, torch.nan)),
-        p_value(alpha[known], logs[known]),
-        float(errors.nanquantile(0.5)),
-        predicted.exp(),
+        spearman(setting_means(predicted - others, settings), setting_means(logs - others, settings)),
+        p_value(setting_means(alpha, settings), setting_means(logs, settings)),
+        float(setting_means(errors, settings).nanquantile(0.5)),
+        predictions,
     )
 
 
@@ -209,28 +242,6 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
     return float((origin - (drop / a).log() / b).exp()) if a > 0 else math.nan
 
 
-class _Line(NamedTuple):
-    """A least-squares line about the mean of its points."""
-
-    mean: Tensor
-    square_sum: Tensor
-    intercept: Tensor
-    slope: Tensor
-
-    def at(self, alpha: Tensor) -> Tensor:
-        return self.intercept + self.slope * (alpha - self.mean)
-
-
-def _line(alpha: Tensor, logs: Tensor) -> _Line | None:
-    # Compared, not subtracted: equal numbers may leave rounding about their mean.
-    if len(alpha) == 0 or bool(alpha.min() == alpha.max()):
-        return None
-    mean, intercept = alpha.mean(), logs.mean()
-    centred = alpha - mean
-    square_sum = centred @ centred
-    return _Line(mean, square_sum, intercept, centred @ (logs - intercept) / square_sum)
-
-
 def _fit_curve(log_tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The best b, a and c."""
     low, high = (math.log(bound) for bound in _EXPONENTS)
@@ -257,9 +268,14 @@ def _fit_given_exponents(exponents: Tensor, log_tokens: Tensor, losses: Tensor) 
     return (losses - a[:, None] * powers - c[:, None]).square().sum(-1), a, c
 
 
-def _check_references(alpha: Tensor, tokens: Tensor) -> None:
-    check_pair(alpha=alpha, tokens=tokens)
+def _known(alpha: Tensor, tokens: Tensor, settings: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Exponents, ln tokens and settings of the references whose numbers are finite, and which those are."""
+    vectors = {"alpha": alpha, "tokens": tokens}
+    check_pair(**vectors if settings is None else vectors | {"settings": settings})
     _check_positive(tokens)
+    alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
+    known = alpha.isfinite() & logs.isfinite()
+    return alpha[known], logs[known], None if settings is None else settings.to("cpu")[known], known
 
 
 def _check_positive(tokens: Tensor) -> None:

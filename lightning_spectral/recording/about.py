@@ -3,9 +3,9 @@
 import json
 import os
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_spectral.functional.arguments import describe, is_one_line
 from lightning_spectral.measurement.arguments import MAX_COUNT
-from lightning_spectral.recording.family import describe_model, family_name
+from lightning_spectral.recording.family import describe_model, describe_setting, family_name
 from lightning_spectral.runs.record import FOLDER
 
 
@@ -68,7 +68,11 @@ class Notes:
 
 
 def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> dict[str, Any]:
-    """What there is to say of a run before its first step: JSON-like facts by name."""
+    """What there is to say of a run before its first step: JSON-like facts by name.
+
+    When and where it started say what its seconds may be compared with (``runs/sessions.py``), its setting of which
+    others it is a seed (``runs/settings.py``).
+    """
     model = describe_model(pl_module)
     is_cuda = pl_module.device.type == "cuda"
     seed = os.environ.get("PL_GLOBAL_SEED", "")
@@ -77,7 +81,9 @@ def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> 
         "family": notes.family or family_name(model),
         "tags": dict(notes.tags),
         "model": model,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "setting": describe_setting(pl_module, getattr(trainer, "datamodule", None), trainer.optimizers),
+        "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "machines": [platform.node()],
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_spectral.capture.names import clean_name
@@ -17,6 +17,11 @@ _OF_THE_RUN = re.compile(
 )
 """Settings that differ between runs of one family: what a sweep sweeps, not what the model is. Among them are lengths
 of the schedule, which are given in steps and follow the batch size."""
+
+_OF_A_SEED = re.compile(r"(^|_)(seed|stop_at_loss)(_|$)", re.IGNORECASE)
+"""Of these, what differs between seeds of one setting, or does not change how a run gets where it gets."""
+
+_OF_OPTIMIZERS = ("weight_decay", "momentum", "betas", "nesterov")
 
 
 def describe_model(module: nn.Module) -> dict[str, Any]:
@@ -48,6 +53,49 @@ def family_name(description: Mapping[str, Any]) -> str:
     identity = [description["class"], description["config"]]
     digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{description['class'].rpartition('.')[2]}-{digest[:8]}"
+
+
+def describe_setting(module: Any, datamodule: Any, optimizers: Sequence[Any]) -> dict[str, Any]:
+    """What a sweep sweeps beside the batch size, which is counted: what tells runs of a family apart, but for seeds.
+
+    Args:
+        module: Whose saved hyperparameters are looked through for batch size, learning rate and the schedule's lengths.
+        datamodule: Likewise; or None.
+        optimizers: Class, first learning rate and decay of each group of parameters, each combination once.
+
+    Returns:
+        ``hyperparameters``, by dotted name, and ``optimizers``. All JSON-like.
+    """
+    found: dict[str, Any] = {}
+    for one in (module, datamodule):
+        found |= dict(_settings_of_the_run(getattr(one, "hparams", None) or {}))
+    groups = [
+        {"class": type(optimizer).__qualname__, "lr": _plain(group.get("initial_lr", group.get("lr")))}
+        | {name: _plain(group[name]) for name in _OF_OPTIMIZERS if name in group}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    return {
+        "hyperparameters": found,
+        "optimizers": [group for i, group in enumerate(groups) if group not in groups[:i]],
+    }
+
+
+def _settings_of_the_run(config: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in ((str(key), value) for key, value in config.items()):
+        if isinstance(value, Mapping):
+            yield from _settings_of_the_run(value, f"{start}{key}.")
+        elif _OF_THE_RUN.search(key) and not _OF_A_SEED.search(key):
+            yield f"{start}{key}", _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A learning rate may be a tensor, a pair of betas a tuple."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__qualname__
 
 
 def _without_settings_of_the_run(config: Any) -> Any:

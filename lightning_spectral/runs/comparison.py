@@ -28,12 +28,16 @@ from lightning_spectral.runs.measured import (
 )
 from lightning_spectral.runs.run import Run, open_runs
 from lightning_spectral.runs.statistics import Scatter, mean_spectrum, number, read_scatter, scatter
+from lightning_spectral.runs.timing import Timing, time_sides
 from lightning_spectral.runs.verdict import MIN_GAIN, Verdict, decide
 
 Paths = str | Path | Sequence[str | Path]
 
 BETTER = {"tokens": -1, "throughput": 1, "seconds": -1}
 """Whether more of it is a gain."""
+
+TIMES = ("throughput", "seconds")
+"""Those that depend on the machine's day."""
 
 
 class Gain(NamedTuple):
@@ -92,6 +96,8 @@ class Comparison(NamedTuple):
     """Spectra that cannot be compared, and why."""
     unknown: dict[Key, str]
     """Exponents that a run's spectra do not give, and why: their shifts are NaN."""
+    timing: Timing
+    """By what tokens a second and seconds are compared, or why not."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs; serves as the recorded run floor of later comparisons, too."""
@@ -101,6 +107,7 @@ class Comparison(NamedTuple):
             "families": {"base": self.base[0].family, "variant": self.variant[0].family},
             "loss_name": self.loss_name,
             "loss": self.loss,
+            "timing": self.timing._asdict(),
             "gains": {name: gain._asdict() for name, gain in self.gains.items()},
             "shifts": [shift._asdict() for shift in self.shifts],
             "verdict": self.verdict._asdict(),
@@ -118,14 +125,14 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
         variant: Likewise.
         at_loss: The loss to match at; None for the lowest that all runs reached while their spectra were measured.
         floor: Where no side has two runs, or few: a recorded run floor of the base's family, that is, seeds of one
-            setting, or a file with the JSON of an earlier comparison.
+            setting, or a file with the JSON of an earlier comparison. Seeds of several days show how days differ.
 
     Returns:
         Gains, shifts and a verdict, each beside what sampling and what seeds alone show.
 
     Raises:
-        ValueError: If a path names no run, or runs cannot be compared: their spectra are of different stages, layers,
-            data or numbers of rows, a side mixes families, or a loss was not reached.
+        ValueError: If a path names no run, one run is on both sides, or runs cannot be compared: their spectra are of
+            different stages, layers, data or numbers of rows, a side mixes families, or a loss was not reached.
 
     Example::
 
@@ -139,6 +146,7 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
     others, recorded = _open_floor(floor, sides)
     for name, side in (("base", sides[0]), ("variant", sides[1]), ("floor", others)):
         _check_alike(name, side)
+    _check_apart(*sides)
     runs = [*sides[0], *sides[1], *others]
     kinds = check_comparable(runs)
     bands = {kind: bands_of(runs[0], kind) for kind in kinds}
@@ -150,8 +158,13 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
     known = scatter([first, second, *([third] if third else [])])
     if recorded is not None:
         known = known.and_of(recorded)
+    timing, timed = time_sides([first, second, third], known, recorded)
+    known = timed.known
     measured = _Sides(first, second, known)
-    gains = {quantity: _gain(quantity, measured) for quantity in BETTER}
+    in_time = _Sides(timed.base, timed.variant, timed.floor)
+    gains = {quantity: _gain(quantity, in_time if quantity in TIMES else measured) for quantity in BETTER}
+    if not timing.compared_by:
+        gains |= {quantity: _left_out(gains[quantity]) for quantity in TIMES}
     shifts, means = [], []
     for kind in kinds:
         names = [key.name for key in first[0].spectra if key.kind == kind]
@@ -160,11 +173,12 @@ def compare(base: Paths, variant: Paths, at_loss: float | None = None, floor: Pa
             means.append(_mean_shift(kind, of_names, measured))
             shifts += of_names
     has_moved = {mean.kind: mean.is_detected for mean in means}
-    verdict = decide(_detected(gains["tokens"]), _detected(gains["throughput"]), has_moved)
+    left_out_time = "" if timing.compared_by else timing.reason
+    verdict = decide(_detected(gains["tokens"]), _detected(gains["throughput"]), has_moved, left_out_time)
     loss_name = runs[0].history.loss_name
     unknown = {key: f"{one.run}: {why}" for one in [*second, *first] for key, why in one.unknown.items()}
     unknown = {key: why for key, why in unknown.items() if key._replace(quantity="js") in first[0].spectra}
-    return Comparison(*sides, loss_name, loss, gains, [*means, *shifts], verdict, known, left_out, unknown)
+    return Comparison(*sides, loss_name, loss, gains, [*means, *shifts], verdict, known, left_out, unknown, timing)
 
 
 def _detected(gain: Gain) -> float:
@@ -172,6 +186,11 @@ def _detected(gain: Gain) -> float:
     if isnan(gain.run_floor):
         return nan
     return gain.gain if gain.is_detected else 0.0
+
+
+def _left_out(gain: Gain) -> Gain:
+    """What was measured on both sides, and no more."""
+    return gain._replace(gain=nan, low=nan, high=nan, run_floor=nan, is_detected=False)
 
 
 def _open_floor(floor: Paths | None, sides: tuple[list[Run], list[Run]]) -> tuple[list[Run], Scatter | None]:
@@ -208,6 +227,15 @@ def _check_alike(name: str, runs: Sequence[Run]) -> None:
             raise ValueError(
                 f"{name} must be independent runs, got {other} and {run}, which go on from one start: leave one out"
             )
+
+
+def _check_apart(base: Sequence[Run], variant: Sequence[Run]) -> None:
+    """Refuse a run that is compared with itself, by whatever path it is named."""
+    for run in variant:
+        same = next((one for one in base if one.id == run.id or one.folder.samefile(run.folder)), None)
+        if same is not None:
+            where = f"{run.path}" if same.path == run.path else f"{same.path} and {run.path}, which are one run"
+            raise ValueError(f"base and variant must be different runs, got {where} on both sides: leave it out of one")
 
 
 class _Sides(NamedTuple):

@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, isnan
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, forecast_tokens
+from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
@@ -23,6 +24,9 @@ from lightning_spectral.runs.spread import spread
 if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+ENDS = ("value", "low", "high")
+"""Of a forecast."""
 
 COLORS = {"base": "#4c6a92", "variant": "#d1622b"}
 
@@ -73,7 +77,7 @@ def comparison_figure(comparison: Comparison) -> "Figure":
         name = [shift.name for shift in comparison.shifts if shift.kind == kind][-1]
         _draw_matched_spectra(spectra, sides, comparison, kind, name)
         _draw_drift(drift, sides, kind, name)
-    figure.suptitle(_plain(comparison.verdict.text), fontsize="medium")
+    figure.suptitle(fill(_plain(comparison.verdict.text), 130), fontsize="medium")
     return figure
 
 
@@ -128,6 +132,9 @@ def _draw_losses(axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: C
     gain = comparison.gains[against]
     axes.set(xscale="log", xlabel=against, ylabel=comparison.loss_name)
     found = f"{_percent(gain.gain)} (run floor {_percent(gain.run_floor)})"
+    timing = comparison.timing
+    if against == "seconds" and timing.reason:
+        found = f"{found}, by days" if timing.compared_by else f"left out,\n{fill(_plain(timing.reason), 70)}"
     axes.set_title(f"{against} to the matched loss: {found}", fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
@@ -182,14 +189,14 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
     point = next((point for point in family.points if isfinite(_of_tail(point).rho)), family.points[0])
     alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
     law.scatter(alphas, family.tokens_to_target, color=colors, zorder=3)
-    _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target))
+    _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target), torch.tensor(family.settings))
     law.set(yscale="log", xlabel=_plain(f"alpha_tail of {family.layer}"), ylabel="tokens to the target")
     title = f"at {point.tokens:,.0f} tokens: Spearman {_of_tail(point).rho:+.2f}, line with its 80% band"
     law.set_title(title, fontsize="small")
     tokens, forecasts = tail_course(family)
     shown = {int(order[0]), int(order[len(order) // 2]), int(order[-1])}
     for index, (color, truth) in enumerate(zip(colors, family.tokens_to_target, strict=True)):
-        value, low, high = (np.array([getattr(f[index], end) for f in forecasts]) / truth for end in Forecast._fields)
+        value, low, high = (np.array([getattr(f[index], end) for f in forecasts]) / truth for end in ENDS)
         course.plot(tokens, value, color=color, marker=".", lw=1.2)
         if index in shown:
             course.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
@@ -197,7 +204,7 @@ def forecast_figure(family: FamilyForecast) -> "Figure":
     # Without any forecast, as of four runs, there would be nothing to scale the axes by.
     course.update_datalim([(tokens[0], 1), (tokens[-1], 1)])
     course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
-    title = "each run from the others; 80% bands of the fastest, middle and slowest"
+    title = "each run from other settings; 80% bands of the fastest, middle and slowest"
     course.set_title(title, fontsize="small")
     for axes in (law, course):
         axes.grid(alpha=0.25, which="both", lw=0.5)
@@ -209,12 +216,13 @@ def _of_tail(point: Point) -> Predictor:
     return next(predictor for predictor in point.predictors if predictor.name == "alpha_tail")
 
 
-def _draw_law(axes: "Axes", alphas: np.ndarray, tokens: np.ndarray) -> None:
+def _draw_law(axes: "Axes", alphas: np.ndarray, tokens: np.ndarray, settings: torch.Tensor) -> None:
     known = np.isfinite(alphas)
     if known.sum() < MIN_REFERENCES:
         return
     grid = np.linspace(alphas[known].min(), alphas[known].max(), 60)
-    line = [forecast_tokens(torch.from_numpy(alphas), torch.from_numpy(tokens), float(alpha)) for alpha in grid]
+    runs = torch.from_numpy(alphas), torch.from_numpy(tokens)
+    line = [forecast_tokens(*runs, float(alpha), settings=settings) for alpha in grid]
     axes.plot(grid, [forecast.value for forecast in line], color="black", lw=1)
     low, high = ([getattr(forecast, end) for forecast in line] for end in ("low", "high"))
     axes.fill_between(grid, low, high, color="black", alpha=0.08, lw=0)

@@ -1,4 +1,7 @@
-"""How well early numbers forecast the tokens of finished runs: the tail beside predictors that need no spectrum."""
+"""How well early numbers forecast the tokens of finished runs: the tail beside predictors that need no spectrum.
+
+Settings count, not runs: each run is forecast from those of other settings, and skill and error are over settings.
+"""
 
 from collections.abc import Callable, Sequence
 from math import isfinite, isnan, log, nan
@@ -15,12 +18,14 @@ from lightning_spectral.functional.forecast import (
     extrapolate_loss,
     forecast_tokens,
 )
+from lightning_spectral.functional.line import setting_means
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
 from lightning_spectral.runs.arguments import check_loss, check_name, check_tail, check_tokens
 from lightning_spectral.runs.measured import bands_of, check_comparable
 from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
 from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.settings import settings_of
 
 FRACTIONS = (0.1, 0.25, 0.5)
 """Of the tokens that the fastest run of a family took: all its runs are measured at these counts, each long before it
@@ -56,13 +61,18 @@ class Predictor(NamedTuple):
     partial_rho: float
     """The same, given log batch size; NaN for log batch size itself."""
     skill: float
-    """Rank correlation of leave-one-out forecasts with the truth, both relative to the other runs' mean."""
+    """Rank correlation of forecasts with the truth, both relative to the mean of the other settings."""
     median_error: float
-    """Median relative error of leave-one-out forecasts."""
+    """Median over settings of the mean relative error of their runs."""
     num_forecasts: int
     """Of how many runs there is one."""
     forecasts: list[Forecast]
-    """Of each run from the others."""
+    """Of each run from those of other settings."""
+
+    @property
+    def num_extrapolated(self) -> int:
+        """How many runs that have a forecast lie beyond those that it rests on."""
+        return sum(forecast.extrapolated and not isnan(forecast.value) for forecast in self.forecasts)
 
 
 class Point(NamedTuple):
@@ -90,6 +100,8 @@ class FamilyForecast(NamedTuple):
     """Runs of the family that do not serve, and why."""
     unknown: dict[str, str]
     """Runs whose tail has no exponent at a report that forecasts would go by, and why."""
+    settings: Sequence[int] = ()
+    """Of each run; equal for seeds of one (:func:`lightning_spectral.runs.settings.settings_of`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs."""
@@ -98,6 +110,7 @@ class FamilyForecast(NamedTuple):
                 name: getattr(self, name)
                 for name in ("family", "tokens_to_target", "batch_tokens", "layer", "skipped", "unknown")
             },
+            "settings": list(self.settings),
             "band": list(self.band),
             "runs": [str(run.path) for run in self.runs],
             "points": [
@@ -119,7 +132,7 @@ def forecast(
     tail: Band | None = None,
     at: Sequence[float] | None = None,
 ) -> list[FamilyForecast]:
-    """How well the runs of each family could have been forecast, each from the others.
+    """How well the runs of each family could have been forecast, each from those of other settings.
 
     No forecast of a run sees anything of it beyond its own report at or before the number of tokens in question; the
     others are finished runs, and are taken at the very tokens of that report.
@@ -167,12 +180,13 @@ def tail_course(family: FamilyForecast, num_points: int = 12) -> tuple[np.ndarra
 
     Returns:
         Numbers of tokens, evenly in their logarithm from the first that all runs were measured at to those of the
-        fastest run, and at each the forecast of every run from the others.
+        fastest run, and at each the forecast of every run from those of other settings.
     """
     first = max(run.tokens_at(KIND, run.steps(KIND)[0]) for run in family.runs)
     tokens = np.geomspace(first, max(min(family.tokens_to_target), first), num_points)
     measure = _tail_of(family.layer, family.band)
-    return tokens, [_forecasts(measure, family.runs, _vector(family.tokens_to_target), at) for at in tokens]
+    truth, settings = _vector(family.tokens_to_target), torch.tensor(family.settings)
+    return tokens, [_forecasts(measure, family.runs, truth, settings, at) for at in tokens]
 
 
 def _usable(runs: Sequence[Run], target: float, layer: str | None) -> tuple[list[Run], dict[str, str]]:
@@ -208,9 +222,10 @@ def _of_family(
     fastest = min(tokens)
     _check_at(at, min(_reported(run)[0] for run in runs), fastest)
     at = [fraction * fastest for fraction in FRACTIONS] if at is None else at
-    points = [_point(runs, tokens, batches, layer, band, target, there) for there in at]
+    settings = settings_of(runs)
+    points = [_point(runs, tokens, batches, settings, layer, band, target, there) for there in at]
     unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
-    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown)
+    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown, settings)
 
 
 def _why_no_tail(run: Run, layer: str, band: Band, at: Sequence[float]) -> str | None:
@@ -237,7 +252,14 @@ def _check_at(at: Sequence[float] | None, first: float, fastest: float) -> None:
 
 
 def _point(
-    runs: list[Run], tokens: list[float], batches: list[float], layer: str, band: Band, target: float, at: float
+    runs: list[Run],
+    tokens: list[float],
+    batches: list[float],
+    settings: list[int],
+    layer: str,
+    band: Band,
+    target: float,
+    at: float,
 ) -> Point:
     def head(run: Run, there: float) -> float:
         return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"]).value
@@ -249,9 +271,9 @@ def _point(
         Measure("early loss", loss_at, _validated),
         Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda _: [at]),
     ]
-    truth, log_batch = _vector(tokens), _vector(batches).log()
-    predictors = [_predictor(measure, runs, truth, log_batch, at) for measure in measures]
-    predictors.append(_extrapolation(runs, truth, log_batch, at, target))
+    truth, log_batch, groups = _vector(tokens), _vector(batches).log(), torch.tensor(settings)
+    predictors = [_predictor(measure, runs, truth, log_batch, groups, at) for measure in measures]
+    predictors.append(_extrapolation(runs, truth, log_batch, groups, at, target))
     by_layer = {
         name: {
             f"{low:.3g}-{high:.3g}": spearman(_matched(_tail_of(name, (low, high)), runs, at), truth)
@@ -262,12 +284,14 @@ def _point(
     return Point(at, at / min(tokens), predictors, by_layer)
 
 
-def _predictor(measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, at: float) -> Predictor:
-    forecasts = _forecasts(measure, runs, truth, at)
+def _predictor(
+    measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, settings: Tensor, at: float
+) -> Predictor:
+    forecasts = _forecasts(measure, runs, truth, settings, at)
     here = _matched(measure, runs, at)
     interval = spearman_interval(here, truth)
     partial = nan if measure.name == "log batch size" else partial_spearman(here, truth, log_batch)
-    skill, error, num_known = _skill(forecasts, truth, is_relative=True)
+    skill, error, num_known = _skill(forecasts, truth, settings, is_relative=True)
     return Predictor(measure.name, spearman(here, truth), *interval, partial, skill, error, num_known, forecasts)
 
 
@@ -278,20 +302,17 @@ def _matched(measure: Measure, runs: list[Run], at: float) -> Tensor:
     return _vector([measure.value(run, there) if isfinite(there) else nan for run in runs])
 
 
-def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, at: float) -> list[Forecast]:
-    """Of each run from the others, where it was measured last, of which nothing later is known."""
+def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, settings: Tensor, at: float) -> list[Forecast]:
+    """Of each run from those of other settings, where it was measured last, of which nothing later is known."""
     forecasts = []
-    for index, run in enumerate(runs):
-        others = _others(len(runs), index)
+    for run, setting in zip(runs, settings, strict=True):
+        others = settings != setting
         there = measure.latest(run, at)
-        values = _vector([measure.value(runs[other], there) if isfinite(there) else nan for other in others])
-        own = measure.value(run, there) if isfinite(there) else nan
-        forecasts.append(forecast_tokens(values, truth[others], own))
+        known = isfinite(there)
+        values = _vector([measure.value(runs[i], there) if known else nan for i in others.nonzero().flatten().tolist()])
+        own = measure.value(run, there) if known else nan
+        forecasts.append(forecast_tokens(values, truth[others], own, settings=settings[others]))
     return forecasts
-
-
-def _others(num: int, index: int) -> list[int]:
-    return [other for other in range(num) if other != index]
 
 
 def _reported(run: Run) -> list[float]:
@@ -306,7 +327,9 @@ def _tail_of(layer: str, band: Band) -> Measure:
     return Measure("alpha_tail", lambda run, tokens: alpha_at(run, KIND, layer, band, tokens), _reported)
 
 
-def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float, target: float) -> Predictor:
+def _extrapolation(
+    runs: list[Run], truth: Tensor, log_batch: Tensor, settings: Tensor, at: float, target: float
+) -> Predictor:
     """The loss curve itself, which needs no other runs."""
     values = []
     for run in runs:
@@ -316,7 +339,7 @@ def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float,
         values.append(extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), target))
     found = _vector(values)
     forecasts = [Forecast(value, nan, nan) for value in values]
-    skill, error, num_known = _skill(forecasts, truth, is_relative=False)
+    skill, error, num_known = _skill(forecasts, truth, settings, is_relative=False)
     return Predictor(
         "L(t) = a t^-b + c",
         spearman(found, truth),
@@ -329,20 +352,30 @@ def _extrapolation(runs: list[Run], truth: Tensor, log_batch: Tensor, at: float,
     )
 
 
-def _skill(forecasts: Sequence[Forecast], truth: Tensor, is_relative: bool) -> tuple[float, float, int]:
-    """Rank correlation and median relative error of forecasts, each made without the run itself, and their number."""
+def _skill(
+    forecasts: Sequence[Forecast], truth: Tensor, settings: Tensor, is_relative: bool
+) -> tuple[float, float, int]:
+    """Rank correlation and relative error, over settings, of forecasts that were made without the run; their number."""
     # A forecast of "never" is one, and as wrong as can be.
     values = _vector([forecast.value for forecast in forecasts])
     known = ~values.isnan()
     logs, logs_of_truth = values.log(), truth.log()
     if is_relative:
-        # Those that rest on the other runs are taken relative to their mean, as in `backtest`, without which they would
+        # Those that rest on other settings are taken relative to their mean, as in `backtest`, without which they would
         # go against the truth.
-        means = [float(logs_of_truth[_others(len(truth), index)].mean()) for index in range(len(truth))]
-        logs, logs_of_truth = logs - _vector(means), logs_of_truth - _vector(means)
+        of_setting = setting_means(logs_of_truth, settings)
+        own = of_setting[settings.unique(return_inverse=True)[1]]
+        means = (of_setting.sum() - own) / (len(of_setting) - 1)
+        logs, logs_of_truth = logs - means, logs_of_truth - means
     errors = (values / truth - 1).abs()[known]
-    median = float(np.median(errors)) if len(errors) else nan
-    return spearman(logs[known], logs_of_truth[known]), median, int(known.sum())
+    groups = settings[known]
+    median = float(np.median(setting_means(errors, groups))) if len(errors) else nan
+    rho = (
+        spearman(setting_means(logs[known], groups), setting_means(logs_of_truth[known], groups))
+        if len(errors)
+        else nan
+    )
+    return rho, median, int(known.sum())
 
 
 def _vector(values: Sequence[float]) -> Tensor:

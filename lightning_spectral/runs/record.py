@@ -22,7 +22,7 @@ HISTORY = "history.csv"
 FORMAT = 1
 """Version of the record's layout; a reader refuses others."""
 
-_LASTING = ("started", "batch_tokens", "validation_data", "validation_samples", "val_loss")
+_LASTING = ("started", "setting", "batch_tokens", "validation_data", "validation_samples", "val_loss")
 """What is known of a run only once it is under way, and after a resume at first no more."""
 
 _REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")
@@ -160,6 +160,7 @@ class Record:
         kept = {key: before[key] for key in _LASTING if key in before}
         about = {**about, **kept, "series": before["series"] | about.get("series", {})}
         about["resumed"] = [*before.get("resumed", []), step]
+        about["machines"] = list(dict.fromkeys([*before.get("machines", []), *about.get("machines", [])]))
         if known != folder:
             rows = [row for row in read_history(known) if row.step <= step]
             return cls._install(folder, about, rows, [report for report in reports(known) if report.step <= step])

@@ -52,6 +52,8 @@ _FACTS = {
     "batch_tokens": _Fact("a positive number", _is_positive),
     "val_loss": _TEXT,
     "resumed": _LIST,
+    "machines": _LIST,
+    "setting": _TABLE,
 }
 """Of a run."""
 
@@ -69,7 +71,7 @@ _SETTINGS = {
 }
 """Of a series."""
 
-_FORECAST = {"monitor": _TEXT, "target_loss": _Fact("a number", is_finite_number), "actual": _COUNT}
+_FORECAST = {"monitor": _TEXT, "target_loss": _Fact("a number", is_finite_number), "actual": _FACTS["batch_tokens"]}
 
 
 def why_broken(about: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lightning_spectral.functional.forecast import MIN_SETTINGS
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
 from lightning_spectral.runs.forecasting import FamilyForecast, Point
@@ -31,6 +32,9 @@ def print_comparison(comparison: Comparison) -> None:
         out.print(f"{name:8} {len(side)} {'run' if len(side) == 1 else 'runs'} of {side[0].family}: {runs}")
     out.print(f"matched at {comparison.loss_name} {comparison.loss:.4f}\n")
     out.print(_gains(comparison.gains.values()))
+    if comparison.timing.reason:
+        done = "compared day by day" if comparison.timing.compared_by else "left out"
+        out.print(f"tokens a second and seconds are {done}: {comparison.timing.reason}\n")
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
     for key, reason in comparison.left_out.items():
@@ -176,10 +180,15 @@ def print_forecast(family: FamilyForecast) -> None:
     """Print how well early numbers forecast the tokens of a family's runs."""
     out = console()
     fastest, slowest = min(family.tokens_to_target), max(family.tokens_to_target)
+    num_settings = len(set(family.settings))
     out.print(
         f"{family.family}: {len(family.runs)} runs took {fastest:,.0f} to {slowest:,.0f} tokens; "
         f"tail of {family.layer}, band {family.band[0]:.3g} to {family.band[1]:.3g}"
     )
+    if num_settings < len(family.runs):
+        out.print(
+            f"of {num_settings} settings: seeds of one count once, and each run is forecast from the other settings"
+        )
     for path, reason in family.skipped.items():
         out.print(f"without {path}, which {reason}")
     for path, reason in family.unknown.items():
@@ -188,6 +197,12 @@ def print_forecast(family: FamilyForecast) -> None:
         out.print(_predictors(point))
     out.print(_layers(family))
     out.print(_conclusion(family))
+    if num_settings <= MIN_SETTINGS:
+        more = MIN_SETTINGS + 1 - num_settings
+        out.print(
+            f"no run is forecast: that takes {MIN_SETTINGS} other settings, of batch size or learning rate, so train "
+            f"runs of {more} more"
+        )
 
 
 def _predictors(point: Point) -> Table:
@@ -197,8 +212,12 @@ def _predictors(point: Point) -> Table:
     for predictor in point.predictors:
         interval = "-" if isnan(predictor.low) else f"{predictor.low:+.2f} .. {predictor.high:+.2f}"
         error = "-" if isnan(predictor.median_error) else f"{predictor.median_error:.0%}"
+        notes = []
         if 0 < predictor.num_forecasts < len(predictor.forecasts):
-            error += f" ({predictor.num_forecasts} of {len(predictor.forecasts)})"
+            notes.append(f"{predictor.num_forecasts} of {len(predictor.forecasts)}")
+        if predictor.num_extrapolated:
+            notes.append(f"{predictor.num_extrapolated} extrapolated")
+        error += f" ({', '.join(notes)})" if notes else ""
         rho, partial, skill = (_signed(x, ".2f") for x in (predictor.rho, predictor.partial_rho, predictor.skill))
         table.add_row(predictor.name, rho, interval, partial, skill, error)
     return table

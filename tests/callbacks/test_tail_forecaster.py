@@ -21,7 +21,8 @@ from tests.runs.made_up import made_up
 
 LAYER = "network.blocks.5"
 QUANTITIES = {
-    *("tokens_to_target", "low", "high", "relative", "num_references", "skill", "median_error", "alpha_tail"),
+    *("tokens_to_target", "low", "high", "relative", "num_references", "num_settings"),
+    *("extrapolated", "skill", "median_error", "alpha_tail"),
     *("actual", "failed"),
 }
 ALPHAS = [0.8, 1.0, 1.1, 1.3, 1.5, 1.6]
@@ -75,7 +76,7 @@ def references(folder: Path, alphas: list[float] = ALPHAS, **kwargs: Any) -> str
             alpha,
             layer=LAYER,
             loss="falling_loss",
-            **{"num_tokens": 512, **kwargs},
+            **{"num_tokens": 512, "batch_tokens": 2.0**number, **kwargs},
         )
     return f"{folder}/*"
 
@@ -105,21 +106,23 @@ def test_forecast_follows_the_references_law(tmp_path: Path) -> None:
     assert logged == pytest.approx(forecaster.values("tokens_to_target"))
 
 
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast", "ignore:Kept forecasts beyond")
 def test_references_are_taken_at_the_tokens_of_the_report(tmp_path: Path) -> None:
     """Exponents that grow with log tokens alike in all references: taken anywhere else, forecasts would be off."""
     for number, alpha in enumerate(ALPHAS):
-        made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, layer=LAYER, loss="falling_loss", num_tokens=512)
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, **common)
         record = Run(tmp_path / "refs" / f"{number}")
         for step in record.steps("activation"):
             path = record.folder / f"activation-validate-{step:09d}.npz"
             arrays = dict(np.load(path))
-            exponent = alpha + math.log(float(arrays["tokens"]))
+            exponent = alpha + math.log(float(arrays["tokens"]) / 256) / 4
             arrays[f"activation/{LAYER}/eigenvalues"] = np.arange(1, 33.0) ** -exponent
             np.savez(path, **arrays)
     forecaster = Kept(f"{tmp_path}/refs/*")
     fit(tmp_path / "run", forecaster, max_steps=8)
     tokens = 8 * 4 * LENGTH
-    expected = law(forecaster.values("alpha_tail")[-1] - math.log(tokens))
+    expected = law(forecaster.values("alpha_tail")[-1] - math.log(tokens / 256) / 4)
     assert forecaster.values("tokens_to_target")[-1] == pytest.approx(expected, rel=1e-6)
 
 
@@ -159,7 +162,8 @@ def test_a_target_that_no_reference_reached_is_told(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast")
 def test_a_family_without_relation_has_no_skill_and_says_so(tmp_path: Path) -> None:
     for number, (alpha, tokens) in enumerate(zip(ALPHAS, (300, 420, 280, 310, 430, 290), strict=True)):
-        made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, layer=LAYER, loss="falling_loss", num_tokens=512)
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, **common)
     forecaster = Kept(f"{tmp_path}/refs/*")
     with pytest.warns(UserWarning, match=r"has no skill at \d+ tokens: its references forecast each other"):
         fit(tmp_path / "run", forecaster)
@@ -183,7 +187,7 @@ def test_truth_is_logged_and_recorded_once_the_target_is_reached(tmp_path: Path)
     assert json.loads((tmp_path / "spectra" / "run.json").read_text())["forecast"] == {"": facts}
 
 
-@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast", "ignore:Kept cannot tell its skill")
 def test_finished_runs_are_references_for_the_next(tmp_path: Path) -> None:
     for number in range(4):
         fit(tmp_path / "runs" / str(number), Kept(target_loss=2.1), family=None)
@@ -216,7 +220,7 @@ def test_it_shares_the_measurement_of_an_activation_spectrum(tmp_path: Path) -> 
     assert len(forecaster.reports[0].spectra["activation"]) == 5
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Kept makes no forecast")
 def test_resumed_run_forecasts_the_same(tmp_path: Path) -> None:
     refs = references(tmp_path / "refs")
     common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
@@ -258,7 +262,7 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: dict, changes: dict, m
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast", "ignore:Kept cannot tell its skill")
 def test_another_series_of_a_reference_serves(tmp_path: Path) -> None:
     spectrum = {"stage": "validate", "every_n_steps": 4, "num_tokens": 256, "num_groups": 2}
     for number in range(4):
@@ -312,3 +316,43 @@ def test_a_run_that_began_below_the_target_has_no_truth(tmp_path: Path) -> None:
 def test_two_forecasters_leave_two_tables(tmp_path: Path) -> None:
     fit(tmp_path, Kept(target_loss=2.1), Kept(target_loss=1.9, prefix="b/"))
     assert {key: facts["target_loss"] for key, facts in Run(tmp_path).about["forecast"].items()} == {"": 2.1, "b/": 1.9}
+
+
+def test_seeds_of_one_setting_count_once_and_their_skill_cannot_be_told(tmp_path: Path) -> None:
+    """Twelve references of three batch sizes: a number with the interval of three, and a warning."""
+    for number in range(12):
+        alpha = (0.2, 2.0, 4.0)[number % 3] + 0.01 * number
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0 ** (number % 3)}
+        made_up(tmp_path / "refs" / f"{number}", (300, 420, 350)[number % 3] + number, 1.0, alpha, **common)
+    forecaster = Kept(f"{tmp_path}/refs/*")
+    with pytest.warns(UserWarning, match="cannot tell its skill at .*references are of 3 settings"):
+        fit(tmp_path / "run", forecaster, max_steps=8)
+    assert forecaster.values("num_references")[-1] == 12
+    assert forecaster.values("num_settings")[-1] == 3
+    assert forecaster.values("extrapolated")[-1] == 0
+    assert math.isnan(forecaster.values("skill")[-1])
+    high, low = forecaster.values("high")[-1], forecaster.values("low")[-1]
+    assert high / low > 2  # by runs, with ten degrees of freedom, 1.5
+
+
+@pytest.mark.parametrize(
+    ("shift", "said", "extrapolated"),
+    [(0.2, "forecasts beyond its references", 1.0), (2.0, "lies beyond its references by", math.nan)],
+    ids=["near", "far"],
+)
+def test_an_exponent_beyond_the_references_is_told(
+    tmp_path: Path, shift: float, said: str, extrapolated: float
+) -> None:
+    """References all steeper than the run, whose own exponent is found first."""
+    own = Kept()
+    with pytest.warns(UserWarning, match="makes no forecast"):
+        fit(tmp_path / "a", own, max_steps=8)
+    least = own.values("alpha_tail")[-1] + shift
+    for number in range(6):
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        made_up(tmp_path / "refs" / f"{number}", 400.0 - 20 * number, 1.0, least + 0.2 * number, **common)
+    later = Kept(f"{tmp_path}/refs/*")
+    with pytest.warns(UserWarning, match=said):
+        fit(tmp_path / "b", later, max_steps=8)
+    assert later.values("extrapolated")[-1] == pytest.approx(extrapolated, nan_ok=True)
+    assert math.isfinite(later.values("high")[-1]) == math.isfinite(extrapolated)

@@ -43,7 +43,9 @@ def interval_twin(alpha, tokens, at, level):
 @pytest.mark.parametrize("num_runs", [4, 5, 30])
 def test_a_law_without_noise_is_recovered(rng, num_runs):
     alpha, tokens = family(rng, num_runs, noise=0)
-    assert forecast_tokens(alpha, tokens, 1.7) == pytest.approx([math.exp(INTERCEPT + SLOPE * 1.7)] * 3, rel=1e-9)
+    for at in (float(alpha.mean()), float(alpha.max()) + 0.02):
+        truth = math.exp(INTERCEPT + SLOPE * at)
+        assert forecast_tokens(alpha, tokens, at)[:3] == pytest.approx([truth] * 3, rel=1e-9)
 
 
 def test_the_law_is_recovered_the_better_the_more_runs(rng):
@@ -53,21 +55,126 @@ def test_the_law_is_recovered_the_better_the_more_runs(rng):
 
 @pytest.mark.parametrize("num_runs", [5, 8, 12])
 def test_80_percent_intervals_cover_80_percent_of_new_runs(rng, num_runs):
-    covered = 0
-    for _ in range(1000):
+    covered, num = 0, 0
+    while num < 1000:
         alpha, tokens = family(rng, num_runs + 1)
         forecast = forecast_tokens(alpha[:-1], tokens[:-1], float(alpha[-1]))
-        covered += forecast.low <= float(tokens[-1]) <= forecast.high
+        if math.isfinite(forecast.value) and not forecast.extrapolated:
+            num += 1
+            covered += forecast.low <= float(tokens[-1]) <= forecast.high
     assert 750 <= covered <= 850
 
 
 @pytest.mark.parametrize("num_runs", [4, 7, 25])
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.99])
-@pytest.mark.parametrize("at", [0.2, 1.0])
-def test_the_interval_equals_its_twin(rng, num_runs, level, at):
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_the_interval_equals_its_twin(rng, num_runs, level, share):
     alpha, tokens = family(rng, num_runs)
+    at = float(torch.lerp(alpha.min(), alpha.max(), share))
     expected = interval_twin(alpha.numpy(), tokens.numpy(), at, level)
-    assert forecast_tokens(alpha, tokens, at, level) == pytest.approx(expected, rel=1e-9)
+    found = forecast_tokens(alpha, tokens, at, level)
+    assert found[:3] == pytest.approx(expected, rel=1e-9)
+    assert found[3:] == (False, None)
+
+
+@pytest.mark.parametrize("share", [-0.5, -0.01, 1.2, 1.5])
+@pytest.mark.parametrize("num_runs", [4, 7, 25])
+def test_beyond_the_references_the_interval_holds_the_curvature_that_they_leave_open(rng, num_runs, share):
+    """Curvature and its standard error from NumPy's fit of a parabola, orthogonal to the line by a QR decomposition."""
+    alpha, tokens = family(rng, num_runs)
+    at = float(alpha.min() + share * (alpha.max() - alpha.min()))
+    found = forecast_tokens(alpha, tokens, at)
+    x, y = alpha.numpy(), tokens.log().numpy()
+    basis, scale = np.linalg.qr(np.vander(x, 3, increasing=True))
+    row = np.linalg.solve(scale.T, np.array([1, at, at**2]))  # of the orthonormal basis, at the new point
+    coefficients = basis.T @ y
+    variance = ((y - basis[:, :2] @ coefficients[:2]) ** 2).sum() / (num_runs - 2)
+    curved = (coefficients[2] ** 2 + variance) * row[2] ** 2
+    reach = scipy.stats.t.ppf(0.9, num_runs - 2) * np.sqrt(variance * (1 + row[:2] @ row[:2]) + curved)
+    centre = row[:2] @ coefficients[:2]
+    assert found[:3] == pytest.approx(np.exp([centre, centre - reach, centre + reach]), rel=1e-6)
+    assert found.extrapolated
+    assert found.high / found.low > np.divide(*interval_twin(x, tokens.numpy(), at, 0.8)[:0:-1])
+
+
+@pytest.mark.parametrize("at", [-0.8, 4.0, 1e6])
+def test_past_half_the_range_there_is_no_number(runs, at):
+    found = forecast_tokens(*runs, at)
+    assert all(map(math.isnan, found[:3]))
+    assert found.extrapolated
+    assert "lies beyond its references by" in found.reason
+
+
+def test_two_values_exclude_no_curvature(rng):
+    alpha = torch.tensor([1.0, 1.0, 2.0, 2.0]).double()
+    tokens = torch.exp(14 + alpha + 0.1 * torch.tensor(rng.standard_normal(4)))
+    assert math.isfinite(forecast_tokens(alpha, tokens, 1.5).high)
+    assert forecast_tokens(alpha, tokens, 2.1)[1:4] == (0.0, math.inf, True)
+
+
+def test_seeds_of_a_setting_share_its_weight(rng):
+    """A twin by NumPy: weighted least squares, and the mean square of residuals, each of a setting's, over n - 2."""
+    alpha, tokens = family(rng, 9)
+    settings = torch.tensor([5, 5, 5, 1, 2, 2, 7, 8, 8])
+    weights = 1 / np.array([3, 3, 3, 1, 2, 2, 1, 2, 2])
+    x, y = alpha.numpy(), tokens.log().numpy()
+    slope, intercept = np.polyfit(x, y, 1, w=np.sqrt(weights))
+    mean = weights @ x / 5
+    at = float(alpha.median())
+    variance = weights @ (y - intercept - slope * x) ** 2 / 3
+    spread = np.sqrt(variance * (1 + 1 / 5 + (at - mean) ** 2 / (weights @ (x - mean) ** 2)))
+    reach, centre = scipy.stats.t.ppf(0.9, 3) * spread, intercept + slope * at
+    found = forecast_tokens(alpha, tokens, at, settings=settings)
+    assert found[:3] == pytest.approx(np.exp([centre, centre - reach, centre + reach]), rel=1e-9)
+
+
+@pytest.mark.parametrize("at", [1.0, 1.9])
+def test_settings_of_one_run_each_are_runs(rng, at):
+    alpha, tokens = family(rng, 9)
+    settings = torch.tensor(rng.permutation(9))
+    assert forecast_tokens(alpha, tokens, at, settings=settings)[:3] == pytest.approx(
+        forecast_tokens(alpha, tokens, at)[:3], rel=1e-12, nan_ok=True
+    )
+    found, plain = backtest(alpha, tokens, settings), backtest(alpha, tokens)
+    assert found[:3] == pytest.approx(plain[:3], rel=1e-9)
+    torch.testing.assert_close(found.predictions, plain.predictions)
+
+
+@pytest.mark.parametrize("num_settings", [1, 2])
+def test_fewer_than_three_settings_give_no_forecast(runs, num_settings):
+    found = forecast_tokens(*runs, 1.0, settings=torch.arange(9) % num_settings)
+    assert all(map(math.isnan, found[:3]))
+    assert found.reason == f"its references are of {num_settings} settings, and seeds of 3 are the fewest"
+
+
+def test_each_setting_is_forecast_from_the_others(runs):
+    alpha, tokens = runs
+    settings = torch.tensor([0, 0, 1, 1, 2, 3, 4, 4, 4])
+    skill = backtest(alpha, tokens, settings)
+    for run in range(9):
+        rest = settings != settings[run]
+        at = float(alpha[run].clamp(alpha[rest].min(), alpha[rest].max()))
+        if at == float(alpha[run]):
+            expected = forecast_tokens(alpha[rest], tokens[rest], at, settings=settings[rest]).value
+            assert float(skill.predictions[run]) == pytest.approx(expected, rel=1e-12)
+    errors = (skill.predictions / tokens - 1).abs()
+    assert skill.median_error == pytest.approx(np.median([errors[settings == one].mean() for one in range(5)]))
+    means = [[float(values[settings == one].mean()) for one in range(5)] for values in (alpha, tokens.log())]
+    expected = scipy.stats.permutation_test(
+        (means[0],),
+        lambda x: scipy.stats.spearmanr(x, means[1]).statistic,
+        permutation_type="pairings",
+        n_resamples=np.inf,
+    )
+    assert skill.p_value == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_settings", [1, 2, 3])
+def test_of_few_settings_no_skill_is_told(runs, num_settings):
+    skill = backtest(*runs, torch.arange(9) % num_settings)
+    assert math.isnan(skill.p_value)
+    assert math.isnan(skill.rank_correlation)
+    assert math.isnan(skill.median_error) == (num_settings == 1)
 
 
 def test_float32_and_integer_tokens_are_read_in_float64(runs):
@@ -77,23 +184,24 @@ def test_float32_and_integer_tokens_are_read_in_float64(runs):
 
 @pytest.mark.parametrize("num_runs", [0, 1, 3])
 def test_fewer_than_four_references_give_no_forecast(runs, num_runs):
-    assert all(map(math.isnan, forecast_tokens(runs[0][:num_runs], runs[1][:num_runs], 1.0)))
+    assert all(map(math.isnan, forecast_tokens(runs[0][:num_runs], runs[1][:num_runs], 1.0)[:3]))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.1, 1 / 3, 1.7, 1e-20])
 @pytest.mark.parametrize("num_runs", [4, 6, 7, 9])
 def test_equal_exponents_give_no_forecast(runs, alpha, num_runs):
     alphas = torch.full((num_runs,), alpha, dtype=torch.float64)
-    assert all(map(math.isnan, forecast_tokens(alphas, runs[1][:num_runs], 1.0)))
+    assert all(map(math.isnan, forecast_tokens(alphas, runs[1][:num_runs], 1.0)[:3]))
 
 
 @pytest.mark.parametrize("at", [math.nan, math.inf])
 def test_no_exponent_gives_no_forecast(runs, at):
-    assert all(map(math.isnan, forecast_tokens(*runs, at)))
+    assert all(map(math.isnan, forecast_tokens(*runs, at)[:3]))
 
 
 def test_an_interval_beyond_the_floating_point_range_is_infinite(rng):
-    forecast = forecast_tokens(*family(rng, 5, slope=0), 1e6)
+    alpha, tokens = family(rng, 5, slope=0, noise=1)
+    forecast = forecast_tokens(alpha, tokens.clamp(1e-300, 1e300) ** 40, float(alpha.mean()), level=1 - 1e-9)
     assert forecast.low == 0
     assert forecast.high == math.inf
 
@@ -109,7 +217,8 @@ def test_neither_order_nor_runs_without_a_number_matter(alpha, bad, data):
     first, second = (torch.tensor(pairs, dtype=torch.float64).T for pairs in (good, mixed))
     if first[0].var() < 1e-6:  # a line through what is hardly a spread magnifies rounding
         return
-    assert forecast_tokens(*second, 1.0) == pytest.approx(forecast_tokens(*first, 1.0), rel=1e-5)
+    at = float(first[0].mean())
+    assert forecast_tokens(*second, at)[:3] == pytest.approx(forecast_tokens(*first, at)[:3], rel=1e-5)
     skill, shuffled = backtest(*first), backtest(*second)
     assert shuffled.p_value == pytest.approx(skill.p_value, rel=1e-9, nan_ok=True)
     assert shuffled.predictions.shape == (len(mixed),)
@@ -122,8 +231,9 @@ def test_each_run_is_forecast_from_the_others(runs):
     skill = backtest(alpha, tokens)
     for run in range(9):
         others = torch.arange(9) != run
-        expected = forecast_tokens(alpha[others], tokens[others], float(alpha[run])).value
-        assert float(skill.predictions[run]) == pytest.approx(expected, rel=1e-12)
+        slope, intercept = np.polyfit(alpha[others], tokens[others].log(), 1)
+        expected = math.exp(intercept + slope * float(alpha[run]))
+        assert float(skill.predictions[run]) == pytest.approx(expected, rel=1e-9)
     errors = (skill.predictions / tokens - 1).abs()
     assert skill.median_error == pytest.approx(float(errors.median()), rel=1e-9)
     mean_of_others = (tokens.log().sum() - tokens.log()) / 8

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import time
+import platform
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -293,7 +294,12 @@ def test_resumed_run_goes_on_with_its_record(tmp_path: Path, place: str) -> None
     found = Run(folder)
     assert found.about["id"] == Run(tmp_path / "cut").about["id"]
     assert found.about["resumed"] == [4]
-    assert found.about["started"] <= time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    first = Run(tmp_path / "cut").about
+    assert found.about["started"] == first["started"]
+    assert datetime.fromisoformat(found.about["started"]) <= datetime.now(timezone.utc)
+    assert found.about["machines"] == first["machines"] == [platform.node()]
+    assert found.about["setting"] == first["setting"]
+    assert found.about["setting"]["optimizers"][0]["lr"] > 0
     assert found.steps("activation") == whole.steps("activation") == [4, 8, 12]
     for column in ("step", "tokens", "val_loss"):
         np.testing.assert_array_equal(getattr(found.history, column), getattr(whole.history, column))

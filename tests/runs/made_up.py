@@ -1,5 +1,7 @@
 """Records of runs that never were, whose losses and spectra are known exactly."""
 
+from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ SETTINGS = {
 }
 
 
+def when(hours: float, machine: str | None = "a", device: str = "cpu") -> dict[str, Any]:
+    """What a record says of when and where a run trained, hours after the first of them; no machine as of old ones."""
+    start = datetime(2026, 11, 2, 9, tzinfo=timezone.utc) + timedelta(hours=hours)
+    machines = {} if machine is None else {"machines": [machine]}
+    return {"started": start.isoformat(), "device": device, **machines}
+
+
 def made_up(
     folder: Path,
     tokens: float,
@@ -33,6 +42,7 @@ def made_up(
     data: str = "a1",
     loss: str = "val_loss",
     num_positive: int = 32,
+    about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """A run that comes down to loss 1 at a number of tokens and of seconds, its spectrum a power law.
@@ -48,13 +58,14 @@ def made_up(
         data: Fingerprint of the validation data.
         loss: Key that its validation loss was logged under.
         num_positive: Eigenvalues above the rounding of float32.
+        about: What else its record says of it.
         settings: Of its measurement, where they differ.
     """
     settings = SETTINGS | {"layers": [layer]} | settings
     series = {"activation-validate": settings}
-    about = {"id": str(folder), "family": family, "series": series, "batch_tokens": batch_tokens}
-    about |= {"validation_data": {"0": data}, "val_loss": loss}
-    record = Record.begin(folder / "spectra", about)
+    facts = {"id": str(folder), "family": family, "series": series, "batch_tokens": batch_tokens}
+    facts |= {"validation_data": {"0": data}, "val_loss": loss, **(about or {})}
+    record = Record.begin(folder / "spectra", facts)
     ranks = np.arange(1, 33.0)
     eigenvalues = np.where(num_positive >= ranks, ranks**-exponent, 0.0)
     generator = np.random.default_rng(crc32(folder.name.encode()))

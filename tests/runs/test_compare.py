@@ -20,12 +20,12 @@ from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.to_json import to_json
 from lightning_spectral.runs.verdict import decide
 from tests.runs import planted
-from tests.runs.made_up import LAYER, made_up
+from tests.runs.made_up import LAYER, made_up, when
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of each setting; a batch takes 10 ms give or take five percent, a slow loader 30 ms more."""
+    """Three seeds of each setting, in turn; a batch takes 10 ms give or take five percent, a slow loader 30 ms more."""
     folder = tmp_path_factory.mktemp("planted")
     generator = random.Random(0)
     now = 0.0
@@ -36,9 +36,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(stopwatch, "perf_counter", lambda: now)
-        for name, seeds in planted.SEEDS.items():
-            for seed in seeds:
-                planted.train(folder, name, seed, wait)
+        for number in range(3):
+            for name, seeds in planted.SEEDS.items():
+                planted.train(folder, name, seeds[number], wait)
     return folder
 
 
@@ -76,13 +76,14 @@ def test_one_run_a_side_gives_no_verdict(runs: Path) -> None:
 
 
 def test_a_recorded_run_floor_gives_one(runs: Path, tmp_path: Path) -> None:
-    seeds = compare(f"{runs}/base/0", f"{runs}/both/12", floor=f"{runs}/same/*")
+    seeds = compare(f"{runs}/base/1", f"{runs}/both/13", floor=f"{runs}/same/*")  # of which one ran before, one after
     assert seeds.verdict.kind == "both"
     assert seeds.run_floor.variances[Key("tokens")].degrees == 2
     earlier = tmp_path / "earlier.json"
     earlier.write_text(to_json(compare(f"{runs}/same/*", f"{runs}/slow/*").as_dict()))
-    recorded = compare(f"{runs}/base/0", f"{runs}/both/12", floor=earlier)
-    assert recorded.verdict.kind == "both"
+    recorded = compare(f"{runs}/base/1", f"{runs}/both/13", floor=earlier)
+    assert recorded.verdict.kind == "learning-side"
+    assert recorded.verdict.text.endswith(f"; tokens a second left out: {recorded.timing.reason}")
     assert recorded.run_floor.variances[Key("tokens")].degrees == 4
 
 
@@ -164,7 +165,7 @@ def test_numbers_are_those_of_scipy(tmp_path: Path) -> None:
     exponents = [1.0, 1.05, 0.9], [1.5, 1.6]
     for name, tokens, exponent in zip("bv", (base, variant), exponents, strict=True):
         for number, (count, alpha) in enumerate(zip(tokens, exponent, strict=True)):
-            made_up(tmp_path / f"{name}{number}", count, count / 100, alpha)
+            made_up(tmp_path / f"{name}{number}", count, count / 100, alpha, about=when(number))
     comparison = compare(f"{tmp_path}/b*", f"{tmp_path}/v*", at_loss=1.0)
     gain = comparison.gains["tokens"]
     interval = stats.ttest_ind(np.log(base), np.log(variant)).confidence_interval(0.975)
@@ -238,7 +239,7 @@ def test_mixed_families_are_refused(tmp_path: Path) -> None:
 
 def test_runs_without_spectra_are_compared_by_their_losses(tmp_path: Path) -> None:
     for number, tokens in enumerate((100, 101, 50, 51)):
-        folder = made_up(tmp_path / str(number), tokens, 1.0)
+        folder = made_up(tmp_path / str(number), tokens, 1.0, about=when(number % 2))
         for path in folder.rglob("*.npz"):
             path.unlink()
     comparison = compare([tmp_path / "0", tmp_path / "1"], [tmp_path / "2", tmp_path / "3"])
@@ -297,7 +298,7 @@ def test_a_spectrum_that_a_run_has_not_is_left_out(tmp_path: Path, values: np.nd
 
 
 def test_a_stall_is_an_execution_side_difference(tmp_path: Path) -> None:
-    runs = [made_up(tmp_path / f"{name}{n}", 100 + n, 1 + n / 100) for name in "bv" for n in range(3)]
+    runs = [made_up(tmp_path / f"{name}{n}", 100 + n, 1 + n / 100, about=when(n)) for name in "bv" for n in range(3)]
     for run in runs[3:]:
         history = run / "spectra" / "history.csv"
         lines = [line.split(",") for line in history.read_text().splitlines()]

@@ -17,7 +17,7 @@ from lightning_spectral.runs.forecasting import _skill
 from tests.runs.made_up import LAYER, made_up
 
 ALPHAS = [0.8, 0.9, 1.0, 1.15, 1.3, 1.4, 1.5, 1.7]
-BATCHES = [512.0, 64.0, 128.0, 256.0, 64.0, 1024.0, 128.0, 512.0]
+BATCHES = [512.0, 64.0, 128.0, 256.0, 32.0, 1024.0, 16.0, 2048.0]
 
 
 def family(folder: Path, tokens: list[float], alphas: list[float] = ALPHAS, **kwargs) -> str:
@@ -166,9 +166,43 @@ def test_a_run_in_two_directories_is_one(tmp_path: Path) -> None:
 def test_forecasts_that_rest_on_no_other_run_are_judged_as_they_are() -> None:
     truth = torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0], dtype=torch.float64)
     same = [Forecast(300.0, math.nan, math.nan)] * 6
-    assert math.isnan(_skill(same, truth, is_relative=False)[0])
+    assert math.isnan(_skill(same, truth, torch.arange(6), is_relative=False)[0])
     never = [Forecast(float(value), math.nan, math.nan) for value in truth[:4]] + [Forecast(math.inf, 0, 0)] * 2
-    rho, error, num_known = _skill(never, truth, is_relative=False)
+    rho, error, num_known = _skill(never, truth, torch.arange(6), is_relative=False)
     assert (num_known, error) == (6, 0.0)
     assert rho == pytest.approx(stats.spearmanr([1, 2, 3, 4, 9, 9], truth).statistic)
-    assert _skill([*never[:3], *[Forecast(math.inf, 0, 0)] * 3], truth, is_relative=False)[1] == math.inf
+    assert (
+        _skill([*never[:3], *[Forecast(math.inf, 0, 0)] * 3], truth, torch.arange(6), is_relative=False)[1] == math.inf
+    )
+
+
+def test_each_run_is_forecast_from_other_settings(tmp_path: Path) -> None:
+    """Twins of each run among the references: forecasts are those of the family without them."""
+    tokens = [law(alpha) * (1 + 0.1 * (-1) ** number) for number, alpha in enumerate(ALPHAS)]
+    family(tmp_path / "runs", tokens)
+    (alone,) = forecast(f"{tmp_path}/runs/*", 1.0)
+    family(tmp_path / "twins", tokens)
+    (found,) = forecast(f"{tmp_path}/*/*", 1.0)
+    assert found.settings == [*alone.settings] * 2
+    for one, both in zip(alone.points, found.points, strict=True):
+        # Of so few early losses as are known, twins make enough references.
+        of_all = [index for index, predictor in enumerate(one.predictors[:5]) if predictor.name != "early loss"]
+        for first, second in ((one.predictors[index], both.predictors[index]) for index in of_all):
+            for left, right in zip([*first.forecasts] * 2, second.forecasts, strict=True):
+                assert right[:4] == pytest.approx(left[:4], rel=1e-6, nan_ok=True), first.name
+            assert second.skill == pytest.approx(first.skill, nan_ok=True), first.name
+            assert second.median_error == pytest.approx(first.median_error, rel=1e-6, nan_ok=True), first.name
+    facts = found.as_dict()
+    assert facts["settings"] == found.settings
+    assert {"extrapolated", "reason"} <= set(facts["points"][0]["predictors"][0]["forecasts"][0])
+
+
+def test_seeds_of_three_settings_are_too_few_to_forecast_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        made_up(tmp_path / f"{number}", 1000.0 + number, 1.0, 1 + number / 12, batch_tokens=2.0 ** (number % 3))
+    cli.main(["forecast", f"{tmp_path}/*", "--target", "1.0"])
+    printed = capsys.readouterr().out
+    assert "of 3 settings: seeds of one count once" in printed
+    assert "no run is forecast: that takes 3 other settings" in printed

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_spectral import Run, compare
+from lightning_spectral.functional import Forecast
 from lightning_spectral.runs import Comparison, FamilyForecast, Gain, Shift
 from lightning_spectral.runs.forecasting import Point, Predictor, forecast
 from lightning_spectral.runs.kinds import Key
@@ -197,14 +198,19 @@ def test_overlap_is_that_with_the_first_report(tmp_path: Path, capsys: Printed) 
     assert [row[-1] for row in rows if row[-1].startswith(("0.", "1."))][-6:] == [f"{one:.3f}" for one in expected]
 
 
+FAR, NEAR = Forecast(nan, nan, nan, True, "too far"), Forecast(1.0, 1.0, 1.0)
+
+
 def predictor(name: str, error: float, **changes) -> Predictor:
-    return Predictor(name, 0.9, 0.5, 0.99, 0.8, -0.25, error, 5, [None] * 5)._replace(**changes)
+    return Predictor(name, 0.9, 0.5, 0.99, 0.8, -0.25, error, 5, [Forecast(nan, nan, nan)] * 5)._replace(**changes)
 
 
 def family(runs: list[Run], *predictors: Predictor, **changes) -> FamilyForecast:
     by_layer = {LAYER: {"0.125-0.5": 0.5, "0.25-0.5": nan}}
     points = [Point(tokens, 0.25, list(predictors), by_layer) for tokens in (1234.0, 5678.0)]
-    known = FamilyForecast("F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {}, {})
+    known = FamilyForecast(
+        "F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {}, {}, range(4)
+    )
     return known._replace(**changes)
 
 
@@ -217,8 +223,12 @@ def family(runs: list[Run], *predictors: Predictor, **changes) -> FamilyForecast
             ["x", "-", "-", "-", "-", "-"],
         ),
         (predictor("x", inf, num_forecasts=3), ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "inf% (3 of 5)"]),
+        (
+            predictor("x", 0.2, num_forecasts=3, forecasts=[Forecast(1.0, 1.0, 1.0, True), *[FAR] * 2, *[NEAR] * 2]),
+            ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "20% (3 of 5, 1 extrapolated)"],
+        ),
     ],
-    ids=["known", "not known", "some"],
+    ids=["known", "not known", "some", "beyond"],
 )
 def test_a_predictor_is_a_line(capsys: Printed, row: Predictor, cells: list[str]) -> None:
     print_forecast(family([], row))
@@ -234,6 +244,20 @@ def test_a_forecast_says_what_it_is_of_and_what_was_passed_over(capsys: Printed)
     printed = capsys.readouterr().out
     assert printed.startswith("F: 3 runs took 1,500 to 98,765 tokens; tail of gpt.blocks.3, band 0.125 to 0.5\n")
     assert "without logs/[a], which never came down to 1\n" in printed
+
+
+def test_settings_are_told_where_runs_are_seeds_of_one(capsys: Printed) -> None:
+    row = predictor("alpha_tail", 0.1)
+    print_forecast(family([None] * 6, row, settings=[0, 1, 2, 3, 0, 1]))
+    printed = capsys.readouterr().out
+    assert "\nof 4 settings: seeds of one count once, and each run is forecast from the other settings\n" in printed
+    assert "no run is forecast" not in printed
+    print_forecast(family([None] * 6, row, settings=[0, 1, 0, 1, 0, 1]))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no run is forecast: that takes 3 other settings" in told
+    assert told.endswith("so train runs of 2 more")
+    print_forecast(family([None] * 4, row))
+    assert "settings" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

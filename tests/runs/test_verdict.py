@@ -65,3 +65,13 @@ def test_a_kind_that_cannot_lead_for_want_of_spectra_is_named(moved: dict[str, b
 def test_the_rule_gives_the_numbers_that_are_used() -> None:
     assert f"{LEVEL:.1%} confidence" in RULE
     assert f"beyond {MIN_GAIN:.0%}." in RULE
+
+
+@pytest.mark.parametrize("tokens", [0.5, 0.0, -0.5])
+def test_where_throughput_is_left_out_the_verdict_is_of_tokens(tokens: float) -> None:
+    verdict = decide(tokens, nan, {"activation": True}, "they ran on other days")
+    assert verdict.kind == ("learning-side" if tokens else "none")
+    assert verdict.text.endswith("; tokens a second left out: they ran on other days")
+    assert "execution-side" not in verdict.text
+    assert tokens or verdict.text.startswith("no detectable difference in tokens; activation spectra differ")
+    assert decide(nan, nan, {}, "they ran on other days").kind == "unknown"
