@@ -97,7 +97,7 @@ class Rebinding:
             twins = map(self.twin, part)
             return part._make(twins) if hasattr(part, "_make") else type(part)(twins)
         # Before it is filled: it may hold itself.
-        copied = self._remember(part, part.copy())
+        copied: Any = self._remember(part, part.copy())
         if isinstance(part, dict):
             copied.update({key: self.twin(value) for key, value in part.items()})
         else:

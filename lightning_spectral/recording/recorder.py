@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_spectral.capture.batch import Samples
@@ -18,8 +19,9 @@ from lightning_spectral.metrics.collectives import Together
 from lightning_spectral.recording.about import Notes
 from lightning_spectral.recording.counter import BatchCounter
 from lightning_spectral.recording.fingerprint import Fingerprint
+from lightning_spectral.recording.place import Place
 from lightning_spectral.runs.kinds import KINDS, Series
-from lightning_spectral.runs.record import Record, Row, find_record, read_about
+from lightning_spectral.runs.record import Record, Row, read_about
 from lightning_spectral.warner import Warner
 
 _VALIDATION = "val|valid|validation|eval|evaluation|dev"
@@ -68,6 +70,10 @@ class RunRecorder:
         self._notes: Notes | None = None
         self._state: dict[str, Any] | None = None
         self._record: Record | None = None
+        self._opening: Callable[[], None] | None = None
+        self._place: Place | None = None
+        self._num_missing = 0
+        self._late: dict[str, Any] = {}
         self._series: dict[Measurement, Series] = {}
         self._fingerprint: Fingerprint | None = None
         self._passes: Sequence[Pass | None] = ()
@@ -112,13 +118,18 @@ class RunRecorder:
 
     def described(self, name: str) -> dict[str, Any]:
         """A copy of a table of what the record says of the run; empty where there is none of that name."""
-        return {} if self._record is None else dict(self._record.about.get(name, {}))
+        about = self._late if self._record is None else self._record.about
+        return dict(about.get(name, {}))
 
     def describe(self, **facts: Any) -> None:
         """Add JSON-like facts to what the record says of the run."""
-        if (record := self._record) is not None:
-            with self._stopwatch.running():
-                self._try(lambda: record.describe(**facts))
+        if self._record is None and self._opening is not None:
+            self._late |= facts
+        self._write(lambda record: record.describe(**facts))
+
+    def add_forecast(self, forecast: Mapping[str, Any]) -> None:
+        """Add what a forecaster says, JSON-like, with its ``step``, to what it said before."""
+        self._write(lambda record: record.append_forecast(forecast))
 
     @property
     def tokens(self) -> float:
@@ -154,23 +165,38 @@ class RunRecorder:
         self._is_training, self._is_validating = True, False
         self._name_series(start, {})
         self._state = {"id": before.get("id", uuid.uuid4().hex), "folder": before.get("folder")}
+        self._late = {}
         if start.folder is not None and self.notes.enabled:
             folder = start.folder
-            with self._stopwatch.running():
-                self._try(lambda: self._open(start, folder().absolute()))
+            self._opening = lambda: self._open(start, folder)
+            self._write(lambda record: None)
         self._clock.start(before.get("seconds", 0.0))
 
-    def _open(self, start: Start, folder: Path) -> None:
+    def _open(self, start: Start, folder: Callable[[], Path]) -> None:
         assert self._state is not None
-        run_id, before = self._state["id"], self._state["folder"]
-        source = None if before is None else Path(before)
-        self._state["folder"] = str(folder)
-        known = find_record(run_id, folder, source) if start.step > 0 else None
-        series = self._name_series(start, {} if known is None else read_about(known)["series"])
-        about = start.describe() | {"id": run_id, "series": series}
-        self._record = (
-            Record.begin(folder, about) if start.step == 0 else Record.resume(folder, about, source, start.step)
-        )
+        if self._place is None:
+            before = self._state["folder"]
+            source = None if before is None else Path(before)
+            self._place = Place.take(folder().absolute(), self._state["id"], source, start.step)
+        place = self._place
+        if place.beside is not None:
+            self._warner.warn(place.beside)
+        known = {} if place.known is None else read_about(place.known)["series"]
+        series = self._name_series(start, known)
+        series = {name: _continued(known.get(name), settings) for name, settings in series.items()}
+        about = start.describe() | {"id": self._state["id"], "series": series}
+        if start.step == 0:
+            record = Record.begin(place.folder, about)
+        else:
+            record = Record.resume(place.folder, about, place.known, start.step)
+        if (lost := place.why_anew(record, start.step)) is not None:
+            self._warner.warn(lost)
+        elif record.aside is not None:
+            rank_zero_info(f"RunRecord keeps in {record.aside} what {place.folder} held beyond step {start.step}")
+        self._state["folder"] = str(place.folder)
+        self._record, self._opening = record, None
+        if self._late:
+            record.describe(**self._late)
 
     def _name_series(self, start: Start, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Name the measurements, and describe them: a known series of the same settings goes on, whatever the order."""
@@ -254,26 +280,25 @@ class RunRecorder:
             if self._counter.has_losses:
                 self._add_row(step, nan)
             self._clock.pause()
+            self._leave_place()
 
     def add_report(self, measurement: Measurement, report: Report) -> None:
         """Write a report."""
         if not self._is_training:
             return
         self.agree()
-        if (record := self._record) is not None:
-            meta = {"step": report.step, "tokens": self.tokens, "seconds": self._clock.seconds}
-            series = self._series[measurement]
-            with self._stopwatch.running():
-                self._note_rows(record, series.text, measurement.rows)
-                self._try(lambda: record.write_report(series.text, report.step, self._arrays(report) | meta))
+        meta = {"step": report.step, "tokens": self.tokens, "seconds": self._clock.seconds}
+        series = self._series[measurement].text
+        self._write(lambda record: record.write_report(series, report.step, self._arrays(report) | meta))
+        self._note_rows(series, measurement.rows)
         if not self._is_validating:  # the line of the validation run follows, with its loss
             self._add_row(report.step, nan)
 
-    def _note_rows(self, record: Record, series: str, rows: Mapping[str, str]) -> None:
+    def _note_rows(self, series: str, rows: Mapping[str, str]) -> None:
         """Say among the settings of a series what its rows were, which only the first batches have shown."""
-        every = record.about["series"]
-        if rows and every[series].get("rows") != dict(rows):
-            self._try(lambda: record.describe(series={**every, series: {**every[series], "rows": dict(rows)}}))
+        every = self.described("series")
+        if series in every and rows and every[series].get("rows") != dict(rows):
+            self.describe(series={**every, series: {**every[series], "rows": dict(rows)}})
 
     def _arrays(self, report: Report) -> dict[str, Any]:
         arrays = {
@@ -288,29 +313,46 @@ class RunRecorder:
     def _add_row(self, step: int, val_loss: float) -> None:
         self.agree()
         train_loss = self._counter.take_loss()
-        if (record := self._record) is None:
-            return
         row = Row(step, self.tokens, self._clock.seconds, train_loss, val_loss)
-        with self._stopwatch.running():
-            self._try(lambda: record.append(row))
-            if "batch_tokens" not in record.about and not isnan(self._counter.tokens_per_batch):
-                batch_tokens = self._counter.tokens_per_batch * self._batches_per_step
-                self._try(lambda: record.describe(batch_tokens=batch_tokens))
+        self._write(lambda record: record.append(row))
+        is_new = self._record is not None and "batch_tokens" not in self._record.about
+        if is_new and not isnan(self._counter.tokens_per_batch):
+            self.describe(batch_tokens=self._counter.tokens_per_batch * self._batches_per_step)
 
-    def _try(self, write: Callable[[], None]) -> None:
-        """A run is worth more than its record."""
-        try:
-            write()
-        except Exception as error:
-            if isinstance(error, ValueError):
-                self._record = None  # somebody else's folder: leave it alone
-            self._warner.warn(f"could not write the record of the run: {error}")
+    def _write(self, write: Callable[[Record], None]) -> None:
+        """Write into the record, and first begin it where there was no room before; a run is worth more than either."""
+        if self._record is None and self._opening is None:
+            return
+        with self._stopwatch.running():
+            try:
+                if self._opening is not None:
+                    self._opening()
+                assert self._record is not None
+                write(self._record)
+            except Exception as error:
+                self._num_missing += 1
+                if isinstance(error, ValueError):  # somebody else's folder: leave it alone
+                    self._record = self._opening = None
+                    self._leave_place()
+                reason = (error.strerror if isinstance(error, OSError) else None) or error
+                self._warner.warn(f"could not write the record of the run: {reason}")
+            else:
+                if self._num_missing:
+                    rank_zero_info(f"RunRecord can write again; it could not {self._num_missing} times")
+                self._num_missing = 0
+
+    def _leave_place(self) -> None:
+        if self._place is not None:
+            self._place.leave()
+        self._place = None
 
     def end(self) -> None:
         """The last member has left: a later run of the same loop goes on from here."""
         self._state = self.state_dict()
         self._clock.pause()
-        self._is_training, self._record, self._notes = False, None, None
+        self._is_training, self._record, self._opening, self._notes = False, None, None, None
+        self._num_missing = 0
+        self._leave_place()
         self._series.clear()
         self._warner.clear()
 
@@ -372,3 +414,18 @@ def _is_same(known: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bo
     """Whether two descriptions are of one measurement, as JSON would have it."""
     unlike = {"layers", "parameters", "head", "tail", "rank"}
     return known is not None and all(known.get(name) == value for name, value in settings.items() if name not in unlike)
+
+
+def _continued(known: Mapping[str, Any] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a series that goes on, perhaps with other layers: it holds those of before as well, and says so."""
+    for kind in ("layers", "parameters"):
+        names, before = settings.get(kind), None if known is None else known.get(kind)
+        if known is None or not isinstance(names, list) or not isinstance(before, list):
+            continue
+        earlier = list(known.get(f"{kind}_before", []))
+        if before != names:
+            settings = {**settings, kind: [*names, *(name for name in before if name not in names)]}
+            earlier.append(before)
+        if earlier:
+            settings = {**settings, f"{kind}_before": earlier}
+    return settings

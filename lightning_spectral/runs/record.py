@@ -4,21 +4,21 @@ import json
 import os
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from lightning_spectral.runs.record_checks import MAX_STEP, check_line, why_broken
 from lightning_spectral.runs.safe_files import read_text
-from lightning_spectral.runs.to_json import to_json
+from lightning_spectral.runs.to_json import to_json, to_json_line
+from lightning_spectral.runs.writing import append_line, write_arrays, write_atomically
 
 FOLDER = "spectra"
 """Name of the record's folder in the log directory of a run."""
 ABOUT = "run.json"
 HISTORY = "history.csv"
+FORECASTS = "forecasts.jsonl"
 FORMAT = 1
 """Version of the record's layout; a reader refuses others."""
 
@@ -100,17 +100,12 @@ def find_record(run_id: str, *places: Path | None) -> Path | None:
 def read_history(folder: Path) -> list[Row]:
     """The lines of a run's history, in the order in which they were written, from the record's own folder.
 
-    All whole lines; one that a kill tore off at the end does not count. ValueError if the file is missing, or a line
-    before the last is no line of a history.
+    All whole lines; one that a kill tore off at the end does not count, and one that a full disk tore in the middle is
+    skipped with a warning. ValueError if the file is missing, or is no history.
     """
     path = folder / HISTORY
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
-    lines = text.split("\n")[:-1]  # the last is empty, or was torn off
-    rows = []
-    for number, line in enumerate(lines, start=1):
+    rows, torn = [], []
+    for number, line in enumerate(_whole_lines(path), start=1):
         fields = line.split(",")  # numbers are never quoted
         if number == 1 and tuple(fields) == Row._fields:
             continue
@@ -120,11 +115,69 @@ def read_history(folder: Path) -> list[Row]:
             check_line(*row[:3])
             rows.append(row)
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"run has a broken record: line {number} of {str(path)!r} must hold {', '.join(Row._fields)}, "
-                f"got {line[:60]!r}"
-            ) from error
+            if number == 1:
+                raise ValueError(
+                    f"run has a broken record: line 1 of {str(path)!r} must hold {', '.join(Row._fields)}, "
+                    f"got {line[:60]!r}"
+                ) from error
+            torn.append(number)
+    _tell_torn(path, torn)
     return rows
+
+
+def read_forecasts(folder: Path) -> list[dict[str, Any]]:
+    """What forecasters said as the run went on, a table for each line, from the record's own folder.
+
+    Empty where no forecaster was; torn lines are as in :func:`read_history`.
+    """
+    path = folder / FORECASTS
+    found, torn = [], []
+    for number, line in enumerate(_whole_lines(path) if path.exists() else [], start=1):
+        try:
+            forecast = json.loads(line)
+        except (ValueError, RecursionError):
+            forecast = None
+        if isinstance(forecast, dict) and isinstance(forecast.get("step"), (int, float)):
+            found.append(forecast)
+        else:
+            torn.append(number)
+    _tell_torn(path, torn)
+    return found
+
+
+def _whole_lines(path: Path) -> list[str]:
+    try:
+        text = read_text(path, errors="replace")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
+    return text.split("\n")[:-1]  # the last is empty, or was torn off
+
+
+def _tell_torn(path: Path, lines: list[int]) -> None:
+    if lines:
+        which = f"line {lines[0]}" if len(lines) == 1 else f"lines {', '.join(map(str, lines[:8]))}"
+        more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
+        warnings.warn(f"{which}{more} of {str(path)!r} skipped: torn, as by a full disk", stacklevel=4)
+
+
+class _Held(NamedTuple):
+    """What a record holds up to a step."""
+
+    rows: list[Row]
+    reports: list[Report]
+    forecasts: list[dict[str, Any]]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.reports) + len(self.forecasts)
+
+    @classmethod
+    def at(cls, folder: Path, step: float) -> "_Held":
+        return cls(
+            [row for row in read_history(folder) if row.step <= step],
+            [report for report in reports(folder) if report.step <= step],
+            [forecast for forecast in read_forecasts(folder) if forecast["step"] <= step],
+        )
 
 
 class Record:
@@ -136,6 +189,9 @@ class Record:
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder = folder
         self.about = about
+        self.aside: Path | None = None
+        """Where what lay in the folder, and could not stay, is now."""
+        self._is_described = False
 
     @classmethod
     def begin(cls, folder: Path, about: Mapping[str, Any]) -> "Record":
@@ -143,7 +199,7 @@ class Record:
 
         ValueError if the folder holds something that is no record, OSError if it cannot be written.
         """
-        return cls._install(folder, about, [], [])
+        return cls._install(folder, about, _Held([], [], []))
 
     @classmethod
     def resume(cls, folder: Path, about: Mapping[str, Any], source: Path | None, step: int) -> "Record":
@@ -162,17 +218,16 @@ class Record:
         about["resumed"] = [*before.get("resumed", []), step]
         about["machines"] = list(dict.fromkeys([*before.get("machines", []), *about.get("machines", [])]))
         if known != folder:
-            rows = [row for row in read_history(known) if row.step <= step]
-            return cls._install(folder, about, rows, [report for report in reports(known) if report.step <= step])
+            return cls._install(folder, about, _Held.at(known, step))
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        _set_aside_after(folder, step)
         record = cls(folder, {"format": FORMAT, **about})
+        record._set_aside_after(step)
         record.describe()
         return record
 
     @classmethod
-    def _install(cls, folder: Path, about: Mapping[str, Any], rows: list[Row], copied: list[Report]) -> "Record":
+    def _install(cls, folder: Path, about: Mapping[str, Any], held: _Held) -> "Record":
         """Put a record into its place once it is whole: a kill leaves what was there, or all of it."""
         is_taken = folder.exists() and any(folder.iterdir())
         if is_taken and not (folder / ABOUT).exists():
@@ -181,29 +236,61 @@ class Record:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         record = cls(draft, {"format": FORMAT, "series": {}, **about})
-        for report in copied:
-            shutil.copyfile(report.path, draft / report.path.name)
-        record._write_history(rows)
-        record.describe()
-        if is_taken:
-            folder.rename(_free_name(folder))
-        elif folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
+        try:
+            for report in held.reports:
+                shutil.copyfile(report.path, draft / report.path.name)
+            record._write_lines(held)
+            record.describe()
+            if is_taken:
+                record.aside = free_name(folder)
+                folder.rename(record.aside)
+            elif folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         record.folder = folder
         return record
 
+    def _set_aside_after(self, step: int) -> None:
+        """Leave in the folder what it held at a step, and put the rest into a record beside it."""
+        held, every = _Held.at(self.folder, step), _Held.at(self.folder, float("inf"))
+        if held.size < every.size:
+            aside = free_name(self.folder)
+            try:
+                aside.mkdir()
+                for name in (ABOUT, HISTORY, FORECASTS):
+                    if (self.folder / name).exists():
+                        shutil.copyfile(self.folder / name, aside / name)
+            except OSError:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            self.aside = aside
+            for report in every.reports:
+                if report.step > step:
+                    report.path.rename(aside / report.path.name)
+        self._write_lines(held)  # also without the line that a kill tore off
+
     def describe(self, **facts: Any) -> None:
-        """Add facts by key, JSON-like, to the description of the run."""
+        """Add facts by key, JSON-like, to the description of the run; if that fails, with the next line or report."""
         self.about |= facts
+        self._is_described = False
         text = to_json(self.about)
-        _write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
+        write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
+        self._is_described = True
 
     def append(self, row: Row) -> None:
         """Add a line to the history; ValueError if another run writes into the folder by now."""
         self._check_owner()
-        with (self.folder / HISTORY).open("a", encoding="utf-8", newline="") as file:
-            file.write(_line(row))
+        append_line(self.folder / HISTORY, _line(row))
+        self._catch_up()
+
+    def append_forecast(self, forecast: Mapping[str, Any]) -> None:
+        """Add what a forecaster says, JSON-like, its ``step`` among it, to the forecasts; ValueError as above."""
+        self._check_owner()
+        append_line(self.folder / FORECASTS, to_json_line(forecast))
+        self._catch_up()
 
     def write_report(self, series: str, step: int, arrays: Mapping[str, Any]) -> None:
         """Write one report of a series, arrays by name: numbers and strings, nothing that would have to be pickled.
@@ -211,22 +298,36 @@ class Record:
         ValueError if another run writes into the folder by now.
         """
         self._check_owner()
-        _write_atomically(self.folder / f"{series}-{step:09d}.npz", lambda file: _write_arrays(file, arrays))
+        write_atomically(self.folder / f"{series}-{step:09d}.npz", lambda file: write_arrays(file, arrays))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        if not self._is_described:
+            self.describe()
 
     def _check_owner(self) -> None:
-        if not _is_of(self.folder, self.about["id"]):
+        try:
+            owner = read_about(self.folder).get("id")
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from error  # which may pass
+            owner = None
+        if owner != self.about["id"]:
             raise ValueError(
                 f"{str(self.folder)!r} is no longer the record of this run: give each run a log directory of its own"
             )
 
-    def _write_history(self, rows: list[Row]) -> None:
-        text = ",".join(Row._fields) + "\n" + "".join(map(_line, rows))
-        _write_atomically(self.folder / HISTORY, lambda file: file.write(text.encode()))
+    def _write_lines(self, held: _Held) -> None:
+        text = ",".join(Row._fields) + "\n" + "".join(f"{_line(row)}\n" for row in held.rows)
+        write_atomically(self.folder / HISTORY, lambda file: file.write(text.encode()))
+        if held.forecasts or (self.folder / FORECASTS).exists():
+            lines = "".join(f"{to_json_line(forecast)}\n" for forecast in held.forecasts)
+            write_atomically(self.folder / FORECASTS, lambda file: file.write(lines.encode()))
 
 
 def _line(row: Row) -> str:
     # repr of a float is the shortest that reads back to the same.
-    return ",".join([str(row.step), *(repr(float(value)) for value in row[1:])]) + "\n"
+    return ",".join([str(row.step), *(repr(float(value)) for value in row[1:])])
 
 
 def _is_of(folder: Path, run_id: str) -> bool:
@@ -236,46 +337,9 @@ def _is_of(folder: Path, run_id: str) -> bool:
         return False
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path) -> Path:
+    """The first of ``{folder}-1``, ``-2``, ... that is not there."""
     number = 1
     while (name := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     return name
-
-
-def _set_aside_after(folder: Path, step: int) -> None:
-    """Leave in a record what it held at a step, and put the rest into a record beside it."""
-    rows, late = read_history(folder), [report for report in reports(folder) if report.step > step]
-    kept = [row for row in rows if row.step <= step]
-    if late or len(kept) < len(rows):
-        aside = _free_name(folder)
-        aside.mkdir()
-        for name in (ABOUT, HISTORY):
-            shutil.copyfile(folder / name, aside / name)
-        for report in late:
-            report.path.rename(aside / report.path.name)
-    # Also without the line that a kill tore off.
-    Record(folder, {})._write_history(kept)
-
-
-def _write_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
-    """What ``np.savez`` writes, with the bases compressed: they are by far the largest part."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            kind = zipfile.ZIP_DEFLATED if name.endswith("vectors") else zipfile.ZIP_STORED
-            entry = zipfile.ZipInfo(f"{name}.npy")
-            entry.compress_type = kind
-            with archive.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write beside the file and move into its place: who reads it sees it whole, before or after."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,6 +11,11 @@ def to_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(_without_nan(facts), indent=1, allow_nan=False)
 
 
+def to_json_line(facts: Mapping[str, Any]) -> str:
+    """The same without a line break in it."""
+    return json.dumps(_without_nan(facts), allow_nan=False)
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nan(part) for key, part in value.items()}
