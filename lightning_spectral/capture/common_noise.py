@@ -19,6 +19,10 @@ DROPOUTS = {
     "feature_alpha_dropout",
     "feature_alpha_dropout_",
 }
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+"""With dropout between their layers, the one float among their arguments."""
+ATTENTION_DROPOUT = 10
+"""Where ``multi_head_attention_forward`` hands on its dropout; what it calls inside is out of this mode's sight."""
 DRAWS = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "normal", "bernoulli", "poisson"}
 FILLS = {"bernoulli_", "uniform_", "normal_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
 
@@ -43,6 +47,10 @@ class CommonNoise(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             kept = args if len(args) < 5 else (*args[:4], 0.0, *args[5:])
             return func(*kept, **{key: value for key, value in kwargs.items() if key != "dropout_p"})
+        if name == "multi_head_attention_forward":
+            args = (*args[:ATTENTION_DROPOUT], 0.0, *args[ATTENTION_DROPOUT + 1 :])
+        if name in RECURRENT:
+            args = tuple(0.0 if isinstance(part, float) else part for part in args)
         drawn = func(*args, **kwargs)
         if (name in DRAWS or name in FILLS) and isinstance(drawn, Tensor):
             return self._common(drawn)

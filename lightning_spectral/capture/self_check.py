@@ -82,6 +82,8 @@ class SpanCheck(NamedTuple):
     """Why the numbers of a report would mean nothing; None if they do."""
     ratio: float
     """Largest over smallest weight of a sample; NaN if they are not known."""
+    residual: float = float("nan")
+    """Share of the gradient of samples together that lies outside the span of their own."""
 
 
 def checkable(size: int, num_numbers: int) -> int:
@@ -138,12 +140,13 @@ def check_span(
     found = sample_weights(own @ own.mT, own @ together, together @ together)
     limit = TOLERANCE**2 + (rounding(loss) * found.noise) ** 2
     if found.residual**2 <= limit:
-        return SpanCheck(None, found.ratio)
+        return SpanCheck(None, found.ratio, found.residual)
     return SpanCheck(
         f"the loss is no mean of samples' losses: {found.residual:.1%} of the gradient of {count} samples together "
         "lies outside their own, as with batch statistics, terms between samples or another axis of samples: "
         "give loss_fn",
         float("nan"),
+        found.residual,
     )
 
 

@@ -139,11 +139,40 @@ def test_means_of_samples_losses_pass(loss_fn: Any, ratio: float, dropout: float
     assert found.ratio == pytest.approx(ratio, rel=1e-3)
 
 
+class Attending(nn.Module):
+    """Draws within one call of PyTorch's: attention, or layers of a recurrent network."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = {
+            "attention": lambda: nn.MultiheadAttention(WIDTH, 2, dropout=0.5, batch_first=True),
+            "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.5, batch_first=True),
+            "lstm": lambda: nn.LSTM(WIDTH, WIDTH, 2, dropout=0.5, batch_first=True),
+            "gru": lambda: nn.GRU(WIDTH, WIDTH, 2, dropout=0.5, batch_first=True),
+            "rnn": lambda: nn.RNN(WIDTH, WIDTH, 2, dropout=0.5, batch_first=True),
+        }[kind]()
+        self.out = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, x.flip(-1), 2 * x], 1)
+        y = self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.out((y[0] if isinstance(y, tuple) else y).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder", "lstm", "gru", "rnn"])
+def test_dropout_inside_of_one_call_is_no_term_between_samples(kind: str) -> None:
+    found = check(Attending(kind), mean)
+    assert found.failure is None
+    assert found.residual < 1e-5
+    assert found.ratio == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["", "dropout"])
 @pytest.mark.parametrize("loss_fn", [contrastive, spread, mixed_up, along_time])
 def test_losses_between_samples_are_refused(loss_fn: Any, dropout: float) -> None:
     found = check(Net(nn.LayerNorm(WIDTH), dropout), loss_fn)
     assert found.failure.startswith("the loss is no mean of samples' losses: ")
+    assert found.residual > 1e-3
     assert "\n" not in found.failure
     assert np.isnan(found.ratio)
 
