@@ -1,6 +1,10 @@
-"""How gradients in a training step are scaled: by accumulation, and by float16's gradient scaler."""
+"""How losses and gradients in a training step are scaled: by accumulation, and by float16's gradient scaler."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 
 def gradient_scale(trainer: Trainer, pl_module: LightningModule) -> float:
@@ -17,3 +21,11 @@ def loss_scale(trainer: Trainer) -> float:
     """What float16's gradient scaler multiplies the loss with now; 1 without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def loss_of(outputs: Any, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+    """The loss that a training step returned, which Lightning hands on divided for the sake of accumulation."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    return loss.detach().reshape(()) * accumulated_batches(trainer, pl_module)

@@ -1,7 +1,6 @@
 """The Trainer's events, handed on to its session by whichever callback joined first."""
 
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
-from lightning_spectral.callbacks.loss_scale import accumulated_batches, gradient_scale
+from lightning_spectral.callbacks.loss_scale import gradient_scale, loss_of
 from lightning_spectral.measurement import Measurement, Session
 from lightning_spectral.measurement.passes import Pass, pass_of
 from lightning_spectral.recording import RunRecorder, Start
@@ -114,7 +113,7 @@ class SessionCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if session := self._led():
-            session.end_train_batch(batch, _loss_of(outputs, trainer, pl_module), trainer.global_step)
+            session.end_train_batch(batch, loss_of(outputs, trainer, pl_module), trainer.global_step)
         self.take_report(trainer)
 
     @override
@@ -216,11 +215,3 @@ def _monitored(trainer: Trainer) -> list[str]:
         if isinstance(key, str) and mode == "min":
             found.append(key)
     return found
-
-
-def _loss_of(outputs: Any, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
-    """The loss that a training step returned, which Lightning hands on divided for the sake of accumulation."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        return None
-    return loss.detach().reshape(()) * accumulated_batches(trainer, pl_module)

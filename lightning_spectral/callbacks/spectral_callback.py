@@ -11,12 +11,11 @@ from typing_extensions import override
 
 from lightning_spectral.boards import Board, boards_of
 from lightning_spectral.callbacks.display import Display
-from lightning_spectral.callbacks.loss_scale import loss_scale
+from lightning_spectral.callbacks.scene import scene_of
 from lightning_spectral.callbacks.session_callback import SessionCallback
-from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Exponent, Spectrum
-from lightning_spectral.measurement import Report, Request, Scene, Session
+from lightning_spectral.measurement import Report, Request, Session
 from lightning_spectral.recording import RunRecorder
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.warner import Warner
@@ -142,7 +141,7 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
     @override
     def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
         session = super().join(trainer, pl_module)
-        self.measurement = session.share(self, self._request, _scene(trainer, pl_module, session))
+        self.measurement = session.share(self, self._request, scene_of(trainer, pl_module, session.stopwatch))
         self.names = self.watch(pl_module)
         session.claim((self.prefix + key for key in self.keys()), self)
         self._writes_seconds = session.claim_shared(self.prefix + SECONDS, self)
@@ -313,11 +312,3 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
 def _averages(callback: Any) -> bool:
     """Whether a callback lends the model averaged weights for validation, as Lightning's own does."""
     return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)
-
-
-def _scene(trainer: Trainer, pl_module: LightningModule, session: Session[RunRecorder]) -> Scene:
-    def make_loss(loss_fn: LossFunction | None) -> BatchLoss:
-        context = trainer.precision_plugin.train_step_context
-        return BatchLoss(pl_module, loss_fn, context, trainer, loss_scale(trainer))
-
-    return Scene(pl_module, pl_module.device, session.stopwatch, make_loss)

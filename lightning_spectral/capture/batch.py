@@ -150,6 +150,23 @@ class Samples:
             )
         return Cut(batch, size, tuple(by_id.get(id(tensor)) for tensor in reached))
 
+    def axes(self, batch: Any) -> dict[str, int | None]:
+        """The axis that holds samples in each tensor of a batch, by the way to it, None where it is for all samples.
+
+        Nothing where a function cuts; ValueError if the rule cannot tell.
+        """
+        if self.cutter is not None:
+            return {}
+        _, by_id = self._axes(batch)
+        return {path: by_id.get(id(tensor)) for path, tensor in named_tensors(batch)}
+
+    def rule(self, batch: Any) -> str:
+        """What tells how many samples a batch has, in words."""
+        if self.cutter is not None:
+            return f"samples={path_of(self.cutter)} cuts"
+        axis = "axis 0" if self.batch_dim is None else f"batch_dim={self.batch_dim}"
+        return f"{axis}, {_voters(list(named_tensors(batch)), self.batch_dim or 0)[0]}"
+
     def _axes(self, batch: Any) -> tuple[int | None, dict[int, int | None]]:
         """Number of samples, and by ``id`` of each tensor the axis that holds them."""
         found = list(named_tensors(batch))
@@ -171,13 +188,18 @@ class Samples:
         return size, axes
 
 
+def _voters(found: list[tuple[str, Tensor]], axis: int) -> tuple[str, list[tuple[str, Tensor]]]:
+    """What tells the number of samples, in words, and the tensors that do."""
+    if ids := [(path, t) for path, t in found if _name(path) == "input_ids" and t.ndim > axis]:
+        return "the length of input_ids", ids
+    if many := [(path, t) for path, t in found if t.ndim > max(axis, 1)]:
+        return "the length on which tensors of two or more axes agree", many
+    return "the length on which tensors of one axis agree", [(path, t) for path, t in found if t.ndim > 0]
+
+
 def _size(found: list[tuple[str, Tensor]], axis: int) -> int | None:
     """Number of samples by the first two lines of the rule; ValueError where they do not settle it."""
-    ids = [(path, t) for path, t in found if _name(path) == "input_ids" and t.ndim > axis]
-    if len({t.shape[axis] for _, t in ids}) == 1:
-        return ids[0][1].shape[axis]
-    many = [(path, t) for path, t in found if t.ndim > max(axis, 1)]
-    voters = ids or many or [(path, t) for path, t in found if t.ndim > 0]
+    _, voters = _voters(found, axis)
     # Of a batch of labels alone, say.
     axis = axis if any(t.ndim > axis for _, t in voters) else 0
     lengths = {path: t.shape[axis] for path, t in voters}

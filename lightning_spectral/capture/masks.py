@@ -36,7 +36,8 @@ class Mask:
         self.key = key
         self.argument = argument
         self._counts_ids = counts_ids
-        self._meaning: Meaning | None = None
+        self.meaning: Meaning | None = None
+        """Decided by the first values; None for booleans, too."""
 
     def __call__(self, batch: Any) -> Tensor:
         """Booleans of the shape of the tensor; ValueError if there is none, or if the first cannot be read."""
@@ -48,14 +49,14 @@ class Mask:
             )
         if value.dtype == torch.bool:
             return value
-        if self._meaning is None and value.numel() > 0:
+        if self.meaning is None and value.numel() > 0:
             # The one look at values, for which a GPU has to be waited for.
-            self._meaning = self._decide(value)
-        if self._meaning == "all":
+            self.meaning = self._decide(value)
+        if self.meaning == "all":
             return torch.ones_like(value, dtype=torch.bool)
-        if self._meaning == "labels":
+        if self.meaning == "labels":
             return value >= 0
-        return value > MASKED_OUT if self._meaning == "additive" else value == 1
+        return value > MASKED_OUT if self.meaning == "additive" else value == 1
 
     def _decide(self, value: Tensor) -> Meaning:
         name = self.key.rpartition(".")[2].lower()

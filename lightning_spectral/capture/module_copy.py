@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.capture.rebinding import Rebinding
@@ -34,12 +35,36 @@ def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int
     Raises:
         RuntimeError: If something in it cannot be copied, or waits for other ranks.
     """
+    shadow, originals, bystander = _duplicate(module, trainer)
+    for part in shadow.modules():
+        if isinstance(part, nn.SyncBatchNorm) and part.training and _many_ranks():
+            raise RuntimeError("a loss of one sample cannot wait for other ranks in SyncBatchNorm: give loss_fn")
+        if hasattr(part, "training_step") and hasattr(part, "log_dict"):
+            silence_logging(part, bystander)
+    return shadow, originals
+
+
+def duplicate(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """A deep copy, with functions bound to it, that may be trained in the module's place.
+
+    Returns:
+        The copy, and what each of its parts was copied from, by the part's id.
+
+    Raises:
+        RuntimeError: If something in it cannot be copied.
+    """
+    return _duplicate(module, None)[:2]
+
+
+def _duplicate(module: nn.Module, trainer: Any) -> tuple[nn.Module, dict[int, Any], Bystander | None]:
     memo: dict[int, Any] = {}
     try:
         # To be differentiated, even where a validation pass allows nothing else to be.
         with torch.inference_mode(False), _CopyGraphTensors():
-            memo.update({id(p): _copy(p) for p in module.parameters()})
-            originals = {id(memo[id(p)]): p for p in module.parameters()}
+            # A lazy one, which has no numbers yet, is left to the deep copy.
+            made = [p for p in module.parameters() if not is_lazy(p)]
+            memo.update({id(p): _copy(p) for p in made})
+            originals = {id(memo[id(p)]): p for p in made}
             bystander = None if trainer is None else Bystander(trainer, memo)
             if bystander is not None:
                 memo[id(trainer)] = bystander
@@ -52,12 +77,8 @@ def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int
     # A deep copy keeps all alive that it has copied.
     originals |= {id(memo[id(part)]): part for part in memo.get(id(memo), ()) if id(part) in memo}
     for part in shadow.modules():
-        if isinstance(part, nn.SyncBatchNorm) and part.training and _many_ranks():
-            raise RuntimeError("a loss of one sample cannot wait for other ranks in SyncBatchNorm: give loss_fn")
         _guard_hooks(part)
-        if hasattr(part, "training_step") and hasattr(part, "log_dict"):
-            silence_logging(part, bystander)
-    return shadow, originals
+    return shadow, originals, bystander
 
 
 def _many_ranks() -> bool:

@@ -17,7 +17,7 @@ from lightning_spectral.capture.channels import (
     rows_last,
     unknown_axis,
 )
-from lightning_spectral.capture.masks import Mask, fit_rows
+from lightning_spectral.capture.masks import Mask, Meaning, fit_rows
 from lightning_spectral.capture.nested import parts_of, rows_of_parts
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.arguments import check_flag, describe
@@ -67,6 +67,17 @@ class ActivationRequest(Request):
     def measure(self, scene: Scene) -> "ActivationMeasurement":
         return ActivationMeasurement(self, scene)
 
+    def collector(self, names: list[str], device: torch.device) -> Collector:
+        """What keeps the rows of layers on a device, or on the CPU where that has no float64."""
+        return Collector(
+            names=names,
+            num_tokens=self.num_tokens,
+            num_groups=self.num_groups,
+            normalize=self.normalize,
+            dtype=DTYPES[self.dtype],
+            device=torch.device("cpu") if device.type == "mps" else device,
+        )
+
 
 class ActivationMeasurement(Measurement):
     """Collects rows while the model runs and turns them into a report at each due step.
@@ -106,14 +117,7 @@ class ActivationMeasurement(Measurement):
         self._rows: dict[str, float] = {}
         self._same_rows = SameRows(self.samples)
         self._steps: dict[str, set[int]] = {}
-        self._collector = Collector(
-            names=self._reader.names,
-            num_tokens=request.num_tokens,
-            num_groups=request.num_groups,
-            normalize=request.normalize,
-            dtype=DTYPES[request.dtype],
-            device=device,
-        )
+        self._collector = request.collector(self._reader.names, device)
 
     def watch(
         self,
@@ -166,6 +170,24 @@ class ActivationMeasurement(Measurement):
     def layers(self) -> list[str]:
         """Names of all that is watched."""
         return list(self._reader.names)
+
+    def offered(self) -> dict[str, int]:
+        """Rows of each layer that went by for the next report on this rank, masked ones not counted."""
+        return {name: self._collector.offered(name) for name in self._reader.names}
+
+    def failures(self) -> dict[str, str]:
+        """Why layers will be NaN in the next report, as far as it is known on this rank."""
+        never = {name: NEVER_RAN for name, rows in self.offered().items() if rows == 0 and name not in self.widths}
+        return never | dict.fromkeys(self._absent, ABSENT) | self._collector.failures
+
+    def channel_axis(self, name: str, num_axes: int) -> int | None:
+        """The axis, from 0, of a layer's channels in an output of so many axes, once it was found."""
+        return self._axes.get((name, num_axes))
+
+    @property
+    def mask_meaning(self) -> Meaning | None:
+        """What the mask's values mean, once a batch has told; None for booleans, which need no telling, too."""
+        return None if self._mask is None else self._mask.meaning
 
     @override
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:

@@ -55,6 +55,13 @@ class _Sums:
             tensor.zero_()
 
 
+def sums_bytes(num_groups: int, num_features: int) -> int:
+    """Bytes that are kept for one layer from its first rows to the end of the run, the spare slot included."""
+    slots = num_groups + (num_groups > 1)
+    sums = _Sums.empty(slots, num_features=num_features, device=torch.device("meta"))
+    return sum(tensor.nbytes for tensor in vars(sums).values())
+
+
 class _Progress:
     """How far one layer has come in the current report, on this rank."""
 

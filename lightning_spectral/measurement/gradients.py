@@ -189,6 +189,10 @@ class GradientMeasurement(Measurement):
         """What each part of the latest self-check came to, ``"passed"``, ``"failed"`` or why it was not made."""
         self.weights_ratio = torch.nan
         """Largest over smallest weight of a sample in its batch's loss, by the latest self-check."""
+        self.residual = torch.nan
+        """Share of a batch's gradient outside the span of its samples' gradients, by the latest self-check."""
+        self.losses = (torch.nan, torch.nan)
+        """Of a batch, as the shadow has it and as training has it, by the latest self-check."""
         self._take_up()
 
     @override
@@ -241,6 +245,7 @@ class GradientMeasurement(Measurement):
         """Compare the shadow's loss of a batch with what training got for it."""
         assert self._expected is not None
         (value, tolerance), self._expected = self._expected, None
+        self.losses = value, found
         if abs(value - found) <= tolerance * abs(found) or value == found or isnan(found):
             self.checked["loss"] = "passed"
             self.doubts.pop("loss", None)
@@ -262,7 +267,7 @@ class GradientMeasurement(Measurement):
         if found is None:
             self.checked["span"] = "too few samples or numbers, none that are finite, or reentrant checkpoints"
             return
-        self.weights_ratio = found.ratio
+        self.weights_ratio, self.residual = found.ratio, found.residual
         self.checked["span"] = "passed" if found.failure is None else "failed"
         if found.failure is None:
             self.doubts.pop("span", None)

@@ -1,0 +1,19 @@
+"""What a measurement is made for, under a Trainer."""
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_spectral.callbacks.loss_scale import loss_scale
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction
+from lightning_spectral.measurement import Scene
+from lightning_spectral.measurement.stopwatch import Stopwatch
+
+
+def scene_of(trainer: Trainer, module: nn.Module, stopwatch: Stopwatch) -> Scene:
+    """For a module that a Trainer trains, or that its module holds; losses are computed as in its training steps."""
+
+    def make_loss(loss_fn: LossFunction | None) -> BatchLoss:
+        context = trainer.precision_plugin.train_step_context
+        return BatchLoss(module, loss_fn, context, trainer, loss_scale(trainer))
+
+    return Scene(module, trainer.lightning_module.device, stopwatch, make_loss)
