@@ -7,6 +7,7 @@ from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, H
 from lightning_spectral.capture import per_sample_gradients
 from lightning_spectral.functional import Exponent, PowerLaw, Spectrum
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
+from lightning_spectral.probing import Probe, probe
 from lightning_spectral.runs import Comparison, Run, Verdict, compare, forecast
 
 __version__ = version("lightning-spectral")
@@ -20,6 +21,7 @@ __all__ = [
     "HeadDrift",
     "PerSampleGradientSpectrum",
     "PowerLaw",
+    "Probe",
     "Run",
     "RunRecord",
     "Spectrum",
@@ -31,4 +33,5 @@ __all__ = [
     "functional",
     "metrics",
     "per_sample_gradients",
+    "probe",
 ]

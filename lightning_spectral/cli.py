@@ -18,11 +18,13 @@ COMMANDS = ("fit", "validate", "test", "predict")
 """Those of Lightning's own command line."""
 RUN_COMMANDS = tuple(COMMANDS_ON_RUNS)
 """Those that read what runs left behind."""
+ALL_COMMANDS = ("probe", *COMMANDS, *RUN_COMMANDS)
 
 USAGE = f"""usage: lightning-spectral COMMAND [--config FILE] [options]
 
-commands: {", ".join((*COMMANDS, *RUN_COMMANDS))}
+commands: {", ".join(ALL_COMMANDS)}
 
+  lightning-spectral probe --model my.Module --data my.Data
   lightning-spectral fit --config examples/nanogpt.yaml
   lightning-spectral fit --model my.Module --data my.Data --trainer.callbacks+=ActivationSpectrum
   lightning-spectral fit --trainer.callbacks.help=ActivationSpectrum
@@ -49,15 +51,19 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"lightning-spectral {version('lightning-spectral')}")
         return
-    if words[0] not in COMMANDS + RUN_COMMANDS:
-        known = ", ".join(COMMANDS + RUN_COMMANDS)
-        _stop(f"command must be one of {known}, got {words[0]!r}: see lightning-spectral --help")
+    if words[0] not in ALL_COMMANDS:
+        _stop(f"command must be one of {', '.join(ALL_COMMANDS)}, got {words[0]!r}: see lightning-spectral --help")
     # A console script does not search the folder it is called in, where a user's own modules are.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         if words[0] in RUN_COMMANDS:
             run_command(words)
+        elif words[0] == "probe":
+            import lightning_spectral.nanogpt  # noqa: F401  (as for Lightning's commands)
+            from lightning_spectral.probing.command import run_probe
+
+            run_probe(words[1:])
         else:
             # Left to read the command line itself, Lightning can also start the other processes of a DDP run from it.
             _run_lightning(None if args is None else words)

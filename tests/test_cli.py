@@ -71,19 +71,19 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, "train")
     assert message == (
-        "lightning-spectral: error: command must be one of fit, validate, test, predict, show, compare, forecast, "
-        "got 'train': see lightning-spectral --help"
+        "lightning-spectral: error: command must be one of probe, fit, validate, test, predict, show, compare, "
+        "forecast, got 'train': see lightning-spectral --help"
     )
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
-    assert "commands: fit, validate, test, predict, show, compare, forecast" in capsys.readouterr().out
+    assert "commands: probe, fit, validate, test, predict, show, compare, forecast" in capsys.readouterr().out
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
-    program, *words = readme_command("mine.Mine")
+    program, *words = readme_command("fit --model mine.Mine")
     settings = [
         "--trainer.callbacks.every_n_steps=4",
         "--trainer.callbacks.num_groups=2",
@@ -101,6 +101,78 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
     assert "blocks.2" in run.stdout
     assert "alpha_tail" in run.stdout
     assert list(user_folder.glob("lightning_logs/version_0/events.out.tfevents.*"))
+
+
+def test_a_model_in_the_current_folder_is_probed(user_folder: Path) -> None:
+    program, *words = readme_command("probe --model mine.Mine")
+    run = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Mine: one training batch on cpu, nothing trained" in run.stdout
+    assert "16 (axis 0, the length on which tensors of two or more axes agree)" in run.stdout
+    assert "self-check  passed" in run.stdout
+    assert "blocks.2" in run.stdout
+    assert not list(user_folder.glob("lightning_logs"))
+
+
+def test_a_probe_is_json_for_programs(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = USER_CODE[USER_CODE.index("    def train_dataloader") :]
+    (user_folder / "mine.py").write_text(
+        USER_CODE.replace("class MyData", loader + "\n\nclass MyData").replace(
+            "        return self.blocks", "        print('mine')\n        return self.blocks"
+        )
+    )
+    words = ["--model=mine.Mine", "--trainer.accelerator=cpu", "--layers=[blocks.0.0]", "--num_samples=32", "--json"]
+    cli.main(["probe", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in found["layers"]] == ["blocks.0.0"]
+    assert found["layers"][0]["shape"] == [16, 16]
+    assert found["samples"]["count"] == 16
+    assert found["loss"]["is_mean"] == "passed"
+    assert [engine["method"] for engine in found["engines"] if engine["works"]] == ["vmap", "hooks", "loop"]
+    assert found["costs"][1]["reads"].startswith("32 samples x 768 numbers")
+
+
+CONFIG = """
+seed_everything: 1
+model: {class_path: mine.Mine}
+data: {class_path: mine.MyData}
+trainer:
+  accelerator: cpu
+  max_steps: 3
+  logger:
+    class_path: lightning.pytorch.loggers.TensorBoardLogger
+    init_args: {save_dir: never}
+  callbacks:
+    - class_path: ActivationSpectrum
+      init_args: {layers: blocks.1, num_tokens: 48}
+    - class_path: lightning_spectral.GradientSpectrum
+      init_args: {parameters: blocks.2.0.weight, num_samples: 24, num_groups: 2}
+ckpt_path: null
+"""
+
+
+def test_a_probe_goes_by_a_configuration_and_its_callbacks(
+    user_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (user_folder / "config.yaml").write_text(CONFIG)
+    cli.main(["probe", "--config=config.yaml", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in found["layers"]] == ["blocks.1"]
+    assert [parameter["name"] for parameter in found["parameters"]] == ["blocks.2.0.weight"]
+    assert [cost["reads"][:10] for cost in found["costs"]] == ["48 rows of", "24 samples"]
+    cli.main(["probe", "--config=config.yaml", "--layers=blocks.0", "--json"])
+    assert json.loads(capsys.readouterr().out)["layers"][0]["name"] == "blocks.0"
+    assert not (user_folder / "never").exists()
+    error = error_of(capsys, "probe", "--config=config.yaml", "--ckpt_path=some.ckpt")
+    assert error == "lightning-spectral: error: ckpt_path must be None for a probe, got 'some.ckpt': leave it away"
+    error = error_of(capsys, "probe", "--config=config.yaml", "--num_samples=1")
+    assert error == "lightning-spectral: error: num_samples must be at least 2, got 1: 512 are usual"
 
 
 def test_a_model_may_bring_its_own_loaders(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +235,7 @@ def test_runs_are_read_as_the_readme_says(
 def test_console_scripts_and_module_are_one_command() -> None:
     scripts = {entry.name: entry.load() for entry in distribution("lightning-spectral").entry_points}
     assert scripts == {"lightning": script.lightning, "lightning-spectral": cli.main}
-    assert script.COMMANDS == cli.COMMANDS + cli.RUN_COMMANDS
+    assert script.COMMANDS == cli.ALL_COMMANDS
     output = subprocess.check_output([sys.executable, "-m", "lightning_spectral", "--version"], text=True)
     assert output == f"lightning-spectral {version('lightning-spectral')}\n"
 
@@ -212,7 +284,7 @@ def test_a_foreign_command_is_handed_on_unchanged(words: list[str], other_packag
     assert json.loads(run.stdout) == {"argv": [str(other_package / "lightning"), *words], "torch": False}
     assert run.returncode == 7
     assert run.stderr == (
-        f"lightning-spectral: {words[0]!r} is not one of fit, validate, test, predict, show, compare, forecast: "
+        f"lightning-spectral: {words[0]!r} is not one of probe, fit, validate, test, predict, show, compare, forecast: "
         "handed on to lightning-sdk\n"
     )
 
@@ -269,7 +341,7 @@ def test_nothing_is_handed_on_where_there_is_no_other_package(
     with pytest.raises(SystemExit) as stop:
         script.lightning()
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("lightning-spectral: error: command must be one of fit, ")
+    assert capsys.readouterr().err.startswith("lightning-spectral: error: command must be one of probe, fit, ")
 
 
 def test_the_other_names_stay_ours(other_package: Path) -> None:
@@ -281,7 +353,7 @@ def test_the_other_names_stay_ours(other_package: Path) -> None:
         timeout=240,
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("lightning-spectral: error: command must be one of fit, ")
+    assert run.stderr.startswith("lightning-spectral: error: command must be one of probe, fit, ")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ ALLOWED = {
         *("functional", "metrics", "capture", "measurement", "boards"),
         *("runs", "recording", "terminal", "warner"),
     },
+    "probing": {"functional", "metrics", "capture", "measurement", "callbacks", "runs", "terminal"},
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""

@@ -193,3 +193,41 @@ def test_chunks_as_long_as_what_is_for_all_do_not_cut_it(size: int) -> None:
         torch.testing.assert_close(other["weight"], rows[0]["weight"])
     total = torch.autograd.grad(loss(model, batch), model.weight)[0].flatten()
     torch.testing.assert_close(rows[0]["weight"].mean(0), total)
+
+
+@pytest.mark.parametrize(
+    ("batch", "batch_dim", "rule", "axes"),
+    [
+        (
+            {"input_ids": torch.zeros(8, 12), "position_ids": torch.zeros(12)},
+            None,
+            "axis 0, the length of input_ids",
+            {"input_ids": 0, "position_ids": None},
+        ),
+        (
+            (torch.zeros(8, 12), torch.zeros(8)),
+            None,
+            "axis 0, the length on which tensors of two or more axes agree",
+            {"0": 0, "1": 0},
+        ),
+        (torch.zeros(8), None, "axis 0, the length on which tensors of one axis agree", {"": 0}),
+        (
+            {"x": torch.zeros(12, 8)},
+            1,
+            "batch_dim=1, the length on which tensors of two or more axes agree",
+            {"x": 1},
+        ),
+    ],
+    ids=["ids", "pair", "vector", "said"],
+)
+def test_the_rule_is_told_in_words(batch: Any, batch_dim: int | None, rule: str, axes: dict[str, int | None]) -> None:
+    samples = Samples(batch_dim)
+    assert samples.count(batch) == 8
+    assert samples.rule(batch) == rule
+    assert samples.axes(batch) == axes
+
+
+def test_a_function_that_cuts_is_the_rule() -> None:
+    samples = Samples(cutter=list)
+    assert samples.rule([1, 2]) == "samples=builtins.list cuts"
+    assert samples.axes([1, 2]) == {}
