@@ -21,6 +21,7 @@ from lightning_spectral.functional.powerlaw import Band, check_band, resolve_ban
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
 from lightning_spectral.runs.arguments import check_paths
+from lightning_spectral.runs.course import Course
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.references import Reference, References, Wanted, find_references
 from lightning_spectral.runs.settings import settings_of
@@ -166,8 +167,10 @@ class TailForecaster(LayersCallback):
         """Tokens that the target took; NaN until it is reached."""
         self._found = References([], {})
         self._settings: list[int] = []
+        self._courses: dict[str, Course] = {}
         self._losses: list[list[float]] = []
-        self._forecasts: list[dict[str, float]] = []
+        self._relative = math.nan
+        self._described: dict[str, Any] = {}
 
     @property
     @override
@@ -211,11 +214,11 @@ class TailForecaster(LayersCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
-        return {"losses": self._losses, "forecasts": self._forecasts, "actual": self.actual}
+        return {"losses": self._losses, "relative": self._relative, "actual": self.actual}
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
-        self._losses, self._forecasts = list(summary.get("losses", [])), list(summary.get("forecasts", []))
+        self._losses, self._relative = list(summary.get("losses", [])), summary.get("relative", math.nan)
         self.actual = summary.get("actual", math.nan)
 
     @override
@@ -233,6 +236,7 @@ class TailForecaster(LayersCallback):
         assert self.session is not None
         recorder = self.session.recorder
         (layer,) = self.names
+        self._courses, self._described = {}, {}
         # The family of the run is known now.
         reached = (recorder.family, self.target_loss, self.monitor)
         names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx", "channel_dim")
@@ -278,7 +282,8 @@ class TailForecaster(LayersCallback):
         values |= self._forecast(name, exponent.value) | {"alpha_tail": exponent.value, "actual": self.actual}
         if math.isnan(exponent.value):
             self.warn_of(spectrum, self.tail)
-        self._forecasts.append({"step": float(report.step), "tokens": self.tokens, **values})
+        self._relative = values["relative"]
+        self._record_forecast(report.step, values)
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
 
     def _forecast(self, layer: str, alpha: float) -> dict[str, float]:
@@ -326,14 +331,17 @@ class TailForecaster(LayersCallback):
     def _alpha_of(self, reference: Reference, layer: str) -> float:
         """A reference's exponent at this run's tokens; NaN for one that cannot be read."""
         try:
-            spectrum = reference.run.spectrum_at(reference.series, layer, self.tokens)
+            key = str(reference.run.folder)
+            if key not in self._courses:  # training moves on, and what lies behind is not asked for again
+                self._courses[key] = Course(reference.run, reference.series, keep=2)
+            course = self._courses[key]
+            exponent = course.exponent(layer, self.tail, self.tokens)
+            if math.isnan(exponent) and (why := course.why_unknown(layer, self.tail, self.tokens)) is not None:
+                self.warn(f"goes without {reference.run.path} at {self.tokens:,.0f} tokens, because at {why}")
+            return exponent
         except ValueError as error:
             self.warn(f"goes without {reference.run.path}: {error}", on_this_rank=True)
             return math.nan
-        exponent = spectrum.exponent(self.tail)
-        if spectrum.failure is None and math.isnan(exponent.value):
-            self.warn(f"goes without {reference.run.path} at {self.tokens:,.0f} tokens, because {exponent.reason}")
-        return exponent.value
 
     def _watch_loss(self, trainer: Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
@@ -344,14 +352,15 @@ class TailForecaster(LayersCallback):
         # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
         seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
         loss = float(trainer.strategy.reduce(seen, reduce_op="mean"))
-        self._losses.append([float(trainer.global_step), self.tokens, loss])
+        self._losses = [*self._losses[-1:], [float(trainer.global_step), self.tokens, loss]]
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
             self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
         facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self.names[0]}
-        facts |= {"actual": _known(self.actual), "forecasts": self._recorded()}
-        recorder = self.session.recorder
-        recorder.describe(forecast=recorder.described("forecast") | {self.prefix: facts})
+        facts |= {"actual": _known(self.actual)}
+        if facts != self._described:
+            self._described, recorder = facts, self.session.recorder
+            recorder.describe(forecast=recorder.described("forecast") | {self.prefix: facts})
         self._stop_if_hopeless(trainer, loss)
 
     def _crossing(self) -> float:
@@ -360,13 +369,15 @@ class TailForecaster(LayersCallback):
         point = History(steps, tokens, np.zeros_like(steps), losses, losses).first_at(self.target_loss)
         return point.tokens
 
-    def _recorded(self) -> list[dict[str, float | None]]:
-        return [{key: _known(value) for key, value in forecast.items()} for forecast in self._forecasts]
+    def _record_forecast(self, step: int, values: dict[str, float]) -> None:
+        if self.session is not None:
+            known = {key: _known(value) for key, value in ({"tokens": self.tokens} | values).items()}
+            self.session.recorder.add_forecast({"prefix": self.prefix, "step": step, **known})
 
     def _stop_if_hopeless(self, trainer: Trainer, loss: float) -> None:
         if self.stop_if_relative_above is None:
             return
-        relative = self._forecasts[-1]["relative"] if self._forecasts else math.nan
+        relative = self._relative
         is_hopeless = loss > self.target_loss and relative > self.stop_if_relative_above
         if trainer.strategy.reduce_boolean_decision(is_hopeless, all=False):
             trainer.should_stop = True

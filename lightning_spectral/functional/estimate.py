@@ -1,7 +1,8 @@
 """A spectrum as one report knows it, with and without each group of rows, and what is estimated from it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import nan
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from lightning_spectral.functional.arguments import check_int, check_parts, to_count, to_tensor
 from lightning_spectral.functional.jackknife import jackknife
-from lightning_spectral.functional.powerlaw import MIN_VALUES, Band, check_band, power_law, resolve_band
+from lightning_spectral.functional.powerlaw import (
+    MIN_VALUES,
+    Band,
+    PowerLaw,
+    check_band,
+    power_law,
+    resolve_band,
+)
 from lightning_spectral.functional.spectrum import rankme
 
 
@@ -40,6 +48,9 @@ class Estimate(NamedTuple):
 
 WIDER = {"float32": "dtype='float64' does, 'auto' from the next report on", "bfloat16": "row_dtype='float32' does"}
 """What resolves smaller values than a type does."""
+
+COPIES = "without any one group the number is the same, as of groups that hold copies of the same rows"
+"""Why a standard error of zero is none."""
 
 NO_GROUPS = torch.empty(0, 0, dtype=torch.float64)
 """What a spectrum without error bars has in the place of values without each group."""
@@ -129,7 +140,7 @@ class Spectrum:
             self._fits[band] = self._fit(band)
         return self._fits[band]
 
-    def _fit(self, band: Band) -> Exponent:
+    def _fit(self, band: Band, fit: Callable[[Tensor, Band], PowerLaw] = power_law) -> Exponent:
         ranks = None
         reason = self.failure
         if reason is None:
@@ -143,7 +154,7 @@ class Spectrum:
         if hi - lo + 1 < MIN_VALUES:
             reason = f"band {band} of {len(self.values)} values spans {max(hi - lo + 1, 0)}, and a line needs"
             return Exponent(nan, nan, nan, nan, 0, None, f"{reason} {MIN_VALUES}: widen it")
-        plain = power_law(self.values, ranks)
+        plain = fit(self.values, ranks)
         num_values = int(plain.num_values)
         reason = self._why_no_value(band, ranks, num_values)
         if reason is not None:
@@ -151,13 +162,15 @@ class Spectrum:
         reason = self._why_no_error(hi)
         corrected = stderr = torch.tensor(nan)
         if reason is None:
-            without = power_law(self.leave_one_out, ranks)
+            without = fit(self.leave_one_out, ranks)
             if bool((without.num_values != plain.num_values).any()):
                 rows_without = self.count if self.count_without is None else self.count_without
                 remedy = self._remedy(hi, self.leave_one_out, rows_without)
                 reason = f"no error bar: without one group band {band} loses positive values: {remedy}"
             else:
                 corrected, stderr = jackknife(plain.exponent, without.exponent)
+                if is_of_copies(stderr, plain.exponent):
+                    stderr, reason = torch.tensor(nan), f"no error bar: {COPIES}"
         if not self.corrects_bias:
             corrected = torch.tensor(nan)
         return Exponent(
@@ -216,7 +229,8 @@ class Spectrum:
         if self.failure is not None or not len(self.values):
             return Estimate(nan, nan)
         plain = rankme(self.values)
-        return Estimate(float(plain), float(jackknife(plain, rankme(self.leave_one_out)).stderr))
+        stderr = jackknife(plain, rankme(self.leave_one_out)).stderr
+        return Estimate(float(plain), nan if is_of_copies(stderr, plain) else float(stderr))
 
     def leading(self, num_vectors: int) -> "Spectrum":
         """A copy with so many eigenvectors at the most, and memory of its own: those of a report are parts of more."""
@@ -297,3 +311,37 @@ class Spectrum:
             rows=str(arrays.get("rows", "")),
             **facts,
         )
+
+
+def is_of_copies(stderr: Tensor, value: Tensor) -> bool:
+    """Whether a standard error is zero, but for rounding: groups of different rows never agree so well."""
+    return bool(stderr <= 1e-12 * value.abs())
+
+
+def fit_all(spectra: Sequence[Spectrum], band: Band) -> list[Exponent]:
+    """Exponents of many spectra over one band, fitted together where they are of one shape.
+
+    Args:
+        spectra: Any number.
+        band: As for :meth:`Spectrum.exponent`.
+
+    Returns:
+        What that gives for each, which keeps its own.
+    """
+    alike: dict[tuple[Any, ...], list[Spectrum]] = {}
+    for spectrum in spectra:
+        if band not in spectrum._fits and spectrum.failure is None:
+            alike.setdefault((spectrum.values.shape, spectrum.leave_one_out.shape), []).append(spectrum)
+    for same in alike.values():
+        fits: dict[str, PowerLaw] = {}
+        for index, spectrum in enumerate(same):
+            spectrum._fits[band] = spectrum._fit(band, partial(_fit_one, same, fits, index))
+    return [spectrum.exponent(band) for spectrum in spectra]
+
+
+def _fit_one(same: list[Spectrum], fits: dict[str, PowerLaw], index: int, values: Tensor, ranks: Band) -> PowerLaw:
+    """The fit of one of many spectra, which is made for all of them when the first asks for it."""
+    part = "values" if values is same[index].values else "leave_one_out"
+    if part not in fits:
+        fits[part] = power_law(torch.stack([getattr(spectrum, part) for spectrum in same]), ranks)
+    return PowerLaw(*(field[index] for field in fits[part]))

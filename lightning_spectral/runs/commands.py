@@ -9,7 +9,7 @@ from lightning_spectral.functional.powerlaw import check_band
 from lightning_spectral.runs.comparison import compare
 from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.run import Run, open_runs
-from lightning_spectral.runs.tables import evolution, print_comparison, print_forecast, print_run
+from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_forecast, print_run
 from lightning_spectral.runs.to_json import to_json
 
 
@@ -55,8 +55,9 @@ def _kinds(run: Run, kind: str | None) -> list[str]:
 
 def _facts(run: Run, kind: str | None) -> dict[str, Any]:
     history = {name: column.tolist() for name, column in run.history._asdict().items()}
-    spectra = [row for kind in _kinds(run, kind) for row in evolution(run, kind, run.steps(kind))]
-    return {"path": str(run.path), "about": run.about, "history": history, "spectra": spectra}
+    spectra = [row for kind in _kinds(run, kind) for _ in each_series(run, kind) for row in evolution(run, kind)]
+    known = {"path": str(run.path), "about": run.about, "history": history, "spectra": spectra}
+    return known | {"forecasts": run.forecasts}
 
 
 def _plot_evolution(runs: Sequence[Run], args: Namespace) -> None:

@@ -111,6 +111,10 @@ class Comparison(NamedTuple):
             "gains": {name: gain._asdict() for name, gain in self.gains.items()},
             "shifts": [shift._asdict() for shift in self.shifts],
             "verdict": self.verdict._asdict(),
+            "series": {
+                kind: {str(run.path): run.series(kind) for run in (*self.base, *self.variant)}
+                for kind in dict.fromkeys(shift.kind for shift in self.shifts)
+            },
             "left_out": {f"{key.kind}/{key.name}": reason for key, reason in self.left_out.items()},
             "unknown": {key.text: reason for key, reason in self.unknown.items()},
             "run_floor": self.run_floor.as_dict(),

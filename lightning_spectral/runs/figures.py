@@ -14,6 +14,7 @@ from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
+from lightning_spectral.runs.course import GROUPS
 from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
 
 ENDS = ("value", "low", "high")
 """Of a forecast."""
+MOST_DRAWN = 64
+"""Reports in one figure of a run: more lines would cover each other."""
 
 COLORS = {"base": "#4c6a92", "variant": "#d1622b"}
 
@@ -37,15 +40,19 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    names, steps = spread(run.names(kind)), run.steps(kind)
+    names, every = spread(run.names(kind)), run.steps(kind)
+    steps = spread(every, MOST_DRAWN)
     columns = 2 if len(names) in (2, 4) else min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.4 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     scale: Any = ScalarMappable(LogNorm(min(steps), max(max(steps), min(steps) + 1)), "viridis")
+    for step in steps:
+        spectra = run.spectra(kind, step, without=GROUPS)
+        for axes, name in zip(panels, names, strict=False):
+            if name in spectra:
+                _draw_spectrum(axes, spectra[name], color=scale.to_rgba(step), lw=1.2)
     for axes, name in zip(panels, names, strict=False):
-        for step in steps:
-            _draw_spectrum(axes, run.spectrum(kind, name, step), color=scale.to_rgba(step), lw=1.2)
         axes.set_title(_plain(name), fontsize="small")
         _log_log(axes)
     for axes in panels[len(names) :]:
@@ -55,7 +62,12 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
     bar = figure.colorbar(scale, ax=list(panels), label="step", shrink=0.8)
     bar.set_ticks(spread(steps), labels=[f"{step:,}" for step in spread(steps)])
     bar.minorticks_off()
-    figure.suptitle(_plain(f"{kind} spectra of {run.path}"), fontsize="medium")
+    title = f"{kind} spectra of {run.path}"
+    if kind in KINDS and len(run.series_beside(kind)) > 1:
+        title += f": {run.series(kind)}, {run.span(kind)}"
+    if len(steps) < len(every):
+        title += f" ({len(steps)} of {len(every):,} reports)"
+    figure.suptitle(_plain(title), fontsize="medium")
     return figure
 
 
@@ -77,7 +89,9 @@ def comparison_figure(comparison: Comparison) -> "Figure":
         name = [shift.name for shift in comparison.shifts if shift.kind == kind][-1]
         _draw_matched_spectra(spectra, sides, comparison, kind, name)
         _draw_drift(drift, sides, kind, name)
-    figure.suptitle(fill(_plain(comparison.verdict.text), 130), fontsize="medium")
+    figure.suptitle(
+        fill(_plain(comparison.verdict.text), 130, break_long_words=False, break_on_hyphens=False), fontsize="medium"
+    )
     return figure
 
 
@@ -134,7 +148,11 @@ def _draw_losses(axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: C
     found = f"{_percent(gain.gain)} (run floor {_percent(gain.run_floor)})"
     timing = comparison.timing
     if against == "seconds" and timing.reason:
-        found = f"{found}, by days" if timing.compared_by else f"left out,\n{fill(_plain(timing.reason), 70)}"
+        found = (
+            f"{found}, by days"
+            if timing.compared_by
+            else f"left out,\n{fill(_plain(timing.reason), 70, break_long_words=False, break_on_hyphens=False)}"
+        )
     axes.set_title(f"{against} to the matched loss: {found}", fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
@@ -165,7 +183,7 @@ def _draw_matched_spectra(
 
 def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, name: str) -> None:
     def draw(run: Run, style: dict[str, Any]) -> None:
-        spectra = [run.spectrum(kind, name, step) for step in run.steps(kind)]
+        spectra = [run.spectra(kind, step, without=GROUPS)[name] for step in run.steps(kind, name)]
         known = [spectrum for spectrum in spectra if spectrum.failure is None and not spectrum.is_zero]
         moved = [float(js_divergence(spectrum.values, known[0].values)) for spectrum in known[1:]]
         axes.plot([spectrum.tokens for spectrum in known[1:]], moved, marker=".", **style)

@@ -22,7 +22,7 @@ from lightning_spectral.functional.line import setting_means
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
 from lightning_spectral.runs.arguments import check_loss, check_name, check_tail, check_tokens
-from lightning_spectral.runs.measured import bands_of, check_comparable
+from lightning_spectral.runs.measured import bands_of, check_comparable, series_used
 from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
 from lightning_spectral.runs.run import Run, open_runs
 from lightning_spectral.runs.settings import settings_of
@@ -41,12 +41,12 @@ class Measure(NamedTuple):
     name: str
     value: Callable[[Run, float], float]
     """At some tokens, between the points at which it is known; NaN where it is not."""
-    known_at: Callable[[Run], Sequence[float]]
-    """Tokens at which it is known."""
+    known_at: Callable[[Run, float], Sequence[float]]
+    """Tokens at which it is known, up to a number of them."""
 
     def latest(self, run: Run, tokens: float) -> float:
         """Tokens at which it was known last of a run that has come so far; NaN where it was not known yet."""
-        return max((there for there in self.known_at(run) if there <= tokens), default=nan)
+        return max((there for there in self.known_at(run, tokens) if there <= tokens), default=nan)
 
 
 class Predictor(NamedTuple):
@@ -102,6 +102,8 @@ class FamilyForecast(NamedTuple):
     """Runs whose tail has no exponent at a report that forecasts would go by, and why."""
     settings: Sequence[int] = ()
     """Of each run; equal for seeds of one (:func:`lightning_spectral.runs.settings.settings_of`)."""
+    series: tuple[str, ...] = ()
+    """Of runs with several series of activations, which is meant, in words."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs."""
@@ -113,6 +115,7 @@ class FamilyForecast(NamedTuple):
             "settings": list(self.settings),
             "band": list(self.band),
             "runs": [str(run.path) for run in self.runs],
+            "series": {str(run.path): run.series(KIND) for run in self.runs},
             "points": [
                 point._asdict()
                 | {
@@ -196,7 +199,7 @@ def _usable(runs: Sequence[Run], target: float, layer: str | None) -> tuple[list
             skipped[str(run.path)] = f"never came down to {target:g}"
         elif not run.steps(KIND):
             skipped[str(run.path)] = "has no activation spectra"
-        elif layer is not None and layer not in run.names(KIND):
+        elif layer is not None and not run.holds(KIND, layer):
             skipped[str(run.path)] = f"did not measure {layer}"
         else:
             usable.append(run)
@@ -220,30 +223,26 @@ def _of_family(
     tokens = [run.tokens_to(target) for run in runs]
     batches = [float(run.about.get("batch_tokens") or nan) for run in runs]
     fastest = min(tokens)
-    _check_at(at, min(_reported(run)[0] for run in runs), fastest)
-    at = [fraction * fastest for fraction in FRACTIONS] if at is None else at
+    if at is None:
+        at = [fraction * fastest for fraction in FRACTIONS]
+    else:
+        _check_at(at, min(run.tokens_at(KIND, run.steps(KIND)[0]) for run in runs), fastest)
     settings = settings_of(runs)
     points = [_point(runs, tokens, batches, settings, layer, band, target, there) for there in at]
     unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
-    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown, settings)
+    series = tuple(series_used(runs, KIND))
+    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown, settings, series)
 
 
 def _why_no_tail(run: Run, layer: str, band: Band, at: Sequence[float]) -> str | None:
-    """Why the latest report before one of some numbers of tokens gives no exponent; None if all do."""
-    reported = {run.tokens_at(KIND, step): step for step in run.steps(KIND)}
-    for there in at:
-        before = [tokens for tokens in reported if tokens <= there]
-        if before:
-            spectrum = run.spectrum(KIND, layer, reported[max(before)])
-            exponent = spectrum.exponent(band)
-            if isnan(exponent.value):
-                return f"step {spectrum.step:.0f}: {exponent.reason}"
-    return None
+    """Why a report that forecasts go by gives no exponent; None if all do."""
+    whys = (run.course(KIND).why_unknown(layer, band, there) for there in at)
+    return next((why for why in whys if why is not None), None)
 
 
-def _check_at(at: Sequence[float] | None, first: float, fastest: float) -> None:
+def _check_at(at: Sequence[float], first: float, fastest: float) -> None:
     """Refuse numbers of tokens at which there is nothing to forecast by, or nothing left to forecast."""
-    for tokens in at or ():
+    for tokens in at:
         if not first <= tokens <= fastest:
             raise ValueError(
                 f"at must be from {first:,.0f} tokens, at which a run was measured first, to the {fastest:,.0f} that "
@@ -261,15 +260,17 @@ def _point(
     target: float,
     at: float,
 ) -> Point:
+    heads = {run: bands_of(run, KIND)["head"] for run in runs}
+
     def head(run: Run, there: float) -> float:
-        return run.spectrum_at(KIND, layer, there).exponent(bands_of(run, KIND)["head"]).value
+        return run.course(KIND).exponent(layer, heads[run], there)
 
     measures = [
         _tail_of(layer, band),
         Measure("alpha_head", head, _reported),
-        Measure("RankMe", lambda run, there: run.spectrum_at(KIND, layer, there).rankme().value, _reported),
+        Measure("RankMe", lambda run, there: run.course(KIND).rankme(layer, there), _reported),
         Measure("early loss", loss_at, _validated),
-        Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda _: [at]),
+        Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda *_: [at]),
     ]
     truth, log_batch, groups = _vector(tokens), _vector(batches).log(), torch.tensor(settings)
     predictors = [_predictor(measure, runs, truth, log_batch, groups, at) for measure in measures]
@@ -315,11 +316,11 @@ def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, settings: Tenso
     return forecasts
 
 
-def _reported(run: Run) -> list[float]:
-    return [run.tokens_at(KIND, step) for step in run.steps(KIND)]
+def _reported(run: Run, tokens: float) -> list[float]:
+    return run.course(KIND).tokens_until(tokens)
 
 
-def _validated(run: Run) -> list[float]:
+def _validated(run: Run, tokens: float) -> list[float]:
     return run.history.tokens[run.history.with_loss()[0]].tolist()
 
 

@@ -54,13 +54,10 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
         _refuse_other_lengths(first, run)
     kinds = [kind for kind, row in KINDS.items() if row.is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
+        _choose_series(kind, runs)
         for run in runs:
-            one, other = first.settings(kind), run.settings(kind)
-            for name in KINDS[kind].must_agree:
-                _refuse_difference(f"{kind} spectra of {name}", first, run, one.get(name), other.get(name))
-            # Rows of all other methods are the same.
-            by_hooks = [settings.get("method") == "hooks" for settings in (one, other)]
-            _refuse_difference(f"{kind} spectra of method='hooks'", first, run, *by_hooks)
+            for name, one, other in _unlike(kind, first.settings(kind), run.settings(kind)):
+                _refuse_difference(f"{kind} spectra of {name}", first, run, one, other)
     return kinds
 
 
@@ -73,6 +70,49 @@ def _refuse_other_lengths(first: Run, second: Run) -> None:
                 f"runs must have been validated on as many samples, got {one[loader]} in {first} and {other[loader]} "
                 f"in {second}: give both the same part of the data, by limit_val_batches"
             )
+
+
+def _choose_series(kind: str, runs: Sequence[Run]) -> None:
+    """Let a kind mean series that were measured alike, where runs that were resumed have several."""
+    candidates = [run.series_beside(kind) for run in runs]
+    for series in candidates[0] if any(len(names) > 1 for names in candidates) else ():
+        settings = runs[0].settings(series)
+        chosen = [
+            next((name for name in names if not _unlike(kind, settings, run.settings(name))), None)
+            for run, names in zip(runs, candidates, strict=True)
+        ]
+        if None not in chosen:
+            for run, name in zip(runs, chosen, strict=True):
+                run.use(kind, str(name))
+            return
+
+
+def _unlike(kind: str, one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings without which spectra do not compare, where two measurements differ in them."""
+    found = [
+        (name, one.get(name), other.get(name))
+        for name in KINDS[kind].must_agree
+        # A run that was resumed with other layers has had several sets of them, and is compared by what both have.
+        if not any(names in _sets(name, other) for names in _sets(name, one))
+    ]
+    # Rows of all other methods are the same.
+    first, second = (settings.get("method") == "hooks" for settings in (one, other))
+    return found if first == second else [*found, ("method='hooks'", first, second)]
+
+
+def _sets(name: str, settings: dict[str, Any]) -> list[Any]:
+    return [settings.get(name), *settings.get(f"{name}_before", ())]
+
+
+def series_used(runs: Sequence[Run], kind: str) -> list[str]:
+    """Of each run with several series of a kind, which one it means, and which others there are; in words."""
+    lines = []
+    for run in runs:
+        if kind in run.kinds:
+            first, *others = (f"{series} ({run.span(series)})" for series in run.series_beside(kind))
+            if others:
+                lines.append(f"{kind} spectra of {run.path} are those of {first}, not of {', '.join(others)}")
+    return lines
 
 
 def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any) -> None:
@@ -89,7 +129,7 @@ def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[Key, str
     """
     left_out: dict[Key, str] = {}
     first = every[0]
-    for key in first.spectra:
+    for key in dict.fromkeys(key for measured in every for key in measured.spectra):
         known = []
         for measured in every:
             spectrum = measured.spectra.get(key)
@@ -168,8 +208,8 @@ def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[s
     }
     estimates, spectra, unknown, without = {}, {}, {}, {}
     for kind in kinds:
-        for name in run.names(kind):
-            spectrum = spectra[Key("js", kind, name)] = point.spectrum(kind, name)
+        for name, spectrum in point.spectra(kind).items():
+            spectra[Key("js", kind, name)] = spectrum
             for part, band in bands[kind].items():
                 exponent = spectrum.exponent(band)
                 estimates[key := Key(f"alpha_{part}", kind, name)] = Estimate(exponent.value, exponent.stderr)

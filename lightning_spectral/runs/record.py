@@ -25,6 +25,9 @@ FORMAT = 1
 _LASTING = ("started", "setting", "batch_tokens", "validation_data", "validation_samples", "val_loss")
 """What is known of a run only once it is under way, and after a resume at first no more."""
 
+_MOST_DIGITS = len(str(MAX_STEP)) + 1
+"""Of a step: beyond, it is too large whatever they are, and Python may refuse to make an int."""
+
 _REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")
 
 
@@ -111,9 +114,7 @@ def read_history(folder: Path) -> list[Row]:
             continue
         try:
             step, *others = fields
-            row = Row(int(step), *map(float, others))
-            check_line(*row[:3])
-            rows.append(row)
+            row = Row(int(step[:_MOST_DIGITS]), *map(float, others))
         except (ValueError, TypeError) as error:
             if number == 1:
                 raise ValueError(
@@ -121,6 +122,12 @@ def read_history(folder: Path) -> list[Row]:
                     f"got {line[:60]!r}"
                 ) from error
             torn.append(number)
+            continue
+        try:
+            check_line(*row[:3])
+        except ValueError as error:
+            raise ValueError(f"run has a broken record: line {number} of {str(path)!r}: {error}") from error
+        rows.append(row)
     _tell_torn(path, torn)
     return rows
 

@@ -76,7 +76,7 @@ class Wanted(NamedTuple):
             if unlike:
                 name = unlike[0]
                 reason = f"measured with {name}={there.get(name)} and not {self.settings[name]}"
-            elif self.layer not in run.names(series):
+            elif not run.holds(series, self.layer):
                 reason = f"that did not measure {self.layer}"
             else:
                 return series, None
@@ -182,7 +182,7 @@ def alpha_at(run: Run, series: str, layer: str, band: Band, tokens: float) -> fl
     Returns:
         Interpolated between the reports on both sides, by log tokens; NaN where there are none.
     """
-    return run.spectrum_at(series, layer, tokens).exponent(band).value
+    return run.course(series).exponent(layer, band, tokens)
 
 
 def loss_at(run: Run, tokens: float) -> float:

@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -14,16 +15,17 @@ import torch
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
 from lightning_spectral.runs.arguments import check_path, check_paths
+from lightning_spectral.runs.course import BASES, SAME, Course
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.noise import NoiseScale, names_of_gradients, read_noise
-from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, reports
+from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, read_forecasts, reports
 from lightning_spectral.runs.record_checks import tokens_of
 from lightning_spectral.runs.safe_files import Arrays, open_arrays
 
-_SAME = 1e-12
-"""Token counts that differ by less, relatively, are one: a loss that was reached at a report."""
+_Layout = dict[str, dict[str, tuple[str, ...]]]
+"""Fields of a report's file by kind and name."""
 
 
 class Matched(NamedTuple):
@@ -49,6 +51,17 @@ class Matched(NamedTuple):
             ValueError: If the run has no spectrum of that kind and name.
         """
         return self.run.spectrum_at(kind, name, self.tokens)
+
+    def spectra(self, kind: str) -> dict[str, Spectrum]:
+        """All spectra of a kind there, without eigenvectors; see :meth:`Run.spectra_at`.
+
+        Args:
+            kind: As for :meth:`spectrum`.
+
+        Returns:
+            By layer or parameter.
+        """
+        return self.run.spectra_at(kind, self.tokens, without=BASES)
 
 
 class Run:
@@ -77,7 +90,10 @@ class Run:
         """The log directory."""
         self.about = read_about(self.folder)
         """The description of the run: family, tags, series, batch, world size, versions."""
-        self._tokens: dict[Path, float] = {}
+        self._seen: dict[Path, tuple[float, _Layout]] = {}
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._courses: dict[str, Course] = {}
+        self._meant: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -103,6 +119,11 @@ class Run:
         return History.read(self.folder)
 
     @cached_property
+    def forecasts(self) -> list[dict[str, Any]]:
+        """What forecasters said as the run went on: step, tokens, ``prefix`` and values; None for what is not known."""
+        return read_forecasts(self.folder)
+
+    @cached_property
     def _reports(self) -> dict[str, dict[int, Report]]:
         found: dict[str, dict[int, Report]] = {}
         for report in reports(self.folder):
@@ -115,7 +136,10 @@ class Run:
         return [kind for kind, row in KINDS.items() if row.values and self._find_series(kind) is not None]
 
     def series(self, kind: str) -> str:
-        """The series that a kind means: of several the one on validation rows, which compare between steps and runs.
+        """The series that a kind means.
+
+        Of several the one on validation rows, which compare between steps and runs; of several of those, as a run that
+        was resumed with other settings leaves them, the one with most reports, and of these the first. See :meth:`use`.
 
         Args:
             kind: A kind, or a series.
@@ -141,14 +165,53 @@ class Run:
         Returns:
             Their names, sorted.
         """
-        return sorted(name for name in self._reports if kind_of(name) == kind)
+        return sorted((name for name in self._reports if kind_of(name) == kind), key=_order)
+
+    def series_beside(self, kind: str) -> list[str]:
+        """The series of the same stage as the one that a kind means, that one first.
+
+        Args:
+            kind: The kind.
+
+        Returns:
+            Their names: several for a run with several measurements, or one that was resumed with other settings.
+        """
+        meant = self.series(kind)
+        stage = self.settings(meant).get("stage")
+        others = [name for name in self._candidates(kind) if self.settings(name).get("stage") == stage]
+        return [meant, *(name for name in others if name != meant)]
+
+    def use(self, kind: str, series: str) -> None:
+        """From now on let a kind mean one of its series.
+
+        Args:
+            kind: The kind.
+            series: One of :meth:`all_series`; for weights of those of gradients.
+        """
+        self._meant[kind] = series
+
+    def span(self, series: str) -> str:
+        """From which step to which there are reports of a series, in words."""
+        steps = self.steps(series)
+        return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+
+    def _candidates(self, kind: str) -> list[str]:
+        recorded_by = KINDS[kind].series if kind in KINDS else None
+        return [name for name in self.all_series(recorded_by) if self._holds(name, kind)] if recorded_by else []
 
     def _find_series(self, kind: str) -> str | None:
         if kind in self._reports and kind_of(kind) in KINDS:
             return kind
-        recorded_by = KINDS[kind].series if kind in KINDS else None
-        found = [name for name in self.all_series(recorded_by) if self._holds(name, kind)] if recorded_by else []
-        return min(found, key=lambda name: (self.settings(name).get("stage") != "validate", name), default=None)
+        if kind in self._meant:
+            return self._meant[kind]
+
+        def preference(name: str) -> tuple[bool, int]:
+            return self.settings(name).get("stage") != "validate", -len(self._reports[name])
+
+        found = min(self._candidates(kind), key=preference, default=None)
+        if found is not None:
+            self._meant[kind] = found
+        return found
 
     def _holds(self, series: str, kind: str) -> bool:
         """Whether a measurement records its own kind, or was asked for another beside it: ``weights``, for example."""
@@ -166,17 +229,34 @@ class Run:
         series = kind if kind in self._reports else self._find_series(kind)
         return dict(self.about["series"].get(series, {}))
 
-    def steps(self, kind: str) -> list[int]:
+    def steps(self, kind: str, name: str | None = None) -> list[int]:
         """Steps at which a kind was reported.
 
         Args:
             kind: ``"activation"``, ``"gradient"``, ``"weight"``, or one series, such as ``"activation-train"``.
+            name: Layer or parameter; None for any.
 
         Returns:
             Ascending; empty if there are none.
         """
         series = self._find_series(kind)
-        return [] if series is None else sorted(self._reports[series])
+        steps = [] if series is None else sorted(self._reports[series])
+        if series is None or name is None:
+            return steps
+        part, found = kind_of(kind), self._reports[series]
+        return [step for step in steps if name in self._look(found[step].path)[1].get(part, ())]
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether a layer or parameter was reported.
+
+        Args:
+            kind: As for :meth:`steps`.
+            name: Layer or parameter.
+
+        Returns:
+            False if no report holds it; the latest are looked at first, and mostly they do.
+        """
+        return any(name in self._names_at(kind, step) for step in reversed(self.steps(kind)))
 
     def names(self, kind: str) -> list[str]:
         """Layers or parameters of a kind.
@@ -185,19 +265,35 @@ class Run:
             kind: As for :meth:`steps`.
 
         Returns:
-            In the model's order.
+            In the model's order; those that only earlier reports hold follow.
 
         Raises:
             ValueError: If there are no reports of that kind, or the latest holds none of its spectra.
         """
-        path = self._path(kind, max(self._reports[self.series(kind)]))
-        start = f"{kind_of(kind)}/"
-        with _arrays(path) as arrays:
-            keys = [key.removeprefix(start) for key in arrays if key.startswith(start)]
-            found = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
-            if not found:
-                raise ValueError(f"it holds no spectrum of kind {kind_of(kind)}")
-            return found
+        part, found = kind_of(kind), self._reports[self.series(kind)]
+        layouts = (self._look(found[step].path)[1].get(part, {}) for step in sorted(found, reverse=True))
+        names = list(dict.fromkeys(name for names in layouts for name in names))
+        if not names:
+            raise ValueError(f"{self} holds no spectrum of kind {part}")
+        return names
+
+    def _names_at(self, kind: str, step: int) -> Collection[str]:
+        return self._look(self._path(kind, step))[1].get(kind_of(kind), {})
+
+    def _look(self, path: Path) -> tuple[float, _Layout]:
+        """Tokens of a report, and what its file holds."""
+        if path not in self._seen:
+            with _arrays(path) as arrays:
+                self._see(path, arrays)
+        return self._seen[path]
+
+    def _see(self, path: Path, arrays: Arrays) -> _Layout:
+        if path not in self._seen:
+            files = tuple(arrays)
+            if files not in self._layouts:  # reports of one run mostly hold the same
+                self._layouts[files] = _layout(files)
+            self._seen[path] = tokens_of(arrays["tokens"]), self._layouts[files]
+        return self._seen[path][1]
 
     def spectrum(self, kind: str, name: str, step: int) -> Spectrum:
         """One spectrum of one report.
@@ -213,16 +309,45 @@ class Run:
         Raises:
             ValueError: If it is not there, or the report's file is broken.
         """
+        found = self._read(kind, step, (name,), ())
+        if name not in found:
+            known = ", ".join(self._names_at(kind, step))
+            steps = self.steps(kind, name)
+            where = f": it was reported from step {steps[0]} to {steps[-1]}" if steps else ""
+            at = f" at step {step}" if steps else ""
+            raise ValueError(f"name must be one of {known} for {kind!r} in {self}{at}, got {name!r}{where}")
+        return found[name]
+
+    def spectra(self, kind: str, step: int, without: Collection[str] = ()) -> dict[str, Spectrum]:
+        """All spectra of one report, whose file is read once.
+
+        Args:
+            kind: As for :meth:`steps`.
+            step: One of :meth:`steps`.
+            without: Names of fields to leave unread, such as ``leave_one_out`` and ``vectors``.
+
+        Returns:
+            By layer or parameter, in the model's order.
+
+        Raises:
+            ValueError: If there is no such report, or its file is broken.
+        """
+        return self._read(kind, step, None, without)
+
+    def _read(
+        self, kind: str, step: int, names: Collection[str] | None, without: Collection[str]
+    ) -> dict[str, Spectrum]:
         part, path = kind_of(kind), self._path(kind, step)
-        start, row = f"{part}/{name}/", KINDS[part]
+        row, spectra = KINDS[part], {}
         with _arrays(path) as arrays:
-            found = {key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)}
-            where: dict[str, Any] = {"name": name, "step": step, "tokens": tokens_of(arrays["tokens"])}
-            if row.values in found:
-                return Spectrum.from_arrays(found, row.values, row.count, corrects_bias=row.corrects_bias, **where)
-        if name in (names := self.names(kind)):
-            return Spectrum.missing(f"the report at step {step} has no {name}", **where)
-        raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
+            for name, fields in self._see(path, arrays).get(part, {}).items():
+                if names is None or name in names:
+                    found = {field: arrays[f"{part}/{name}/{field}"] for field in fields if field not in without}
+                    where: dict[str, Any] = {"name": name, "step": step, "tokens": self._seen[path][0]}
+                    spectra[name] = Spectrum.from_arrays(
+                        found, row.values, row.count, corrects_bias=row.corrects_bias, **where
+                    )
+        return spectra
 
     def noise_scale(self, step: int, name: str | None = None, kind: str = "gradient") -> NoiseScale:
         """Noise scale of per-sample gradients in one report, with its 80% interval.
@@ -238,13 +363,31 @@ class Run:
         Raises:
             ValueError: If they are not there, or the report's file is broken.
         """
+        found = self.noise_scales(step, kind)
+        if name is None and found:
+            with _arrays(self._path(kind, step)) as arrays:
+                return read_noise(arrays, list(found))
+        if name in found:
+            return found[name]
+        raise ValueError(f"name must be one of {', '.join(found)} for {kind!r} in {self}, got {name!r}")
+
+    def noise_scales(self, step: int, kind: str = "gradient") -> dict[str, NoiseScale]:
+        """Noise scale of each parameter of one report, whose file is read once; see :meth:`noise_scale`.
+
+        Args:
+            step: One of :meth:`steps`.
+            kind: As for :meth:`noise_scale`.
+
+        Returns:
+            By parameter.
+
+        Raises:
+            ValueError: If there is no such report of gradients, or its file is broken.
+        """
         if kind_of(kind) != "gradient":
             raise ValueError(f"kind must be 'gradient' or a series of it, got {kind!r}: others have no noise scale")
         with _arrays(self._path(kind, step)) as arrays:
-            names = names_of_gradients(arrays)
-            if name in names or (name is None and names):
-                return read_noise(arrays, names if name is None else [name])
-        raise ValueError(f"name must be one of {', '.join(names)} for {kind!r} in {self}, got {name!r}")
+            return {name: read_noise(arrays, [name]) for name in names_of_gradients(arrays)}
 
     def tokens_at(self, kind: str, step: int) -> float:
         """Training tokens at a report.
@@ -259,11 +402,12 @@ class Run:
         Raises:
             ValueError: If there is no such report, or its file is broken.
         """
-        path = self._path(kind, step)
-        if path not in self._tokens:
-            with _arrays(path) as arrays:
-                self._tokens[path] = tokens_of(arrays["tokens"])
-        return self._tokens[path]
+        return self._look(self._path(kind, step))[0]
+
+    def course(self, kind: str) -> Course:
+        """Numbers of a kind's spectra at any number of tokens, for many of them; see :class:`Course`."""
+        series = self.series(kind)
+        return self._courses.setdefault(f"{kind} of {series}", Course(self, kind))
 
     def _path(self, kind: str, step: int) -> Path:
         found = self._reports[self.series(kind)]
@@ -288,22 +432,51 @@ class Run:
         Raises:
             ValueError: If the run has no spectrum of that kind and name.
         """
+        found = self._spectra_at(kind, tokens, (name,), ())
+        if name not in found:
+            raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
+        return found[name]
+
+    def spectra_at(self, kind: str, tokens: float, without: Collection[str] = ()) -> dict[str, Spectrum]:
+        """All spectra at a number of training tokens, whose files are read once.
+
+        Args:
+            kind: As for :meth:`steps`.
+            tokens: How many.
+            without: As for :meth:`spectra`.
+
+        Returns:
+            By layer or parameter, each as :meth:`spectrum_at` has it; of those that are in the reports on either side,
+            or, where there are none, in the last.
+        """
+        return self._spectra_at(kind, tokens, None, without)
+
+    def _spectra_at(
+        self, kind: str, tokens: float, names: Collection[str] | None, without: Collection[str]
+    ) -> dict[str, Spectrum]:
         steps = sorted(self._reports[self.series(kind)])
-        at = [self.tokens_at(kind, step) for step in steps]
-        after = next((i for i, there in enumerate(at) if there >= tokens * (1 - _SAME)), None)
-        if after is None or (after == 0 and at[0] > tokens * (1 + _SAME)):
-            reason = "the loss was never reached" if isnan(tokens) else f"{tokens:,.0f} tokens lie outside its reports"
-            last = self.spectrum(kind, name, steps[-1])
-            missing = torch.full_like(last.values, nan)
-            return replace(last, values=missing, leave_one_out=NO_GROUPS, step=nan, tokens=tokens, failure=reason)
-        second = self.spectrum(kind, name, steps[after])
-        if at[after] <= tokens * (1 + _SAME):
-            return second
-        first = self.spectrum(kind, name, steps[after - 1])
-        start, end = at[after - 1], at[after]
-        # Before the first token there is no logarithm.
-        weight = log(tokens / start) / log(end / start) if start > 0 else tokens / end
-        return between(first, second, weight, tokens)
+        after = bisect_left(steps, tokens * (1 - SAME), key=lambda step: self.tokens_at(kind, step))  # which grow
+        here = self.tokens_at(kind, steps[after]) if after < len(steps) else nan
+        found = {}
+        if here <= tokens * (1 + SAME):
+            found = self._read(kind, steps[after], names, without)
+        elif 0 < after < len(steps):
+            before = self.tokens_at(kind, steps[after - 1])
+            first, second = (self._read(kind, step, names, without) for step in steps[after - 1 : after + 1])
+            # Before the first token there is no logarithm.
+            weight = log(tokens / before) / log(here / before) if before > 0 else tokens / here
+            found = {name: between(first[name], second[name], weight, tokens) for name in second if name in first}
+        reason = "the loss was never reached" if isnan(tokens) else f"{tokens:,.0f} tokens lie outside its reports"
+        for name in self._expected(kind, steps[-1]) if names is None else names:
+            if name not in found and (reported := self.steps(kind, name)):
+                found |= {name: _nowhere(self._read(kind, reported[-1], (name,), without)[name], tokens, reason)}
+        return found
+
+    def _expected(self, kind: str, step: int) -> list[str]:
+        """Names that a kind's reports hold, or some of them: those of one report, and those that were asked for."""
+        settings = self.settings(kind)
+        asked = [*settings.get("layers", ()), *settings.get("parameters", ())]
+        return list(dict.fromkeys([*self._names_at(kind, step), *asked]))
 
     def tokens_to(self, loss: float) -> float:
         """Training tokens until the loss first came down to a value.
@@ -383,6 +556,30 @@ def _inside(folders: list[Path], part: str) -> list[Path]:
         if found:
             return [Path(name) for name in found]
     return []
+
+
+def _nowhere(last: Spectrum, tokens: float, reason: str) -> Spectrum:
+    """What stands for a spectrum where there is none: NaN, as many as in its last report."""
+    missing = torch.full_like(last.values, nan)
+    return replace(last, values=missing, leave_one_out=NO_GROUPS, step=nan, tokens=tokens, failure=reason)
+
+
+def _layout(files: Sequence[str]) -> _Layout:
+    found: dict[str, dict[str, list[str]]] = {}
+    for key in files:
+        part, _, rest = key.partition("/")
+        name, _, field = rest.rpartition("/")
+        if part in KINDS and name:
+            found.setdefault(part, {}).setdefault(name, []).append(field)
+    return {
+        part: {name: tuple(fields) for name, fields in names.items() if KINDS[part].values in fields}
+        for part, names in found.items()
+    }
+
+
+def _order(series: str) -> tuple[str, str, int]:
+    parsed = Series.parse(series)
+    return (series, "", 0) if parsed is None else (parsed.kind, parsed.stage, parsed.number)
 
 
 def kind_of(name: str) -> str:

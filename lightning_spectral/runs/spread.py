@@ -9,8 +9,8 @@ MOST = 6
 """Reports of one layer in a table, or layers in a figure; more would be too many to read."""
 
 
-def spread(items: Sequence[T]) -> list[T]:
-    """All of up to six items, else six: the first, the last, and others evenly between."""
-    if len(items) <= MOST:
+def spread(items: Sequence[T], most: int = MOST) -> list[T]:
+    """All items if they are few enough, else ``most``: the first, the last, and others evenly between."""
+    if len(items) <= most:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (MOST - 1))] for i in range(MOST)]
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

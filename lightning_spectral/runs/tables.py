@@ -1,20 +1,27 @@
 """Tables of runs and of comparisons, for the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import isnan, nan
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum, fit_all
 from lightning_spectral.functional.forecast import MIN_SETTINGS
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
 from lightning_spectral.runs.forecasting import FamilyForecast, Point
-from lightning_spectral.runs.measured import bands_of
+from lightning_spectral.runs.kinds import KINDS
+from lightning_spectral.runs.measured import bands_of, series_used
+from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.run import Run, kind_of
 from lightning_spectral.runs.spread import spread
 from lightning_spectral.terminal import console, new_table, show_interval, show_number
+
+_AT_ONCE = 256
+"""Reports whose spectra are in memory together, and fitted together."""
 
 QUANTITIES = {
     "js": ("JS", 5),
@@ -31,6 +38,9 @@ def print_comparison(comparison: Comparison) -> None:
         runs = ", ".join(str(run.path) for run in side[:3]) + (", ..." if len(side) > 3 else "")
         out.print(f"{name:8} {len(side)} {'run' if len(side) == 1 else 'runs'} of {side[0].family}: {runs}")
     out.print(f"matched at {comparison.loss_name} {comparison.loss:.4f}\n")
+    for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
+        for line in series_used([*comparison.base, *comparison.variant], kind):
+            out.print(line)
     out.print(_gains(comparison.gains.values()))
     if comparison.timing.reason:
         done = "compared day by day" if comparison.timing.compared_by else "left out"
@@ -103,27 +113,52 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
             f"{history.step[last]:,.0f} steps, {history.tokens[last]:,.0f} tokens, {history.seconds[last]:,.1f} s"
         )
     for kind in kinds:
-        rows = list(evolution(run, kind, spread(run.steps(kind))))
-        out.print(_evolution(run, kind, rows))
-        for name in dict.fromkeys(row["name"] for row in rows):
-            for quantity in ("alpha_tail", "alpha_head"):
-                whys = {
-                    row["step"]: row["unknown"][quantity]
-                    for row in rows
-                    if row["name"] == name and quantity in row["unknown"]
-                }
-                if whys:
-                    out.print(f"no {quantity} of {name} at step {', '.join(map(str, whys))}: {whys[max(whys)]}")
+        for series in each_series(run, kind):
+            # Of each layer as many as fit, also of one that joined later.
+            shown = {step for name in run.names(kind) for step in spread(run.steps(kind, name))}
+            rows = list(evolution(run, kind, sorted(shown)))
+            out.print(_evolution(run, kind, series, rows))
+            for name in run.names(kind):
+                if (steps := run.steps(kind, name)) != run.steps(kind):
+                    out.print(f"{name} was reported from step {steps[0]:,} to {steps[-1]:,}")
+                for line in _why_unknown([row for row in rows if row["name"] == name]):
+                    out.print(line)
 
 
-def _evolution(run: Run, kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _why_unknown(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Why exponents of one layer or parameter are not known."""
+    for quantity in ("alpha_tail", "alpha_head"):
+        whys = {row["step"]: row["unknown"][quantity] for row in rows if quantity in row["unknown"]}
+        if whys:
+            yield f"no {quantity} of {rows[0]['name']} at step {', '.join(map(str, whys))}: {whys[max(whys)]}"
+
+
+def each_series(run: Run, kind: str) -> Iterator[str]:
+    """Let a kind mean each of its series in turn: one, but for several measurements or a run that was resumed."""
+    if kind not in KINDS:
+        yield kind
+        return
+    first, *others = run.series_beside(kind)
+    try:
+        for series in (first, *others):
+            run.use(kind, series)
+            yield series
+    finally:
+        run.use(kind, first)
+
+
+def _evolution(run: Run, kind: str, series: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     settings = run.settings(kind)
     has_bases, has_noise = "rank" in settings, kind_of(kind) == "gradient"
     numbers = ["step", "tokens", "alpha_tail", "alpha_head", "RankMe", *(["overlap"] if has_bases else [])]
     numbers += ["noise scale (80%)"] if has_noise else []
-    table = new_table(f"{kind} spectra, {settings.get('stage', '')}", [kind], numbers)
+    title = f"{kind} spectra, {settings.get('stage', '')}"
+    if kind in KINDS and len(run.series_beside(kind)) > 1:
+        title += f", {series}, {run.span(series)}"
+    table = new_table(title, [kind], numbers)
+    before = None
     for row in rows:
-        is_first = row["step"] == run.steps(kind)[0]
+        is_first, before = row["name"] != before, row["name"]
         cells = [
             f"{row['step']:,}",
             show_number(row["tokens"], 0),
@@ -139,41 +174,71 @@ def _evolution(run: Run, kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def evolution(run: Run, kind: str, steps: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The numbers of a run's spectra of a kind at the reports of some steps.
+def evolution(run: Run, kind: str, steps: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The numbers of a run's spectra of a kind at the reports of some steps, or all.
 
-    For each layer or parameter and step, exponents, RankMe, and the overlap of the leading eigenvectors with those of
-    the first report; of gradients also the noise scale with its 80% interval, in samples, open above where its high end
-    is ``inf``. NaN for what is not known, of exponents with the reason.
+    For each layer or parameter and each of the steps at which it was reported, exponents, RankMe, and the overlap of
+    the leading eigenvectors with those of its first report; of gradients also the noise scale with its 80% interval, in
+    samples, open above where its high end is ``inf``. NaN for what is not known, of exponents with the reason.
     """
-    bands = bands_of(run, kind)
+    steps = run.steps(kind) if steps is None else steps
+    bands, first = bands_of(run, kind), _first_bases(run, kind, steps)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for start in range(0, len(steps), _AT_ONCE):
+        spectra = [
+            spectrum
+            for step in steps[start : start + _AT_ONCE]
+            for spectrum in run.spectra(kind, step, without=("leave_one_out_vectors",)).values()
+        ]
+        tails = fit_all(spectra, bands["tail"])
+        # Of these no errors are shown.
+        plain = [replace(spectrum, leave_one_out=NO_GROUPS) for spectrum in spectra]
+        heads = fit_all(plain, bands["head"])
+        has_noise = kind_of(kind) == "gradient"
+        noises = {step: run.noise_scales(step, kind) for step in steps[start : start + _AT_ONCE] if has_noise}
+        for spectrum, bare, tail, head in zip(spectra, plain, tails, heads, strict=True):
+            rows.setdefault(spectrum.name, []).append(
+                {
+                    "kind": kind,
+                    "series": run.series(kind),
+                    "name": spectrum.name,
+                    "step": spectrum.step,
+                    "tokens": spectrum.tokens,
+                    "alpha_tail": tail.value,
+                    "alpha_tail_stderr": tail.stderr,
+                    "alpha_head": head.value,
+                    "rankme": bare.rankme().value,
+                    "overlap": _overlap(spectrum, first.setdefault(spectrum.name, spectrum)),
+                    **_noise(noises.get(int(spectrum.step), {}).get(spectrum.name)),
+                    "unknown": {
+                        f"alpha_{part}": one.reason
+                        for part, one in (("tail", tail), ("head", head))
+                        if isnan(one.value)
+                    },
+                }
+            )
     for name in run.names(kind):
-        first = run.spectrum(kind, name, run.steps(kind)[0])
-        for step in steps:
-            spectrum = run.spectrum(kind, name, step)
-            tail, head = (spectrum.exponent(bands[part]) for part in ("tail", "head"))
-            overlap = nan
-            if spectrum.vectors is not None and first.vectors is not None:
-                overlap = float(subspace_overlap(spectrum.vectors, first.vectors))
-            noise = {}
-            if kind_of(kind) == "gradient":
-                value, low, high, _, _ = run.noise_scale(step, name, kind)
-                noise = {"noise_scale": value, "noise_scale_low": low, "noise_scale_high": high}
-            yield {
-                "kind": kind,
-                "name": name,
-                "step": step,
-                "tokens": spectrum.tokens,
-                "alpha_tail": tail.value,
-                "alpha_tail_stderr": tail.stderr,
-                "alpha_head": head.value,
-                "rankme": spectrum.rankme().value,
-                "overlap": overlap,
-                **noise,
-                "unknown": {
-                    f"alpha_{part}": one.reason for part, one in (("tail", tail), ("head", head)) if isnan(one.value)
-                },
-            }
+        yield from rows.get(name, ())
+
+
+def _first_bases(run: Run, kind: str, steps: Sequence[int]) -> dict[str, Spectrum]:
+    """The first report of each layer or parameter, where the first of these steps is a later one."""
+    if list(steps[:1]) == run.steps(kind)[:1]:
+        return {}
+    return {name: run.spectrum(kind, name, run.steps(kind, name)[0]) for name in run.names(kind)}
+
+
+def _overlap(spectrum: Spectrum, first: Spectrum) -> float:
+    if spectrum.vectors is None or first.vectors is None:
+        return nan
+    return float(subspace_overlap(spectrum.vectors, first.vectors))
+
+
+def _noise(scale: NoiseScale | None) -> dict[str, float]:
+    """The cells of a parameter's noise scale; none of what is no gradient."""
+    if scale is None:
+        return {}
+    return {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
 
 
 def print_forecast(family: FamilyForecast) -> None:
@@ -189,6 +254,8 @@ def print_forecast(family: FamilyForecast) -> None:
         out.print(
             f"of {num_settings} settings: seeds of one count once, and each run is forecast from the other settings"
         )
+    for line in family.series:
+        out.print(line)
     for path, reason in family.skipped.items():
         out.print(f"without {path}, which {reason}")
     for path, reason in family.unknown.items():

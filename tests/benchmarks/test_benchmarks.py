@@ -92,6 +92,14 @@ def test_reference_runs_are_made_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").glob("*/spectra*"))) == 1
 
 
+def test_reading_records_is_timed(tmp_path: Path) -> None:
+    printed, found = run(tmp_path, "records", "--runs 6 8 --reports 5 --width 16")
+    assert "show --plot, 5 reports" in printed
+    assert set(found["result"]["forecast"]) == {"6", "8"}
+    assert all(found["result"][name] > 0 for name in ("compare", "show --json", "show --plot"))
+    assert len(found["targets"]) == 5
+
+
 def test_training_takes_apart_what_each_set_of_callbacks_costs(tmp_path: Path) -> None:
     sizes = "--num-layers 2 --width 64 --batch-size 4 --tokens 64 --num-tokens 1024 --num-samples 8"
     printed, found = run(tmp_path, "training", sizes)

@@ -182,8 +182,10 @@ def test_truth_is_logged_and_recorded_once_the_target_is_reached(tmp_path: Path)
     facts = Run(tmp_path).about["forecast"][""]
     assert (facts["target_loss"], facts["monitor"], facts["layer"]) == (2.1, "falling_loss", LAYER)
     assert facts["actual"] == pytest.approx(expected)
-    assert [forecast["step"] for forecast in facts["forecasts"]] == [4, 8, 12]
-    assert facts["forecasts"][0]["tokens_to_target"] is None
+    forecasts = Run(tmp_path).forecasts
+    assert [(forecast["step"], forecast["prefix"]) for forecast in forecasts] == [(4, ""), (8, ""), (12, "")]
+    assert forecasts[0]["tokens_to_target"] is None
+    assert forecasts[2]["alpha_tail"] == pytest.approx(forecaster.values("alpha_tail")[2])
     assert json.loads((tmp_path / "spectra" / "run.json").read_text())["forecast"] == {"": facts}
 
 
@@ -231,7 +233,7 @@ def test_resumed_run_forecasts_the_same(tmp_path: Path) -> None:
     fit(tmp_path / "cut", second, max_steps=12, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
     assert second.logged == {12: pytest.approx(whole.logged[12], nan_ok=True)}
     assert second.actual == whole.actual
-    assert len(Run(tmp_path / "cut").about["forecast"][""]["forecasts"]) == 3
+    assert [forecast["step"] for forecast in Run(tmp_path / "cut").forecasts] == [4, 8, 12]
 
 
 def test_forecasts_can_be_monitored(tmp_path: Path) -> None:
@@ -356,3 +358,18 @@ def test_an_exponent_beyond_the_references_is_told(
         fit(tmp_path / "b", later, max_steps=8)
     assert later.values("extrapolated")[-1] == pytest.approx(extrapolated, nan_ok=True)
     assert math.isfinite(later.values("high")[-1]) == math.isfinite(extrapolated)
+
+
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast")
+def test_what_a_report_adds_does_not_grow_with_those_before(tmp_path: Path) -> None:
+    """Neither the description nor what a checkpoint keeps does: forecasts are appended."""
+    sizes, kept = [], []
+    for steps in (8, 24):
+        forecaster = Kept(target_loss=-9.0)
+        fit(tmp_path / str(steps), forecaster, max_steps=steps, max_epochs=-1)
+        assert len(Run(tmp_path / str(steps)).forecasts) == steps // 4
+        about = json.loads((tmp_path / str(steps) / "spectra" / "run.json").read_text())
+        sizes.append(len(json.dumps(about["forecast"])))
+        kept.append(len(json.dumps(forecaster._kept["summary"])))
+    assert sizes[0] == sizes[1]
+    assert kept[1] < kept[0] + 30

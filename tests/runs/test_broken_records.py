@@ -73,7 +73,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows a half": (of("num_tokens", lambda a: np.asarray(1.5)), "num_tokens must be a number of rows"),
     "rows many": (of("num_rows_without", lambda a: np.ones(3)), "num_rows_without must be a number of rows"),
     "tokens negative": (of("tokens", lambda a: -a if a.size == 1 else a), "must be"),
-    "no spectrum": (lambda run: [np.savez(file, tokens=1.0) for file in run.glob("*/*.npz")], "it holds no spectrum"),
+    "no spectrum": (
+        lambda run: [np.savez(file, tokens=1.0) for file in run.glob("*/*.npz")],
+        "holds no spectrum of kind activation",
+    ),
     "head a number": (lambda run: settings(run, head=5), "head must be two ascending ranks or fractions, got 5"),
     "tail of null": (lambda run: settings(run, tail=[None, 1]), "tail must be two ascending"),
     "layers a number": (lambda run: settings(run, layers=3), "layers must be a list of names"),
@@ -85,7 +88,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a forecast of text": (lambda run: about(run, forecast={"a": "b"}), "forecast must be a table of tables"),
     "an actual of text": (
         lambda run: about(run, forecast={"a": {"actual": "x"}}),
-        "forecast.a.actual must be a count",
+        "forecast.a.actual must be a positive number",
     ),
     "a long step": (lambda run: history(run, "\n100,", "\n" + "9" * 400 + ","), "line 2"),
     "a longer step": (lambda run: history(run, "\n100,", "\n" + "9" * 5000 + ","), "line 2"),
