@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.stats import rankdata, spearmanr
 
-from benchmarks.findings import control, control_report, efficiency, geometry, runs
+from benchmarks.findings import control, control_report, efficiency, file_order, geometry, runs
 from benchmarks.findings.efficiency import DEFAULT_BAND, Observed, tail_name
 from benchmarks.findings.permutation import holm, rank_correlation, separation
 from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows
@@ -379,3 +379,14 @@ def test_a_setting_left_out_takes_its_seeds_along(rng: np.random.Generator) -> N
         known.append(Observed(run.setting, tokens, run.early))
     found = efficiency.errors(known, POINTS[0], None)
     assert found.setting > found.alone > 0.1
+
+
+def test_a_report_in_file_order_is_spread_over_the_pass_and_judged():
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randn(4 * file_order.SIZE + 3, 4, 24, generator=generator)
+    spectrum = file_order.report(sequences)
+    assert spectrum.count == 4 * file_order.SIZE
+    assert spectrum.leave_one_out.shape == (file_order.NUM_GROUPS, 24)
+    assert spectrum.vectors.shape == (24, file_order.RANK)
+    found = file_order.judge([file_order.report(part) for part in sequences.split(file_order.SIZE)[:4]])
+    assert all(0 <= float(share.removesuffix("%")) <= 100 for name, share in found.items() if ":" in name)
