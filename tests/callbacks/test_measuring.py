@@ -165,7 +165,7 @@ def test_unequal_requests_do_not(tmp_path: Path) -> None:
     fit(tmp_path, alone)
     first, second = (
         Reports(every_n_steps=4, prefix="a/"),
-        Reports(every_n_steps=3, num_groups=2, num_tokens=96, prefix="b/"),
+        Reports(every_n_steps=3, num_groups=3, num_tokens=96, prefix="b/"),
     )
     fit(tmp_path, first, second)
     assert first.logged == alone.logged
