@@ -300,7 +300,7 @@ def test_a_mask_that_can_mean_anything_is_refused_in_the_first_batch(tmp_path: P
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("channel_dim", 1.5, "channel_dim must be an axis of the layers' outputs, or None, got 1.5"),
+        ("channel_dim", 1.5, "channel_dim must be an axis, or None, got 1.5"),
         ("batch_dim", -1, "batch_dim must be an int from 0, or None, got -1"),
         ("samples", 3, "samples must be a function that cuts a batch, its import path or None, got 3"),
     ],
