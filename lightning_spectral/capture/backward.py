@@ -1,8 +1,8 @@
 """Per-sample gradients read off the backward pass of training, which happens anyway, by hooks that change nothing."""
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class BackwardReader:
                 continue  # frozen, or made by this very batch: there is nothing to hook yet
             if name in self._unchecked:
                 if len(rows.out[name]) == rows.num_samples:
-                    hook = _register_first(parameter, partial(self._add_gradient, name))
+                    hook = _register_first(parameter, functools.partial(self._add_gradient, name))
                     self._batch_handles.append(hook)
             elif on_complete is not None and name not in self._in_parts:
                 # Autograd sums the gradients of all layers that share a parameter before it comes by here.
