@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, TailForecaster
-from tests._reference import covariance_spectrum, rankme
+from tests._reference import contiguous_groups, covariance_spectrum, rankme
 from tests.models import tiny_trainer
 
 
@@ -214,8 +214,8 @@ def test_groups_of_square_outputs_are_of_samples_whichever_axis_they_are_on(tmp_
     assert spectra[0].count == 2 * 12 * 12
     # Whole samples, one after the other; whole passes where it is not known where samples are.
     samples = list(torch.stack(outputs) if kind == "nothing tells" else torch.cat(outputs))
-    for group in range(2):
-        rows = torch.cat([sample.reshape(-1, 6) for index, sample in enumerate(samples) if index % 2 != group])
+    for group, left_out in enumerate(contiguous_groups(range(len(samples)), 2)):
+        rows = torch.cat([sample.reshape(-1, 6) for index, sample in enumerate(samples) if index not in left_out])
         expected = covariance_spectrum(rows.double().numpy())
         np.testing.assert_allclose(spectra[0].leave_one_out[group].numpy(), expected, rtol=1e-6)
 

@@ -206,7 +206,7 @@ def test_interval_and_smoothed_noise_scale_are_those_of_the_rows(run: SimpleName
         rows = run.recorder.rows(prefix, step)
         for index, name in enumerate(NAMES):
             part = torch.tensor(np.stack([row[index] for row in rows]))
-            sums = noise_sums(part @ part.T, torch.arange(NUM_SAMPLES) % 4)
+            sums = noise_sums(part @ part.T, torch.arange(NUM_SAMPLES) * 4 // NUM_SAMPLES)
             means[index] = 0.9 * means[index] + 0.1 * np.array(sums.moments_between)
             squared_norm, trace = means[index]
             smoothed = trace / squared_norm if squared_norm > 0 else math.inf
@@ -347,7 +347,7 @@ def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: 
     found = [float(trainer.callback_metrics[f"gradient/{quantity}"]) for quantity in NOISE_QUANTITIES]
     assert found[0] == pytest.approx(trace / squared_norm if squared_norm > 0 else math.inf, rel=1e-2)
     products = torch.tensor(rows @ rows.T)
-    sums = noise_sums(products, torch.arange(len(rows)) % 4)
+    sums = noise_sums(products, torch.arange(len(rows)) * 4 // len(rows))
     assert found[1:3] == pytest.approx(list(map(float, sums.interval)), rel=1e-2)
     assert found[3] == pytest.approx(float(sums.moments_between.noise_scale), rel=1e-2)
 
