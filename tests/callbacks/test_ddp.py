@@ -25,9 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(folder: Path) -> list[dict]:
     for number, tokens in enumerate((40, 45, 50, 60)):
         path = folder / "references" / str(number)
-        made_up(
-            path, tokens, 1, 1 + tokens / 100, layer="blocks.1", num_tokens=10_000, normalize=False, batch_tokens=tokens
-        )
+        common = {"layer": "blocks.1", "num_tokens": 10_000, "normalize": False, "batch_tokens": tokens}
+        made_up(path, tokens, 1, tokens / 100, **common)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
         [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT

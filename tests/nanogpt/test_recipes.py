@@ -129,7 +129,7 @@ def test_table_that_nobody_reads_does_not_exist():
         ({"softcap": -1.0}, "softcap must be positive, or None, got -1.0: take"),
         ({"softcap_kind": "relu"}, "softcap_kind must be one of tanh, sigmoid, got 'relu'"),
         ({"softcap_kind": "sigmoid"}, "softcap_kind='sigmoid' must have a bound, got softcap=None: take softcap=15"),
-        ({"eos_token": -1}, "eos_token must be a token, at least 0, got -1"),
+        ({"eos_token": -1}, "eos_token must be at least 0, got -1"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"window_start": 8}, "window_start=8 must have a window, got window=None: take window=1024"),
         ({"mask_block": 8}, "mask_block=8 must have a window, got window=None: take"),
