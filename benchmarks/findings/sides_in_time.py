@@ -60,4 +60,4 @@ def _measured(name: str, log_pace: float, start: datetime) -> Measured:
     history = SimpleNamespace(seconds=np.array([1200.0]))
     about = {"started": start.isoformat(), "machines": ["a"]}
     run: Any = SimpleNamespace(id=name, path=name, family="F", about=about, history=history)
-    return Measured(run, dict(zip(map(Key, TIMES), (log_pace, 14 - log_pace), strict=True)), {}, {}, {})
+    return Measured(run, dict(zip(map(Key, TIMES), (log_pace, 14 - log_pace), strict=True)), {}, {})

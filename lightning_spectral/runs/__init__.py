@@ -1,11 +1,12 @@
 """What a run leaves on disk, reading it back, and comparing two."""
 
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift, compare
+from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecasting import FamilyForecast, forecast
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.record import Record, Row
-from lightning_spectral.runs.run import Matched, Run, open_runs
+from lightning_spectral.runs.run import Matched, Run
 from lightning_spectral.runs.verdict import Verdict
 
 __all__ = [

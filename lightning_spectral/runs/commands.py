@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 from lightning_spectral.functional.powerlaw import check_band
 from lightning_spectral.runs.comparison import compare
+from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecasting import forecast
-from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_forecast, print_run
 from lightning_spectral.runs.to_json import to_json
 

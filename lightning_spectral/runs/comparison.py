@@ -17,6 +17,7 @@ from lightning_spectral.functional.jackknife import jackknife
 from lightning_spectral.functional.paired import are_paired
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.runs.arguments import check_loss, check_paths
+from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import (
     Measured,
@@ -26,7 +27,7 @@ from lightning_spectral.runs.measured import (
     lowest_common_loss,
     measure,
 )
-from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.statistics import Scatter, mean_spectrum, number, read_scatter, scatter
 from lightning_spectral.runs.timing import Timing, time_sides
 from lightning_spectral.runs.verdict import MIN_GAIN, Verdict, decide

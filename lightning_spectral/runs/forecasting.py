@@ -22,9 +22,10 @@ from lightning_spectral.functional.line import setting_means
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
 from lightning_spectral.runs.arguments import check_loss, check_name, check_tail, check_tokens
+from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.measured import bands_of, check_comparable, series_used
 from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
-from lightning_spectral.runs.run import Run, open_runs
+from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.settings import settings_of
 
 FRACTIONS = (0.1, 0.25, 0.5)

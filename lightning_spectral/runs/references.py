@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.runs.run import Run, folders_of_runs
+from lightning_spectral.runs.finding import folders_of_runs
+from lightning_spectral.runs.run import Run
 
 KIND = "activation"
 

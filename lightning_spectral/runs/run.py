@@ -1,10 +1,8 @@
 """Reading a run back from its record: its history, its spectra, and where it reached a loss."""
 
-import glob
 import os
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from math import isnan, log, nan
@@ -14,18 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
-from lightning_spectral.runs.arguments import check_path, check_paths
+from lightning_spectral.runs.arguments import check_path
 from lightning_spectral.runs.course import BASES, SAME, Course
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
-from lightning_spectral.runs.noise import NoiseScale, names_of_gradients, read_noise
-from lightning_spectral.runs.record import ABOUT, FOLDER, Report, read_about, read_forecasts, reports
-from lightning_spectral.runs.record_checks import tokens_of
-from lightning_spectral.runs.safe_files import Arrays, open_arrays
-
-_Layout = dict[str, dict[str, tuple[str, ...]]]
-"""Fields of a report's file by kind and name."""
+from lightning_spectral.runs.noise import NoiseScale
+from lightning_spectral.runs.record import FOLDER, Report, read_about, read_forecasts, reports
+from lightning_spectral.runs.report_files import ReportFiles
 
 
 class Matched(NamedTuple):
@@ -90,8 +84,7 @@ class Run:
         """The log directory."""
         self.about = read_about(self.folder)
         """The description of the run: family, tags, series, batch, world size, versions."""
-        self._seen: dict[Path, tuple[float, _Layout]] = {}
-        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._files = ReportFiles()
         self._courses: dict[str, Course] = {}
         self._meant: dict[str, str] = {}
 
@@ -244,7 +237,7 @@ class Run:
         if series is None or name is None:
             return steps
         part, found = kind_of(kind), self._reports[series]
-        return [step for step in steps if name in self._look(found[step].path)[1].get(part, ())]
+        return [step for step in steps if name in self._files.names(found[step], part)]
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether a layer or parameter was reported.
@@ -271,29 +264,14 @@ class Run:
             ValueError: If there are no reports of that kind, or the latest holds none of its spectra.
         """
         part, found = kind_of(kind), self._reports[self.series(kind)]
-        layouts = (self._look(found[step].path)[1].get(part, {}) for step in sorted(found, reverse=True))
-        names = list(dict.fromkeys(name for names in layouts for name in names))
+        each = (self._files.names(found[step], part) for step in sorted(found, reverse=True))
+        names = list(dict.fromkeys(name for names in each for name in names))
         if not names:
             raise ValueError(f"{self} holds no spectrum of kind {part}")
         return names
 
     def _names_at(self, kind: str, step: int) -> Collection[str]:
-        return self._look(self._path(kind, step))[1].get(kind_of(kind), {})
-
-    def _look(self, path: Path) -> tuple[float, _Layout]:
-        """Tokens of a report, and what its file holds."""
-        if path not in self._seen:
-            with _arrays(path) as arrays:
-                self._see(path, arrays)
-        return self._seen[path]
-
-    def _see(self, path: Path, arrays: Arrays) -> _Layout:
-        if path not in self._seen:
-            files = tuple(arrays)
-            if files not in self._layouts:  # reports of one run mostly hold the same
-                self._layouts[files] = _layout(files)
-            self._seen[path] = tokens_of(arrays["tokens"]), self._layouts[files]
-        return self._seen[path][1]
+        return self._files.names(self._report(kind, step), kind_of(kind))
 
     def spectrum(self, kind: str, name: str, step: int) -> Spectrum:
         """One spectrum of one report.
@@ -304,7 +282,7 @@ class Run:
             step: One of :meth:`steps`.
 
         Returns:
-            The spectrum; one without values where this report has none of a layer that joined the model later.
+            The spectrum.
 
         Raises:
             ValueError: If it is not there, or the report's file is broken.
@@ -337,17 +315,7 @@ class Run:
     def _read(
         self, kind: str, step: int, names: Collection[str] | None, without: Collection[str]
     ) -> dict[str, Spectrum]:
-        part, path = kind_of(kind), self._path(kind, step)
-        row, spectra = KINDS[part], {}
-        with _arrays(path) as arrays:
-            for name, fields in self._see(path, arrays).get(part, {}).items():
-                if names is None or name in names:
-                    found = {field: arrays[f"{part}/{name}/{field}"] for field in fields if field not in without}
-                    where: dict[str, Any] = {"name": name, "step": step, "tokens": self._seen[path][0]}
-                    spectra[name] = Spectrum.from_arrays(
-                        found, row.values, row.count, corrects_bias=row.corrects_bias, **where
-                    )
-        return spectra
+        return self._files.spectra(self._report(kind, step), kind_of(kind), names, without)
 
     def noise_scale(self, step: int, name: str | None = None, kind: str = "gradient") -> NoiseScale:
         """Noise scale of per-sample gradients in one report, with its 80% interval.
@@ -365,8 +333,7 @@ class Run:
         """
         found = self.noise_scales(step, kind)
         if name is None and found:
-            with _arrays(self._path(kind, step)) as arrays:
-                return read_noise(arrays, list(found))
+            return self._files.noise_of_all(self._report(kind, step))
         if name in found:
             return found[name]
         raise ValueError(f"name must be one of {', '.join(found)} for {kind!r} in {self}, got {name!r}")
@@ -386,8 +353,7 @@ class Run:
         """
         if kind_of(kind) != "gradient":
             raise ValueError(f"kind must be 'gradient' or a series of it, got {kind!r}: others have no noise scale")
-        with _arrays(self._path(kind, step)) as arrays:
-            return {name: read_noise(arrays, [name]) for name in names_of_gradients(arrays)}
+        return self._files.noise(self._report(kind, step))
 
     def tokens_at(self, kind: str, step: int) -> float:
         """Training tokens at a report.
@@ -402,20 +368,20 @@ class Run:
         Raises:
             ValueError: If there is no such report, or its file is broken.
         """
-        return self._look(self._path(kind, step))[0]
+        return self._files.tokens(self._report(kind, step))
 
     def course(self, kind: str) -> Course:
         """Numbers of a kind's spectra at any number of tokens, for many of them; see :class:`Course`."""
         series = self.series(kind)
         return self._courses.setdefault(f"{kind} of {series}", Course(self, kind))
 
-    def _path(self, kind: str, step: int) -> Path:
+    def _report(self, kind: str, step: int) -> Report:
         found = self._reports[self.series(kind)]
         if step not in found:
             steps = sorted(found)
             shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]]))
             raise ValueError(f"step must be one of {shown} for {kind!r} in {self}, got {step}")
-        return found[step].path
+        return found[step]
 
     def spectrum_at(self, kind: str, name: str, tokens: float) -> Spectrum:
         """A spectrum at a number of training tokens.
@@ -502,79 +468,10 @@ class Run:
         return Matched(self, loss, *self.history.first_at(loss))
 
 
-def open_runs(paths: str | Path | Sequence[str | Path], name: str = "runs") -> list[Run]:
-    """The runs that paths and glob patterns name.
-
-    Args:
-        paths: Log directories, ``spectra`` folders, or patterns of them.
-        name: The argument's name, for the message.
-
-    Returns:
-        At least one, each once. Of a pattern, folders without a record are passed over.
-
-    Raises:
-        ValueError: If one names no run, or a record is broken.
-    """
-    check_paths(name, paths)
-    patterns = list(paths) if isinstance(paths, (list, tuple)) else [paths]
-    found: dict[Path, Run] = {}
-    for pattern in map(str, patterns):
-        runs = [Run(folder) for folder in folders_of_runs(pattern)]
-        if not runs:
-            raise ValueError(f"{name} must name runs with a record, got {pattern!r}: no folder with one matches")
-        found |= {run.folder.resolve(): run for run in runs}
-    if not found:
-        raise ValueError(f"{name} must name at least one run, got {paths!r}: give a log directory")
-    return list(found.values())
-
-
-def folders_of_runs(pattern: str) -> list[Path]:
-    """The folders that a path or a glob pattern names.
-
-    Args:
-        pattern: A log directory, a ``spectra`` folder, or a pattern of them. Each part is tried as it stands first,
-            then with brackets taken for what they are, as Hydra writes them into folders, then as a pattern.
-
-    Returns:
-        A path as it is; of a pattern, those that hold a record.
-    """
-    if os.path.exists(pattern) or not any(sign in pattern for sign in "*?["):
-        return [Path(pattern)]
-    folders = [Path(Path(pattern).anchor)]
-    for part in Path(pattern).relative_to(folders[0]).parts:
-        folders = _inside(folders, part)
-    return [folder for folder in folders if any(os.path.exists(folder / part / ABOUT) for part in (".", FOLDER))]
-
-
-def _inside(folders: list[Path], part: str) -> list[Path]:
-    """What a part of a path, or of a pattern, names in some folders."""
-    literal = [folder / part for folder in folders if os.path.exists(folder / part)]
-    if literal or not any(sign in part for sign in "*?["):
-        return literal
-    for way in (part.replace("[", "[[]"), part):
-        found = sorted(str(folder / name) for folder in folders for name in glob.glob(way, root_dir=folder))
-        if found:
-            return [Path(name) for name in found]
-    return []
-
-
 def _nowhere(last: Spectrum, tokens: float, reason: str) -> Spectrum:
     """What stands for a spectrum where there is none: NaN, as many as in its last report."""
     missing = torch.full_like(last.values, nan)
     return replace(last, values=missing, leave_one_out=NO_GROUPS, step=nan, tokens=tokens, failure=reason)
-
-
-def _layout(files: Sequence[str]) -> _Layout:
-    found: dict[str, dict[str, list[str]]] = {}
-    for key in files:
-        part, _, rest = key.partition("/")
-        name, _, field = rest.rpartition("/")
-        if part in KINDS and name:
-            found.setdefault(part, {}).setdefault(name, []).append(field)
-    return {
-        part: {name: tuple(fields) for name, fields in names.items() if KINDS[part].values in fields}
-        for part, names in found.items()
-    }
 
 
 def _order(series: str) -> tuple[str, str, int]:
@@ -586,16 +483,3 @@ def kind_of(name: str) -> str:
     """The kind that a kind, or a series, is of."""
     series = Series.parse(name)
     return name if series is None else series.kind
-
-
-@contextmanager
-def _arrays(path: Path) -> Iterator[Arrays]:
-    """The arrays of a report; whatever is wrong with its file is told in one line."""
-    try:
-        with open_arrays(path) as arrays:
-            yield arrays
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"run has a broken record: {str(path)!r} cannot be read ({reason}): restore it or remove it"
-        ) from error

@@ -78,5 +78,5 @@ def _days(side: Sequence[Measured], sessions: Sequence[Session]) -> list[Measure
     for indices in days_of(sessions):
         runs = [side[index] for index in indices]
         logs = {Key(name): float(np.mean([run.logs[Key(name)] for run in runs])) for name in ("throughput", "seconds")}
-        found.append(Measured(runs[0].run, logs, {}, {}, {}))
+        found.append(Measured(runs[0].run, logs, {}, {}))
     return found

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_spectral.runs import Record, Run, forecast, run
+from lightning_spectral.runs import Record, Run, forecast, report_files
 from lightning_spectral.runs.course import Course
 from tests.runs.made_up import LAYER, made_up
 
@@ -56,13 +56,13 @@ def test_rankme_is_that_of_the_reports_and_between_them(folder: Path) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the archives that are opened."""
     names: list[str] = []
-    make = run.open_arrays
+    make = report_files.open_arrays
 
     def note(path):
         names.append(str(path))
         return make(path)
 
-    monkeypatch.setattr(run, "open_arrays", note)
+    monkeypatch.setattr(report_files, "open_arrays", note)
     return names
 
 

@@ -30,7 +30,7 @@ def measured(exponent: float, rows: str) -> Measured:
         {},
         {ALPHA: Estimate(fit.value, fit.stderr)},
         {JS: spectrum},
-        {ALPHA: power_law(without, BAND).exponent},
+        without={ALPHA: power_law(without, BAND).exponent},
     )
 
 
