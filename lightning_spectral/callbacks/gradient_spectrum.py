@@ -121,7 +121,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         chunk_size: Samples at a time, for all methods but ``"loop"``; None for as many as fit into a quarter of the
             free memory and are of use. Halved when memory runs out.
         loss_fn: ``loss_fn(module, batch) -> loss``, or its import path; None for ``training_step``.
-        loss_reduction: For ``"hooks"``: whether the loss of a batch is the mean over its samples or their sum.
+        loss_reduction: For ``"hooks"``: whether the loss of a batch is the mean over its samples or their sum. The
+            self-check refuses a sum that is taken for a mean, for rows would be of another size.
         weights: Log the spectra of the weights themselves, too.
         head: Band of the head exponent: two ints, 1-based inclusive ranks, or two fractions of min(N, P).
         tail: Band of the tail exponent, likewise; (30, 150) is that of the released scripts.

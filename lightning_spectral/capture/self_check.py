@@ -84,6 +84,8 @@ class SpanCheck(NamedTuple):
     """Largest over smallest weight of a sample; NaN if they are not known."""
     residual: float = float("nan")
     """Share of the gradient of samples together that lies outside the span of their own."""
+    total: float = float("nan")
+    """Sum of the weights: one of a mean, the number of samples of a sum; NaN if they are not known."""
 
 
 def checkable(size: int, num_numbers: int) -> int:
@@ -140,7 +142,9 @@ def check_span(
     found = sample_weights(own @ own.mT, own @ together, together @ together)
     limit = TOLERANCE**2 + (rounding(loss) * found.noise) ** 2
     if found.residual**2 <= limit:
-        return SpanCheck(None, found.ratio, found.residual)
+        # Nobody knows the weight of a sample without a gradient; 16-bit rounding passes for weights.
+        is_known = found.is_unique and len(found.weights) == count and rounding(loss) < TOLERANCE
+        return SpanCheck(None, found.ratio, found.residual, float(found.weights.sum()) if is_known else float("nan"))
     return SpanCheck(
         f"the loss is no mean of samples' losses: {found.residual:.1%} of the gradient of {count} samples together "
         "lies outside their own, as with batch statistics, terms between samples or another axis of samples: "

@@ -127,6 +127,10 @@ def loss_tolerance(loss: BatchLoss) -> float:
     return LOSS_TOLERANCE_IN_SHORT if rounding(loss) > LOSS_TOLERANCE else LOSS_TOLERANCE
 
 
+UNEQUAL_MEAN = 0.05
+"""By how much the weights of samples in a mean may miss a sum of one: rounding, not another reduction."""
+
+
 class GradientMeasurement(Measurement):
     """Keeps a row of each of the last samples before a report, and makes singular values of all ranks' rows.
 
@@ -268,11 +272,21 @@ class GradientMeasurement(Measurement):
             self.checked["span"] = "too few samples or numbers, none that are finite, or reentrant checkpoints"
             return
         self.weights_ratio, self.residual = found.ratio, found.residual
-        self.checked["span"] = "passed" if found.failure is None else "failed"
-        if found.failure is None:
+        failure = found.failure or self._why_of_another_size(found.total)
+        self.checked["span"] = "passed" if failure is None else "failed"
+        if failure is None:
             self.doubts.pop("span", None)
         else:
-            self.doubts["span"] = found.failure
+            self.doubts["span"] = failure
+
+    def _why_of_another_size(self, total: float) -> str | None:
+        """Rows off a backward pass are of their own size only if a mean is a mean, with weights that sum to one."""
+        if self.method != "hooks" or self.request.loss_reduction != "mean" or not abs(total - 1) > UNEQUAL_MEAN:
+            return None
+        return (
+            f"the loss of a batch is {total:.3g} times the mean of its samples' losses, for which "
+            "loss_reduction='mean' takes it: give loss_reduction='sum' if it is their sum, or method='vmap'"
+        )
 
     def collect(self, batch: Any, step: int) -> None:
         """Take in a batch of a report; whatever it raises is noted as a failure."""

@@ -44,6 +44,11 @@ class TokenMean(Net):
         return (losses * batch[2]).sum() / batch[2].sum()
 
 
+class Summed(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), batch[1], reduction="sum") / 64
+
+
 class Dropping(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.dropout(self.fc(x + 0.1 * torch.randn_like(x)).tanh(), 0.3, self.training))
@@ -143,6 +148,23 @@ def test_losses_between_samples_are_nan_with_the_reason(tmp_path: Path, make: ty
     assert trainer.callback_metrics["gradient/failed"] == 2
     # The second report is not checked, and not believed either.
     assert sum("NaN, because" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_sum_is_no_mean_where_rows_are_taken_for_those_of_a_mean(tmp_path: Path) -> None:
+    model = Summed()
+    found = norm(fit(tmp_path, model, Kept(method="hooks", loss_reduction="sum")))
+    assert found * BATCH == pytest.approx(model.norms[0], rel=1e-4)
+    with pytest.warns(UserWarning, match=f"{BATCH} times the mean of its samples' losses.*give loss_reduction='sum'"):
+        assert math.isnan(norm(fit(tmp_path, Summed(), Kept(method="hooks"))))
+
+
+def test_samples_without_a_gradient_do_not_make_a_mean_a_sum(tmp_path: Path) -> None:
+    class Masked(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return ((self(batch[0]) - batch[1]).square().mean(-1) * (batch[2] % 8 > 0)).mean()
+
+    torch.manual_seed(0)
+    assert norm(fit(tmp_path, Masked(), Kept(method="hooks"))) > 0
 
 
 def test_it_may_be_a_warning_or_nothing(tmp_path: Path) -> None:
