@@ -34,8 +34,8 @@ WHOLE_MODEL = ""
 
 NOISE_QUANTITIES = ("noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_smoothed")
 
-SHARDING = ("FSDP", "DeepSpeed", "ModelParallel")
-"""Parts of the names of Lightning's strategies that leave no rank a whole parameter."""
+SHARDING = ("FSDP", "DeepSpeed")
+"""Parts of the names of Lightning's strategies that leave no rank a whole parameter, and no layer its own."""
 
 
 class GradientSpectrum(SpectralCallback[GradientReport]):
@@ -260,7 +260,10 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
         strategy = type(trainer.strategy).__name__
         if any(word in strategy for word in SHARDING):
-            raise ValueError(f"strategy must leave each rank whole parameters, got {strategy}: use 'ddp'")
+            raise ValueError(
+                f"strategy must leave each rank whole parameters, got {strategy}: use 'ddp', or "
+                "ModelParallelStrategy with fully_shard"
+            )
         return super().join(trainer, pl_module)
 
     @override
@@ -338,6 +341,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         measurement = self.measurement
         if measurement is None:
             return
+        if self.request.method == "auto" and measurement.method == "hooks":
+            self.warn("method='auto' reads training's own backward passes, as 'hooks' does: parameters are sharded")
         if measurement.cause is not None:
             self.warn(f"method='auto' loops over samples, because vmap cannot: {measurement.cause}")
         if self.request.check == "warn":

@@ -3,6 +3,7 @@
 from lightning.pytorch import Trainer
 from torch import nn
 
+from lightning_spectral.callbacks.layout import layout_of
 from lightning_spectral.callbacks.loss_scale import loss_scale
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.measurement import Scene
@@ -16,4 +17,4 @@ def scene_of(trainer: Trainer, module: nn.Module, stopwatch: Stopwatch) -> Scene
         context = trainer.precision_plugin.train_step_context
         return BatchLoss(module, loss_fn, context, trainer, loss_scale(trainer))
 
-    return Scene(module, trainer.lightning_module.device, stopwatch, make_loss)
+    return Scene(module, trainer.lightning_module.device, stopwatch, make_loss, layout_of(trainer))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
+from lightning_spectral.callbacks.layout import data_rank, layout_of
 from lightning_spectral.callbacks.loss_scale import gradient_scale, loss_of
 from lightning_spectral.measurement import Measurement, Session
 from lightning_spectral.measurement.passes import Pass, pass_of
@@ -190,8 +191,7 @@ def _start(session: Session[RunRecorder], trainer: Trainer, pl_module: Lightning
         describe=lambda: describe_run(trainer, pl_module, notes),
         folder=(lambda: record_folder(trainer)) if writes else None,
         settings=[(member.measurement, member.settings()) for member in session.members if member.measurement],
-        rank=trainer.global_rank,
-        world=trainer.world_size,
+        layout=layout_of(trainer),
         device=torch.device("cpu") if device.type == "mps" else device,
         batches_per_step=trainer.accumulate_grad_batches,
         monitored=[key for key in _monitored(trainer) if not session.is_claimed(key)],
@@ -201,10 +201,11 @@ def _start(session: Session[RunRecorder], trainer: Trainer, pl_module: Lightning
 def _validation_passes(trainer: Trainer) -> list[Pass | None]:
     """How long each pass over a validation loader is going to be."""
     loaders = tree_flatten(trainer.val_dataloaders)[0]
+    _, world = data_rank(trainer)
     lengths = trainer.num_val_batches
     if len(loaders) != len(lengths):
         return [None] * len(lengths)
-    return [pass_of(loader, length) for loader, length in zip(loaders, lengths, strict=True)]
+    return [pass_of(loader, length, world) for loader, length in zip(loaders, lengths, strict=True)]
 
 
 def _monitored(trainer: Trainer) -> list[str]:

@@ -28,6 +28,8 @@ class ActivationReader:
         self.is_open = False
         self.names: list[str] = []
         """Of all layers that are, or were, watched."""
+        self.inputs: tuple[Any, ...] = ()
+        """Positional inputs of the layer whose output is being handed on; none where it ran in a compiled graph."""
         self._consume = consume
         self._fail = fail
         self._watched: dict[str, tuple[nn.Module, RemovableHandle]] = {}
@@ -54,6 +56,10 @@ class ActivationReader:
         if name in self._watched:
             self._watched.pop(name)[1].remove()
 
+    def layer(self, name: str) -> nn.Module:
+        """The layer that is watched under a name."""
+        return self._watched[name][0]
+
     def remove(self) -> None:
         """Take every hook off again; the reader stays usable."""
         self.is_open = False
@@ -61,17 +67,20 @@ class ActivationReader:
             self.drop(name)
         self.names.clear()
 
-    def read(self, index: int, output: Any) -> None:
+    def read(self, index: int, output: Any, inputs: tuple[Any, ...] = ()) -> None:
         """Hand on whatever the layer ``names[index]`` returned, if open."""
         if not self.is_open:
             return
         name = self.names[index]
+        self.inputs = inputs
         try:
             states = hidden_states(output)
             with torch.no_grad():
                 self._consume(name, states.detach())
         except Exception as error:  # the user's forward pass is under way
             self._fail(name, str(error).strip().partition("\n")[0] or type(error).__name__)
+        finally:
+            self.inputs = ()
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -118,11 +127,11 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             states = hidden_states(output)
-            # The operator takes tensors of one shape only; whoever asks hears that the layer was not seen.
-            if not states.is_nested:
+            # The operator takes plain tensors of one shape; whoever asks hears that the layer was not seen.
+            if not states.is_nested and not hasattr(states, "placements"):
                 torch.ops.lightning_spectral.observe(states.detach(), self.tag)
         else:
-            self.deliver(self.reader_id, self.index, output)
+            self.deliver(self.reader_id, self.index, output, args)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         # A module that is copied (an average of weights, a teacher), saved whole or sent to another process is not ours
@@ -130,10 +139,10 @@ class _Hook:
         return no_hook, ()
 
 
-def _deliver(reader_id: int, index: int, output: Any) -> None:
+def _deliver(reader_id: int, index: int, output: Any, inputs: tuple[Any, ...] = ()) -> None:
     reader = _readers.get(reader_id)
     if reader is not None:
-        reader.read(index, output)
+        reader.read(index, output, inputs)
 
 
 def _ignore(*_: Any) -> None:

@@ -16,6 +16,11 @@ from lightning_spectral.capture.reparametrised import made_tensors
 
 NO_GRADIENT = "no gradient reached its layers, or they ran compiled: use method='vmap'"
 
+SET_TO_ZERO = (
+    "the shard of its gradient on this rank is zero between backward passes, and whether it was set so cannot be told: "
+    "use zero_grad(set_to_none=True)"
+)
+
 
 class BackwardReader:
     """Hooks on the layers of chosen parameters that turn gradients of outputs into rows while a batch is open.
@@ -23,11 +28,17 @@ class BackwardReader:
     A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
     layer's input until then. In a compiled graph it does nothing. Under non-reentrant activation checkpointing the kept
     inputs are memory that checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take
-    within a backward pass.
+    within a backward pass. Given the name of a parameter, a layer's input and the gradient of its output, ``localise``
+    says which parts of them give the rows that are wanted here.
     """
 
-    def __init__(self, timer: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    def __init__(
+        self,
+        timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        localise: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda name, x, grad: (x, grad),
+    ) -> None:
         self._timer = timer
+        self._localise = localise
         self.rows: LayerRows | None = None
         """Where the rows of the batch go; None while none is wanted."""
         self._handles: dict[str, list[RemovableHandle]] = {}
@@ -120,7 +131,13 @@ class BackwardReader:
         if self.rows is None:
             return
         for name in self.rows.seen - self.rows.final:
-            gradient = self._parameters[name].grad
+            gradient: Any = self._parameters[name].grad
+            if hasattr(gradient, "to_local"):
+                gradient = gradient.to_local()
+                if not bool(gradient.any()):
+                    # Of a shard alone; None would be known for sure.
+                    self.rows.failures.setdefault(name, SET_TO_ZERO)
+                continue
             if gradient is None or not bool(gradient.any()):
                 self.rows.stale.add(name)
                 self._gradients.pop(name, None)
@@ -132,9 +149,13 @@ class BackwardReader:
         taken = {id(parameter) for parameter in parameters}
         self.rows.final |= {name for name in self.rows.seen if id(self._parameters[name]) in taken}
 
-    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+    def _add_gradient(self, name: str, gradient: Any) -> None:
         if self.rows is not None and name in self.rows.final:
             return
+        if hasattr(gradient, "to_local"):
+            if gradient.placements != getattr(self._parameters[name], "placements", None):
+                return  # still to be reduced, which cannot be compared
+            gradient = gradient.to_local()
         seen = self._gradients.get(name)
         if seen is not None:
             # Reentrant checkpoints that share a parameter do this, and several backward passes in one training step.
@@ -184,7 +205,7 @@ class BackwardReader:
                 return
             try:
                 with self._timer():
-                    rows.add(name, module, attribute, x, grad)
+                    rows.add(name, module, attribute, *self._localise(name, x, grad))
             except Exception as error:  # never raised: a backward pass is under way
                 self._fail(name, error)
 

@@ -29,7 +29,9 @@ from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
 from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
-from lightning_spectral.metrics.reduction import world_size
+from lightning_spectral.measurement.whole_outputs import WholeOutputs
+from lightning_spectral.metrics.collectives import world_size
+from lightning_spectral.metrics.layout import Layout
 
 Dtype = Literal["auto", "float32", "float64"]
 
@@ -67,7 +69,7 @@ class ActivationRequest(Request):
     def measure(self, scene: Scene) -> "ActivationMeasurement":
         return ActivationMeasurement(self, scene)
 
-    def collector(self, names: list[str], device: torch.device) -> Collector:
+    def collector(self, names: list[str], device: torch.device, layout: Layout | None = None) -> Collector:
         """What keeps the rows of layers on a device, or on the CPU where that has no float64."""
         return Collector(
             names=names,
@@ -76,6 +78,7 @@ class ActivationRequest(Request):
             normalize=self.normalize,
             dtype=DTYPES[self.dtype],
             device=torch.device("cpu") if device.type == "mps" else device,
+            layout=layout,
         )
 
 
@@ -115,9 +118,12 @@ class ActivationMeasurement(Measurement):
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
         self._rows: dict[str, float] = {}
-        self._same_rows = SameRows(self.samples)
+        layout = Layout.of_world() if scene.layout is None else scene.layout
+        self._same_rows = SameRows(self.samples, layout)
+        self._whole = WholeOutputs(layout)
+        self._lengths: set[int] = set()
         self._steps: dict[str, set[int]] = {}
-        self._collector = request.collector(self._reader.names, device)
+        self._collector = request.collector(self._reader.names, device, layout)
 
     def watch(
         self,
@@ -197,6 +203,7 @@ class ActivationMeasurement(Measurement):
                 if has_right_stage and not self.widths and self.request.samples is not None:
                     self.samples.cut(batch)  # what a user's function gets wrong should show early
                 self._size = self.samples.count(batch)
+                self._lengths = {one.shape[1] for one in tensors(batch) if one.ndim > 1}
                 self._mask_now = self._mask_of(batch) if has_right_stage else None
                 if has_right_stage and self._is_square(batch):
                     self._try_to_tell_time_from_samples(batch)
@@ -304,6 +311,12 @@ class ActivationMeasurement(Measurement):
         return time_first(loss, self._scene.module, self._layers, self.samples.cut(hold(batch)))
 
     def _read(self, name: str, output: Tensor) -> None:
+        if name in self._collector.closed:
+            return
+        with self.stopwatch.running():
+            # Before anything that a rank may come to alone.
+            layer = self._reader.layer(name)
+            output = self._whole.of(name, layer, output, self._reader.inputs, self._lengths)
         parts: tuple[Tensor, ...] = ()
         if output.is_nested:
             parts = parts_of(output)
@@ -443,4 +456,5 @@ class ActivationMeasurement(Measurement):
         super().reset()
         self._steps.clear()
         self._same_rows.reset()
+        self._whole.forget()
         self._collector.reset()

@@ -11,8 +11,9 @@ from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, che
 from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.capture.self_check import MOST_LOOPED
-from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
+from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest, without_vmap
 from lightning_spectral.measurement.measurement import Scene, reason_of
+from lightning_spectral.metrics.layout import are_sharded
 
 OWN_PASSES = (
     "training_step calls backward several times itself, and its passes cannot be told apart: manual_backward can"
@@ -41,7 +42,10 @@ class BackwardGradients(GradientMeasurement):
         self._had_backward = False
         self._held: tuple[Cut, int] | None = None
         """Samples of the first batch for the self-check, with its index."""
-        self._reader = BackwardReader(scene.stopwatch.running)
+        self._reader = BackwardReader(scene.stopwatch.running, self._sharded.local)
+        refused = self._sharded.take_up(scene.module, self.parameters)
+        if refused:
+            raise ValueError(next(iter(refused.values())))
         self._watch()
 
     @override
@@ -50,11 +54,13 @@ class BackwardGradients(GradientMeasurement):
         self._watch()
 
     def _watch(self) -> None:
+        refused = self._sharded.take_up(self._module, self.parameters)
         for name in self.names:
             parameter = self.parameters.get(name)
-            reason = None if parameter is None else why_unreadable(self._module, name, parameter)
+            reason = refused.get(name)
+            reason = reason or None if parameter is None else why_unreadable(self._module, name, parameter)
             if reason is not None:
-                self._absent[name] = reason
+                self._absent[name] = without_vmap(reason) if are_sharded(self._module) else reason
                 del self.parameters[name]
             if parameter is None or reason is not None:
                 self._reader.drop(name)
@@ -77,7 +83,7 @@ class BackwardGradients(GradientMeasurement):
             self._had_backward = False
             if self._held is None and self.is_checking:
                 self._hold(batch, size)
-            is_last = wanted == self._store.room and self._world == 1
+            is_last = wanted == self._store.room and len(self._layout.data_ranks) == 1
             # Under manual optimisation a later pass may be the one that counts.
             is_last = is_last and getattr(self._module, "automatic_optimization", True)
             self._reader.begin(self._rows, self._reduce if is_last else None)
@@ -99,7 +105,7 @@ class BackwardGradients(GradientMeasurement):
         self._had_backward = True
         if self._rows is not None:
             # Of those that the forward pass of the batch has made the size is known only now.
-            self._store.sizes.update({name: p.numel() for name, p in self.parameters.items()})
+            self._store.sizes.update({name: self._sharded.numel(name, p) for name, p in self.parameters.items()})
             self._reader.begin_pass()
             samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
             self._rows.scale = samples / scale()
@@ -119,7 +125,7 @@ class BackwardGradients(GradientMeasurement):
     @override
     def finish(self, step: int) -> None:
         held, self._held = self._held, None
-        if held is None or not self.is_checking:
+        if held is None or not self.is_checking or self._is_sharded():
             return
         batch, batch_idx = held
         try:
@@ -143,7 +149,10 @@ class BackwardGradients(GradientMeasurement):
                 several = [name for name, passes in self._reader.passes.items() if len(passes) > 1]
                 rows.failures |= dict.fromkeys(several, OWN_PASSES)
             unseen = {name: NO_GRADIENT for name in self.parameters if name not in rows.seen}
-            self._failures |= unseen | rows.failures
+            failures = unseen | rows.failures
+            if are_sharded(self._module):
+                failures = {name: without_vmap(reason) for name, reason in failures.items()}
+            self._failures |= failures
             self._store.commit()
 
     @override

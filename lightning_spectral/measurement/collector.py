@@ -5,14 +5,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.capture.precision import ieee_products
 from lightning_spectral.functional.moments import Moments, add_products, from_shifted_sums, mirror_
 from lightning_spectral.measurement.passes import Place
 from lightning_spectral.measurement.stretches import Stretches
-from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
+from lightning_spectral.metrics.collectives import world_size
+from lightning_spectral.metrics.layout import Layout
+from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments
 
 RMS_EPS = 1e-6
 """Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
@@ -100,6 +101,7 @@ class Collector:
         normalize: Apply a parameter-free RMSNorm over the last axis first.
         dtype: Type of the products, float32 or float64; ``in_float64`` names layers that have the wider anyway.
         device: Where the sums are kept; must be able to hold float64.
+        layout: Which ranks hold which data, None for each its own; of those that hold the same, one collects.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Collector:
         normalize: bool,
         dtype: torch.dtype,
         device: torch.device,
+        layout: Layout | None = None,
     ) -> None:
         self.names = names
         self.num_groups = num_groups
@@ -118,8 +121,10 @@ class Collector:
         self.device = device
         self.failures: dict[str, str] = {}
         """Why layers could not be collected for this report, by name; what one rank fails, all ranks report as NaN."""
-        self._world = world_size()
-        self._rank = dist.get_rank() if self._world > 1 else 0
+        layout = Layout.of_world() if layout is None else layout
+        self._counts = layout.counts
+        self._num_ranks = world_size()
+        self._world, self._rank = layout.world, layout.rank
         self._share = num_tokens // self._world
         self.in_float64: set[str] = set()
         """Layers whose products are taken in float64; to be changed between reports only."""
@@ -155,7 +160,7 @@ class Collector:
 
         Of samples of unequal ``lengths`` it is ``(sum(lengths), d)``, and a mask must leave just these rows.
         """
-        if name in self.closed:
+        if name in self.closed or not self._counts:
             return
         progress = self._progress[name]
         progress.offered += output.shape[:-1].numel() if self._mask is None or lengths else sum(self._real_tokens)
@@ -359,7 +364,7 @@ class Collector:
             buffer, reason = None, str(error).partition("\n")[0]
         # A rank without the buffer could not join its reduction: then no rank keeps it, and nobody waits.
         num_ready = int(gather_numbers([int(buffer is not None)], self.device).sum())
-        if buffer is None or num_ready < self._world:
+        if buffer is None or num_ready < self._num_ranks:
             self._refused.update(dict.fromkeys(names, reason or "another rank has no memory for it"))
             self.failures.update(self._refused)
             for name in names:
@@ -414,7 +419,7 @@ class Collector:
         riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         pooled, totals = reduce_moments(parts, riders.flatten())
         offered, num_ranks, num_double = totals.chunk(3)
-        dtypes = ["float64" if number == self._world else "float32" for number in num_double.tolist()]
+        dtypes = ["float64" if number == self._num_ranks else "float32" for number in num_double.tolist()]
         return pooled, self._as_if_all(offered, num_ranks), dtypes
 
     def reset(self) -> None:

@@ -7,7 +7,6 @@ from math import isnan
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
@@ -38,11 +37,13 @@ from lightning_spectral.measurement.arguments import (
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
 from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
 from lightning_spectral.measurement.row_store import RowStore
+from lightning_spectral.measurement.sharded_parameters import ShardedParameters
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.stretches import groups_of
-from lightning_spectral.metrics.collectives import OtherRankError
+from lightning_spectral.metrics.collectives import OtherRankError, largest, world_size
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
-from lightning_spectral.metrics.reduction import gather_numbers, world_size
+from lightning_spectral.metrics.layout import Layout, are_sharded, is_distributed
+from lightning_spectral.metrics.reduction import gather_numbers
 
 Check = Literal["refuse", "warn", "off"]
 
@@ -53,6 +54,11 @@ LOSS_TOLERANCE = 1e-3
 """Relative difference of a loss between training and the shadow: kernels may differ, compiled ones for example."""
 
 LOSS_TOLERANCE_IN_SHORT = 3e-2
+
+UNLIKE = 1e-2
+"""Relative difference between squared norms of rows that ranks with the same data may have by rounding."""
+
+VMAP = "use method='vmap'"
 
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -114,12 +120,30 @@ class GradientRequest(Request):
         from lightning_spectral.measurement.backward_gradients import BackwardGradients
         from lightning_spectral.measurement.pass_gradients import PassGradients
 
+        if are_sharded(scene.module):
+            if self.method not in ("auto", "hooks") or self.stage != "train":
+                raise ValueError(
+                    f"method must be 'hooks', with stage='train', where parameters are sharded, got method="
+                    f"{self.method!r} and stage={self.stage!r}: other ways run a copy of the module, of which there is "
+                    "none"
+                )
+            try:
+                return BackwardGradients(self, scene)
+            except ValueError as error:
+                raise ValueError(without_vmap(str(error))) from error
         return (BackwardGradients if self.reads_backward else PassGradients)(self, scene)
 
     @override
     def settings(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loss_fn"}
         return {"kind": self.kind, **values, "samples": path_of(self.samples)}
+
+
+def without_vmap(reason: str) -> str:
+    """A reason with a remedy that there is where parameters are sharded."""
+    for remedy in (VMAP + ", or choose other parameters", VMAP + ", or 'loop'", VMAP):
+        reason = reason.replace(remedy, "choose other parameters")
+    return reason
 
 
 def loss_tolerance(loss: BatchLoss) -> float:
@@ -169,8 +193,9 @@ class GradientMeasurement(Measurement):
         self._absent: dict[str, str] = {}
         self._weight_spectra: dict[str, Spectrum] | None = None
         self._is_finished = False
-        self._world = world_size()
-        self._rank = dist.get_rank() if self._world > 1 else 0
+        layout = Layout.of_world() if scene.layout is None else scene.layout
+        self._layout, self._world, self._rank = layout, layout.world, layout.rank
+        self._sharded = ShardedParameters(layout)
         share, rest = divmod(request.num_samples, self._world)
         self._store = RowStore(
             sizes={},
@@ -213,7 +238,9 @@ class GradientMeasurement(Measurement):
         held = named_parameters(self._module)
         self.weights = weights_of(self._module, {name: held[name] for name in self.names if name in held})
         self.renamed = renamed(self._module, self.parameters)
-        self._store.sizes.update({name: p.numel() for name, p in self.parameters.items() if not is_lazy(p)})
+        made = {name: p for name, p in self.parameters.items() if not is_lazy(p)}
+        self._sharded.take_up(self._module, made)
+        self._store.sizes.update({name: self._sharded.numel(name, p) for name, p in made.items()})
 
     @property
     def is_checking(self) -> bool:
@@ -227,6 +254,8 @@ class GradientMeasurement(Measurement):
         if self.stage != "train" or self._was_asked or not belongs or not self.is_checking:
             return
         self._was_asked = True
+        if self._is_sharded():
+            return
         if self.request.loss_fn is not None:
             self.checked["loss"] = "loss_fn has one of its own"
             return
@@ -237,6 +266,13 @@ class GradientMeasurement(Measurement):
                 self._expected = loss.of_training(batch), loss_tolerance(loss)
         except Exception as error:  # for the report to say, where it matters
             self.checked["loss"] = reason_of(error)
+
+    def _is_sharded(self) -> bool:
+        """Whether there can be no shadow; the self-check then says that it was not made."""
+        if self._layout.has_replicas or are_sharded(self._module):
+            self.checked |= dict.fromkeys(("loss", "span"), "a module whose parameters are sharded cannot be copied")
+            return True
+        return False
 
     @override
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
@@ -324,7 +360,7 @@ class GradientMeasurement(Measurement):
 
     @override
     def agree_on_rows(self) -> float:
-        return float(gather_numbers([self._offered], self._device).sum())
+        return float(gather_numbers([self._offered], self._device)[list(self._layout.holders)].sum())
 
     @override
     def read_weights(self, step: int) -> None:
@@ -384,12 +420,13 @@ class GradientMeasurement(Measurement):
         # The numbers that travel are integers.
         ratio = 0 if isnan(self.weights_ratio) else int(min(self.weights_ratio, 1e9) * 2**20)
         of_ranks = gather_numbers([self._store.count, self._offered, ratio, *good], self._device)
-        if self._world > 1:
+        if world_size() > 1:
             of_all = of_ranks[:, 2]
             self.weights_ratio = float(of_all.max()) / 2**20 if bool((of_all > 0).any()) else torch.nan
-        counts = [int(count) for count in of_ranks[:, 0]]
+        holders = list(self._layout.holders)
+        counts = [int(count) for count in of_ranks[holders, 0]]
         if self.steps_collected:
-            self.schedule.rows_per_step = float(of_ranks[:, 1].sum()) / self.steps_collected
+            self.schedule.rows_per_step = float(of_ranks[holders, 1].sum()) / self.steps_collected
         num_rows = sum(counts)
         missing = ParameterGradients.missing
         found = {}
@@ -402,6 +439,7 @@ class GradientMeasurement(Measurement):
         if num_rows == 0:
             found |= {name: missing(name, 0, "no sample was seen", False) for name in wanted}
         else:
+            self._check_replicas(of_ranks[:, 0])
             shares: dict[str, Tensor] = {}
             for name in wanted:
                 try:
@@ -410,6 +448,10 @@ class GradientMeasurement(Measurement):
                     if self.together.ends(error):
                         raise
                     found[name] = missing(name, num_rows, reason_of(error), not isinstance(error, OtherRankError))
+            for name in self.together.attempt(lambda: self._unlike(shares)):
+                del shares[name]
+                reason = "its rows differ between ranks that hold the same data: choose other parameters"
+                found[name] = missing(name, num_rows, reason, True)
             if shares:
                 try:
                     found |= self.together.attempt(lambda: self._solve(shares, counts, step))
@@ -427,14 +469,38 @@ class GradientMeasurement(Measurement):
         return self._gram(self._store.take(name), counts) if early is None else early
 
     def _gram(self, rows: Tensor, counts: list[int]) -> Tensor:
-        return gram_share(rows, counts, self._device)
+        if len(self._layout.peers) == 1:
+            return gram(rows.to(self._device))
+        return gram_share(rows, counts, self._device, group=self._layout.data_group)
+
+    def _check_replicas(self, of_ranks: Tensor) -> None:
+        """Of ranks that hold the same data each must have read as many samples: their columns are put together."""
+        layout = self._layout
+        if bool((of_ranks != of_ranks[list(layout.holders)][list(layout.data_ranks)]).any()):
+            raise ValueError("ranks that hold the same data have read unequally many samples")
+
+    def _unlike(self, shares: Mapping[str, Tensor]) -> list[str]:
+        """Parameters that ranks with the same data hold whole, each with other rows: a collective."""
+        names = [name for name in shares if name not in self._sharded]
+        if not self._layout.has_replicas or not names:
+            return []
+        squares = torch.stack([shares[name].diagonal() for name in names])
+        highest, lowest = largest(torch.stack([squares, -squares]), self._layout.replica_group)
+        is_alike = (highest + lowest).amax(1) <= UNLIKE * highest.amax(1)
+        flags = [int(not alike) for alike in (is_alike | ~highest.isfinite().all(1)).tolist()]
+        found = gather_numbers(flags, self._device).amax(0)
+        return [name for name, flag in zip(names, found.tolist(), strict=True) if flag]
 
     def _solve(self, shares: dict[str, Tensor], counts: list[int], step: int) -> dict[str, ParameterGradients]:
+        if not self._layout.counts:
+            # Columns that others have, too, are theirs to add.
+            shares = {name: share * (name in self._sharded) for name, share in shares.items()}
         grams = dict(zip(shares, sum_over_ranks(torch.stack(list(shares.values()))), strict=True))
         num_groups = self.request.num_groups
         of_ranks = (groups_of(count, num_groups, rank, self._world) for rank, count in enumerate(counts))
         groups = torch.tensor([group for of_rank in of_ranks for group in of_rank])
-        return decompose_grams(grams, self._store.sizes, groups.to(self._device), num_groups, self._store.dtype, step)
+        sizes = {name: self.parameters[name].numel() for name in shares}
+        return decompose_grams(grams, sizes, groups.to(self._device), num_groups, self._store.dtype, step)
 
     def _weights(self, step: int) -> dict[str, Spectrum]:
         """Singular values of the matrices among the parameters; those of one shape are solved together."""
@@ -476,6 +542,8 @@ class GradientMeasurement(Measurement):
 
     def _matrix(self, name: str) -> Tensor:
         weight = self.weights[name].compute().detach()
+        if is_distributed(weight):
+            raise ValueError("it is sharded over ranks, and weights=True needs it whole")
         if weight.is_complex() or weight.layout is not torch.strided:
             raise ValueError("it is no dense tensor of real numbers")
         return weight.flatten(1)

@@ -18,6 +18,7 @@ from lightning_spectral.measurement.passes import Pass, Place
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.metrics.collectives import Together
+from lightning_spectral.metrics.layout import Layout
 
 Stage = Literal["train", "validate"]
 
@@ -32,6 +33,8 @@ class Scene(NamedTuple):
     """Counts the time that measuring takes."""
     make_loss: Callable[[LossFunction | None], BatchLoss]
     """Makes the loss of a batch from the module as it is."""
+    layout: Layout | None = None
+    """Which ranks hold which data; None for each its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from lightning_spectral.metrics.reduction import world_size
-
 
 class Place(NamedTuple):
     """Where a batch lies in its pass, on this rank."""
@@ -63,12 +61,13 @@ class Pass(NamedTuple):
         return Place(start, max(0, min(self.batch_size, self.num_samples - start)), self.num_samples)
 
 
-def pass_of(loader: Any, num_batches: float) -> Pass | None:
+def pass_of(loader: Any, num_batches: float, world: int = 1) -> Pass | None:
     """The pass of so many batches over a loader; None if nobody knows where it ends.
 
     Args:
         loader: Whatever the Trainer was given.
         num_batches: As the Trainer has it, after its limits; infinity for a loader without a length.
+        world: Number of ranks with data of their own.
     """
     if isinf(num_batches) or num_batches < 1:
         return None
@@ -80,8 +79,8 @@ def pass_of(loader: Any, num_batches: float) -> Pass | None:
         sampler = loader.sampler
         num_samples = len(sampler)
         deals = isinstance(sampler, DistributedSampler)
-        of_all = len(sampler.dataset) if deals else num_samples * world_size()
+        of_all = len(sampler.dataset) if deals else num_samples * world
     except Exception:  # of whatever kind a sampler may be
         return Pass(num_batches)
     most = num_batches * size
-    return Pass(num_batches, min(num_samples, most), size, min(of_all, most * world_size()))
+    return Pass(num_batches, min(num_samples, most), size, min(of_all, most * world))

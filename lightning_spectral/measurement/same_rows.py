@@ -8,7 +8,7 @@ import torch
 from lightning_spectral.capture.batch import Samples, checksum
 from lightning_spectral.measurement.passes import Place
 from lightning_spectral.metrics.exchange import sum_over_ranks
-from lightning_spectral.metrics.reduction import world_size
+from lightning_spectral.metrics.layout import Layout
 
 NUM_SAMPLES = 16
 """Samples of a pass, on each rank, that are looked at."""
@@ -22,10 +22,12 @@ class SameRows:
 
     Args:
         samples: Where the samples of batches are.
+        layout: Which ranks hold which data; None for each its own.
     """
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, layout: Layout | None = None) -> None:
         self._samples = samples
+        self._layout = Layout.of_world() if layout is None else layout
         self.reset()
 
     def reset(self) -> None:
@@ -61,6 +63,7 @@ class SameRows:
 
     def agree(self, device: torch.device) -> str:
         """Of all ranks together; empty where it is not known. A collective."""
-        mine = torch.tensor([self._sum, self._number], dtype=torch.float64, device=device)
+        numbers = [self._sum, self._number] if self._layout.counts else [0.0, 0]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=device)
         total, number = sum_over_ranks(mine).tolist()
-        return "" if isnan(total) or not number else f"{int(total):x}-{self._total}x{world_size()}"
+        return "" if isnan(total) or not number else f"{int(total):x}-{self._total}x{self._layout.world}"

@@ -44,6 +44,54 @@ def all_to_all(
     dist.all_to_all_single(received, sent, output_split_sizes=received_sizes, input_split_sizes=sent_sizes, group=group)
 
 
+def largest(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest of each entry over the ranks of a group, in place."""
+    _meet()
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def all_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of a tensor over the ranks of a group, in memory of its own."""
+    total = _all_or_none(tensor.device, group, tensor.clone)
+    _meet()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def all_gather_axis(tensor: Tensor, axis: int, length: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The whole of a tensor, of so many entries along an axis, of which each rank of a group holds a chunk."""
+    world = dist.get_world_size(group)
+    chunk = -(-length // world)
+
+    def make() -> tuple[Tensor, Tensor]:
+        mine = tensor.movedim(axis, 0)
+        sent = mine.new_zeros(chunk, *mine.shape[1:])
+        sent[: len(mine)] = mine
+        return sent, mine.new_empty(world * chunk, *mine.shape[1:])
+
+    sent, received = _all_or_none(tensor.device, group, make)
+    _meet()
+    # The name it has from torch 2.13 on, where the other warns.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(received, sent, group=group)
+    return received[:length].movedim(0, axis)
+
+
+def _all_or_none(device: torch.device, group: dist.ProcessGroup | None, make: Callable[[], T]) -> T:
+    """Memory for a collective within a forward pass: where one rank of the group has none, no rank begins it."""
+    made: T | None = None
+    failure: Exception | None = None
+    try:
+        made = make()
+    except RuntimeError as error:  # out of memory
+        failure = error
+    flag = torch.full((1,), int(made is None), dtype=torch.int32, device=device)
+    if int(largest(flag, group)) or made is None:
+        raise failure or RuntimeError("another rank has no memory for it")
+    return made
+
+
 class Together:
     """Attempts that succeed on all ranks or on none, however many collectives they consist of.
 

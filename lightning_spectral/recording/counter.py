@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.capture.batch import Samples, num_tokens
 from lightning_spectral.capture.masks import Mask
 from lightning_spectral.metrics.exchange import sum_over_ranks
-from lightning_spectral.metrics.reduction import world_size
+from lightning_spectral.metrics.layout import Layout
 
 
 class BatchCounter:
@@ -18,7 +18,7 @@ class BatchCounter:
 
     ``per_sample`` says how tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`; on ``device``
     the process group can reduce float64. From the run before come its ``tokens``, and sum and number of the ``losses``
-    that were not taken. ``samples`` says where the samples of batches are.
+    that were not taken. ``samples`` says where the samples of batches are, ``layout`` which ranks hold which data.
     """
 
     def __init__(
@@ -28,7 +28,9 @@ class BatchCounter:
         tokens: float = 0.0,
         losses: Sequence[float] | None = None,
         samples: Samples | None = None,
+        layout: Layout | None = None,
     ) -> None:
+        self._layout = Layout.of_world() if layout is None else layout
         self.per_sample = per_sample
         # What the values under a key mean is decided once.
         self._counted = (
@@ -87,6 +89,8 @@ class BatchCounter:
         return self.num_batches != self._agreed_batches
 
     def _sum(self, *numbers: float) -> list[float]:
+        if not self._layout.counts:
+            numbers = (0.0,) * len(numbers)
         return sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
 
     @property
@@ -113,4 +117,4 @@ class BatchCounter:
     @property
     def estimate(self) -> float:
         """Tokens so far without a collective: as if all ranks had seen since what this one has."""
-        return self.tokens + float(self._new_tokens) * world_size()
+        return self.tokens + float(self._new_tokens) * self._layout.world

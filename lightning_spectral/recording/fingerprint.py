@@ -17,10 +17,11 @@ class Fingerprint:
 
     It depends neither on how samples are batched nor, where they are dealt out to ranks one by one as by Lightning's
     own sampler, on the number of ranks, nor on the precision that floating-point samples are converted to.
-    ``samples`` says where the samples of batches are.
+    ``samples`` says where the samples of batches are; of ranks with the same data, one ``counts``.
     """
 
-    def __init__(self, rank: int, world: int, samples: Samples | None = None) -> None:
+    def __init__(self, rank: int, world: int, samples: Samples | None = None, counts: bool = True) -> None:
+        self._counts = counts
         self._samples = samples or Samples()
         self._room = len(range(rank, NUM_SAMPLES, world))
         self._sums: dict[int, float] = {}
@@ -45,6 +46,8 @@ class Fingerprint:
 
         Those whose batches cannot be cut into samples are missing. The process group can reduce float64 on ``device``.
         """
-        sums = torch.tensor([self._sums.get(loader, 0.0) for loader in range(num_loaders)], dtype=torch.float64)
+        sums = torch.tensor(
+            [self._sums.get(loader, 0.0) * self._counts for loader in range(num_loaders)], dtype=torch.float64
+        )
         total = sum_over_ranks(sums.to(device)).tolist()
         return {str(loader): f"{int(found):x}" for loader, found in enumerate(total) if not isnan(found)}

@@ -16,6 +16,7 @@ from lightning_spectral.measurement.measurement import Measurement, Report
 from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
 from lightning_spectral.metrics.collectives import Together
+from lightning_spectral.metrics.layout import Layout
 from lightning_spectral.recording.about import Notes
 from lightning_spectral.recording.counter import BatchCounter
 from lightning_spectral.recording.fingerprint import Fingerprint
@@ -46,8 +47,8 @@ class Start(NamedTuple):
     """The record's own folder; None on ranks, and in runs, that write none."""
     settings: Sequence[tuple[Measurement, Mapping[str, Any]]]
     """How each member measures, in the order in which they joined: of one measurement the first to speak counts."""
-    rank: int
-    world: int
+    layout: Layout
+    """Which ranks hold which data."""
     device: torch.device
     """Where the process group can reduce."""
     batches_per_step: int
@@ -160,8 +161,8 @@ class RunRecorder:
         self._monitored = start.monitored
         tokens, losses = before.get("tokens", 0.0), before.get("losses")
         samples = next((m.samples for m, _ in start.settings if m.samples.is_said), Samples())
-        self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses, samples)
-        self._fingerprint = Fingerprint(start.rank, start.world, samples)
+        self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses, samples, start.layout)
+        self._fingerprint = Fingerprint(start.layout.rank, start.layout.world, samples, start.layout.counts)
         self._is_training, self._is_validating = True, False
         self._name_series(start, {})
         self._state = {"id": before.get("id", uuid.uuid4().hex), "folder": before.get("folder")}
