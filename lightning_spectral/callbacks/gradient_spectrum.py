@@ -280,8 +280,10 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         """Look at what is measured now; keys that have been there stay."""
         assert self.measurement is not None
         parameters, weights = self.measurement.parameters, self.measurement.weights
-        trained = trainable_parameters(pl_module).values()
-        self._is_whole_model = {id(p) for p in trained} == {id(p) for p in parameters.values()}
+        trained = trainable_parameters(pl_module)
+        # By name, too: fully_shard puts another tensor in a parameter's place while its layer runs.
+        is_whole = trained.keys() == parameters.keys()
+        self._is_whole_model = is_whole or {id(p) for p in trained.values()} == {id(p) for p in parameters.values()}
         self._has_whole_key |= self._is_whole_model
         new = [name for name, weight in weights.items() if weight.ndim >= 2 and name not in self._weights]
         self._weights = [*self._weights, *new]

@@ -104,8 +104,10 @@ def batches(data_rank: int, num_data: int) -> list[Tensor]:
     return list(samples.chunk(num_data, 1)[data_rank])
 
 
-def fit(folder: Path, layout: str, data: int = 1, shared: int = 1, **gradients: Any) -> dict[str, Any]:
-    """What the callbacks of one run leave, on this rank."""
+def fit(
+    folder: Path, layout: str, data: int = 1, shared: int = 1, watch: bool = True, **gradients: Any
+) -> dict[str, Any]:
+    """What one run and its callbacks leave, on this rank."""
     strategy = "auto" if layout == "one" else ModelParallelStrategy(data, shared, process_group_backend="gloo")
     sums = {"every_n_steps": STEPS, "num_groups": 2, "head": (1, 4), "tail": (2, 6)}
     activations = ActivationSpectrum(LAYERS, num_tokens=10_000, dtype="float64", normalize=False, **sums)
@@ -115,7 +117,8 @@ def fit(folder: Path, layout: str, data: int = 1, shared: int = 1, **gradients: 
         LAYERS, stage="validate", num_tokens=NUM_HELD_OUT, dtype="float64", prefix="held out/", **sums
     )
     reports: dict[str, Any] = {}
-    for callback in (activations, held_out, spectrum):
+    callbacks = [activations, held_out, spectrum]
+    for callback in callbacks:
 
         def keep(report: Any, measured: Any = callback.measured, prefix: str = callback.prefix) -> dict[str, float]:
             reports.update({prefix + kind: spectra for kind, spectra in report.spectra.items()})
@@ -128,28 +131,37 @@ def fit(folder: Path, layout: str, data: int = 1, shared: int = 1, **gradients: 
         devices=data * shared,
         max_steps=STEPS,
         logger=CSVLogger(folder, layout, 0),
-        callbacks=[activations, held_out, spectrum, RunRecord(family="F")],
+        callbacks=[*callbacks, RunRecord(family="F")] if watch else [],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    rank = trainer.global_rank // shared
+    rank, model = trainer.global_rank // shared, Model(layout)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         loader = DataLoader(batches(rank, data), batch_size=None)
-        trainer.fit(Model(layout), loader, loader)
+        trainer.fit(model, loader, loader)
     return {
         "spectra": {
             kind: {name: (one.values.numpy(), one.failure, one.count) for name, one in reports[kind].items()}
-            for kind in ("activation", "held out/activation", "gradient")
+            for kind in reports
+            if kind != "weight"
         },
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if "seconds" not in key},
+        "weights": [p.detach().clone() for p in map(_local, model.parameters())],
         "said": [str(one.message) for one in said],
     }
 
 
 def runs(rank: int, folder: Path, wanted: list[tuple[str, int, int]]) -> dict[str, Any]:
     """Several runs, one after the other; for :func:`tests.distributed.run_distributed`."""
-    return {layout: fit(folder, layout, data, shared) for layout, data, shared in wanted}
+    found = {layout: fit(folder, layout, data, shared) for layout, data, shared in wanted}
+    layout, *sizes = wanted[1]
+    found["bare"] = fit(folder / "bare", layout, *sizes, watch=False)
+    return found
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

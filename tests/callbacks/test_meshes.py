@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from lightning_spectral import Run
+from lightning_spectral import GradientSpectrum, Run
+from lightning_spectral.measurement import Scene
 from tests.callbacks.mesh_run import BATCH, LENGTH, NUM_HELD_OUT, STEPS, fit, runs
 from tests.distributed import run_distributed
 
@@ -34,6 +37,7 @@ def ranks(folder: Path) -> dict[str, list[dict]]:
     for world, wanted in ((2, TWO), (4, FOUR)):
         of_ranks = run_distributed(runs, world, folder, wanted)
         found |= {layout: [of_rank[layout] for of_rank in of_ranks] for layout, *_ in wanted}
+        found[f"bare {wanted[1][0]}"] = [of_rank["bare"] for of_rank in of_ranks]
     return found
 
 
@@ -115,3 +119,24 @@ def test_records_count_each_token_once(folder: Path, ranks: dict, layout: str) -
     assert tokens == [NUM_ROWS, NUM_ROWS]
     prints = [Run(folder / of / "version_0").about["validation_data"] for of in (layout, "one")]
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("layout", [TWO[1][0], FOUR[1][0]])
+def test_training_is_bit_identical_without_callbacks(ranks: dict, layout: str) -> None:
+    for found, bare in zip(ranks[layout], ranks[f"bare {layout}"], strict=True):
+        assert all(map(torch.equal, found["weights"], bare["weights"]))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "vmap"}, {"method": "loop"}, {"method": "auto", "stage": "validate"}], ids=str
+)
+def test_what_would_run_a_copy_is_refused_by_name(settings: dict) -> None:
+    request = GradientSpectrum("weight", **settings).request
+    module = nn.Linear(2, 2)
+    module.weight.placements = module.weight.device_mesh = ()  # as a DTensor has
+    scene = Scene(module, torch.device("cpu"), None, None)  # type: ignore[arg-type]
+    expected = (
+        f"method must be 'hooks', with stage='train', where parameters are sharded, got method={request.method!r}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        request.measure(scene)
