@@ -61,7 +61,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     title has the span); loss scaling, accumulation and the mean over the batch are undone. Where samples weigh
     differently in the batch's mean, its rows differ from those of the other methods: under a mean over tokens, the row
     of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one forward
-    and backward pass for all.
+    and backward pass for all. Where parameters are sharded over ranks, by ``fully_shard`` or tensor parallelism, it is
+    the only method there is, and what ``"auto"`` takes, with one warning.
 
     **Self-check.** At the first report and every tenth after two things are looked at. The shadow's loss on a whole
     batch must equal what ``training_step`` returned for it (not by a ``loss_fn``, under manual optimisation or in
@@ -143,8 +144,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, keys that two
             callbacks would write, bands beyond the number of singular values, a module without a loss for one sample,
-            parameters that ``"hooks"`` cannot read and strategies that shard parameters; in the first batch if it
-            cannot be told where its samples are.
+            parameters that ``"hooks"`` cannot read, strategies that flatten parameters, and other methods and stages
+            than ``"hooks"`` in training where parameters are sharded; in the first batch if it cannot be told where its
+            samples are.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,

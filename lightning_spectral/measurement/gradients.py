@@ -407,6 +407,7 @@ class GradientMeasurement(Measurement):
         self._span, self._failures = [], {}
         self._offered = 0
         self._weight_spectra, self._is_finished = None, False
+        self._sharded.forget()
         self._store.clear()
 
     def fail(self, error: BaseException) -> None:
@@ -469,7 +470,7 @@ class GradientMeasurement(Measurement):
         return self._gram(self._store.take(name), counts) if early is None else early
 
     def _gram(self, rows: Tensor, counts: list[int]) -> Tensor:
-        if len(self._layout.peers) == 1:
+        if self._layout.has_replicas and len(self._layout.peers) == 1:
             return gram(rows.to(self._device))
         return gram_share(rows, counts, self._device, group=self._layout.data_group)
 

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_spectral.capture.contraction import owners
+from lightning_spectral.measurement.whole_outputs import UNLIKE_INPUTS
 from lightning_spectral.metrics.layout import Layout, Shard, is_distributed
+
+UNLIKE_GRADIENTS = UNLIKE_INPUTS.replace("its input", "the gradient of its output")
 
 
 class ShardedParameters:
@@ -23,6 +26,11 @@ class ShardedParameters:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._shards: dict[str, Shard] = {}
+        self._are_alike: dict[str, bool] = {}
+
+    def forget(self) -> None:
+        """Compare replicas again."""
+        self._are_alike.clear()
 
     def take_up(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
         """Look at parameters; returns why some cannot be read, by name."""
@@ -74,6 +82,10 @@ class ShardedParameters:
             grad = layout.gathered(grad, 1, x.shape[1])
         if shard is None:
             return x, grad
+        if name not in self._are_alike:
+            self._are_alike[name] = layout.alike(x if of_output else grad)
+        if not self._are_alike[name]:
+            raise ValueError(UNLIKE_INPUTS if of_output else UNLIKE_GRADIENTS)
         if of_output and grad.shape[-1] == shard.length:
             grad = grad.narrow(-1, shard.start, shard.size)
         width = (grad if of_output else x).shape[-1]

@@ -12,6 +12,11 @@ UNLIKE = (
     "return a DTensor (use_local_output=False), or watch another layer"
 )
 
+UNLIKE_INPUTS = (
+    "its input differs between the ranks that hold the same data: give them the same batches, and begin with the same "
+    "weights"
+)
+
 
 class WholeOutputs:
     """What one process would see of each output, under tensor and sequence parallelism.
@@ -19,7 +24,7 @@ class WholeOutputs:
     A DTensor says what it is. Of a plain tensor there is this to go by, in this order:
 
     - The layer's own weight is sharded over output features, and the output is as wide as the rank's part: a shard of
-      features.
+      features, if replicas were given the same.
     - All replicas hold the same, in the first output of each report: it is whole.
     - The layer's own weight is sharded, and the output is shorter than the input in one axis: a shard of that.
     - The lengths of the second axis, over replicas, add up to one that tensors of the batch have there: a shard of the
@@ -62,10 +67,10 @@ class WholeOutputs:
         weight = getattr(layer, "weight", None)
         shard = layout.shard_of(weight)
         if shard is not None and _is_of_features(layer, shard) and output.shape[-1] == shard.size != shard.length:
+            if inputs and isinstance(inputs[0], Tensor) and not self._is_alike(f"input of {name}", inputs[0]):
+                raise ValueError(UNLIKE_INPUTS)
             return layout.gathered(output, -1, shard.length)
-        if name not in self._are_alike:
-            self._are_alike[name] = layout.alike(output)
-        if self._are_alike[name]:
+        if self._is_alike(name, output):
             return output
         total = layout.total(output.shape[1], output.device)
         if is_distributed(weight) and inputs and isinstance(inputs[0], Tensor):
@@ -75,6 +80,13 @@ class WholeOutputs:
         if output.ndim == 3 and total in lengths:
             return layout.gathered(output, 1, total)
         raise ValueError(UNLIKE)
+
+    def _is_alike(self, what: str, tensor: Tensor) -> bool:
+        """Whether replicas hold the same, as the first time in a report has shown."""
+        if what not in self._are_alike:
+            local = tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+            self._are_alike[what] = self._layout.alike(local)
+        return self._are_alike[what]
 
 
 def _is_of_features(layer: nn.Module, shard: Shard) -> bool:

@@ -250,7 +250,11 @@ class BlockData(pl.LightningDataModule):
             self._resume_at = dict(state_dict)
 
     def _replicas_and_rank(self) -> tuple[int, int]:
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        if self.trainer is None:
+            return 1, 0
+        # Ranks of a tensor-parallel dimension have the same data.
+        told = getattr(getattr(self.trainer, "strategy", None), "distributed_sampler_kwargs", None) or {}
+        return told.get("num_replicas", self.trainer.world_size), told.get("rank", self.trainer.global_rank)
 
     def _sampler(self, blocks: Blocks, shuffle: bool) -> Any:
         return BlockSampler(len(blocks), self.batch_size, *self._replicas_and_rank(), shuffle, self.seed)

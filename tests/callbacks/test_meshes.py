@@ -14,6 +14,7 @@ from tests.callbacks.mesh_run import BATCH, LENGTH, NUM_HELD_OUT, STEPS, fit, ru
 from tests.distributed import run_distributed
 
 TWO = [("shared", 1, 2), ("sequence", 1, 2), ("sequence dtensor", 1, 2), ("fsdp", 2, 1)]
+UNLIKE = ("unlike", 1, 2)
 FOUR = [("fsdp shared", 2, 2), ("hsdp", 4, 1)]
 EXACT = ("embed", "blocks.0", "blocks.1", "blocks.0.inner.0", "blocks.0.down", "blocks.1.norm", "head")
 READ = [f"blocks.{i}.{one}" for i in (0, 1) for one in ("inner.0.weight", "inner.0.bias", "down.weight", "down.bias")]
@@ -34,7 +35,7 @@ def one(folder: Path) -> dict:
 def ranks(folder: Path) -> dict[str, list[dict]]:
     """What each rank found, by layout."""
     found = {}
-    for world, wanted in ((2, TWO), (4, FOUR)):
+    for world, wanted in ((2, [*TWO, UNLIKE]), (4, FOUR)):
         of_ranks = run_distributed(runs, world, folder, wanted)
         found |= {layout: [of_rank[layout] for of_rank in of_ranks] for layout, *_ in wanted}
         found[f"bare {wanted[1][0]}"] = [of_rank["bare"] for of_rank in of_ranks]
@@ -119,6 +120,19 @@ def test_records_count_each_token_once(folder: Path, ranks: dict, layout: str) -
     assert tokens == [NUM_ROWS, NUM_ROWS]
     prints = [Run(folder / of / "version_0").about["validation_data"] for of in (layout, "one")]
     assert prints[0] == prints[1]
+
+
+def test_ranks_with_the_same_data_that_went_ways_of_their_own_are_refused(ranks: dict) -> None:
+    for found in ranks["unlike"]:
+        of_layers, of_parameters = found["spectra"]["activation"], found["spectra"]["gradient"]
+        assert of_layers["blocks.0"][1].startswith("its output differs between the ranks that hold the same data")
+        assert of_layers["blocks.0.inner.0"][1].startswith(
+            "its input differs between the ranks that hold the same data"
+        )
+        # What is put together from both, and its gradient, is the same for both; what they were given is not.
+        for name in ("blocks.0.inner.0.weight", "blocks.1.inner.0.bias"):
+            assert of_parameters[name][1].startswith("its input differs between the ranks that hold the same data")
+        assert of_parameters["embed.weight"][1].startswith("its rows differ between ranks that hold the same data")
 
 
 @pytest.mark.parametrize("layout", [TWO[1][0], FOUR[1][0]])
