@@ -3,9 +3,9 @@
     python -m benchmarks.findings.file_order
 
 A small GPT reads held-out text in the order of its files. Reports of 64 sequences are made of it in several ways, by
-the callbacks' own parts: in windows that are read whole, and spread over a pass of all the text, which begins elsewhere
-each time. Then the processes of the control study, whose sequences are independent. Two minutes on one core; the table
-goes to ``benchmarks/results/findings``.
+the callbacks' own parts: in windows that are read whole, and spread over a pass of all the text, of which either the
+files come in another order each time, or the pass begins elsewhere. Then the processes of the control study, whose
+sequences are independent. Two minutes on one core; the table goes to ``benchmarks/results/findings``.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.nanogpt import NanoGPT, TextData
+from lightning_spectral.nanogpt.data import _files
 
 SIZE, BATCH_SIZE, RANK = 64, 16, 10
 """Sequences of a report and of a batch; leading vectors that drift is of."""
@@ -116,6 +117,16 @@ def _share(held: Tensor) -> float:
     return float(held.double().mean())
 
 
+def documents(sequences: Tensor) -> list[Tensor]:
+    """The held-out sequences, by the file in which they begin."""
+    sizes = torch.tensor([file.stat().st_size for file in _files(None)])
+    data = TextData(block_size=LENGTH)
+    num_train = int(sizes.sum()) - round(int(sizes.sum()) * data.val_fraction)
+    first = num_train + LENGTH * torch.arange(len(sequences))
+    _, counts = torch.searchsorted(sizes.cumsum(0), first, right=True).unique_consecutive(return_counts=True)
+    return list(sequences.split(counts.tolist()))
+
+
 def ways(text: Tensor, num_reports: int) -> dict[str, list[Spectrum]]:
     """Reports of held-out text, by the way in which they are made."""
     shuffled = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
@@ -126,7 +137,13 @@ def ways(text: Tensor, num_reports: int) -> dict[str, list[Spectrum]]:
     def passes(of: Tensor) -> list[Spectrum]:
         return [report(of.roll(-round(number * step), 0)) for number in range(num_reports)]
 
+    files, generator = documents(text), torch.Generator().manual_seed(0)
+
+    def in_other_order() -> Tensor:
+        return torch.cat([files[index] for index in torch.randperm(len(files), generator=generator)])
+
     return {
+        "spread over all, files in another order each time": [report(in_other_order()) for _ in range(num_reports)],
         "spread over all, file order": passes(text),
         "spread over all, shuffled": passes(shuffled),
         "windows read whole, shuffled": [report(one) for one in shuffled[: num_reports * SIZE].split(SIZE)],
@@ -157,7 +174,8 @@ def main() -> None:
         f"{arguments.reports} reports of {SIZE} sequences of {LENGTH} tokens each, width 64, {NUM_GROUPS} groups. Bars "
         "of 80% should cover the reports' mean in 80% of them; floors are upper limits, beyond which 5% of pairs of "
         "reports on one model should lie at the most. A window that is read whole knows nothing of the documents "
-        "beyond it, which other windows hold."
+        "beyond it, which other windows hold. Passes that begin elsewhere in one order of files read neighbours of "
+        "each other's sequences: 60 of them are far fewer independent reports."
     )
     show_and_write(
         [(f"Rows in file order, {date}", text), ("Coverage and alarms", table)], "", arguments.folder / "file_order.md"
