@@ -125,7 +125,9 @@ def _file(rng: random.Random, spectra: Path, pattern: str = "*") -> Path:
 
 def _bytes(rng: random.Random, spectra: Path) -> str:
     file = _file(rng, spectra)
-    data = bytearray(file.read_bytes() if file.is_file() else b"")
+    if not file.is_file():
+        return "nothing"
+    data = bytearray(file.read_bytes())
     for _ in range(rng.choice((1, 3, 30))):
         if data:
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -135,7 +137,9 @@ def _bytes(rng: random.Random, spectra: Path) -> str:
 
 def _cut(rng: random.Random, spectra: Path) -> str:
     file = _file(rng, spectra)
-    data = file.read_bytes() if file.is_file() else b""
+    if not file.is_file():
+        return "nothing"
+    data = file.read_bytes()
     at = rng.randrange(len(data) + 1)
     file.write_bytes(
         rng.choice((data[:at], data[at:], data + data, data[:at] + os.urandom(0) + b"\0" * 50 + data[at:]))
@@ -145,9 +149,11 @@ def _cut(rng: random.Random, spectra: Path) -> str:
 
 def _json(rng: random.Random, spectra: Path) -> str:
     file = spectra / "run.json"
+    if not file.is_file():  # spoilt already: a pipe, or a device that never ends
+        return "nothing"
     try:
         about = json.loads(file.read_text())
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return "nothing"
     places: list[tuple[Any, Any]] = []
 
@@ -173,6 +179,8 @@ def _json(rng: random.Random, spectra: Path) -> str:
 
 def _history(rng: random.Random, spectra: Path) -> str:
     file = spectra / "history.csv"
+    if not file.is_file():
+        return "nothing"
     try:
         lines = file.read_text().split("\n")
     except (ValueError, OSError):
@@ -191,6 +199,8 @@ def _history(rng: random.Random, spectra: Path) -> str:
 
 def _arrays(rng: random.Random, spectra: Path) -> str:
     file = _file(rng, spectra, "*.npz")
+    if not file.is_file():
+        return "nothing"
     try:
         with np.load(file) as found:
             arrays = dict(found.items())

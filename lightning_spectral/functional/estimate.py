@@ -296,6 +296,8 @@ class Spectrum:
 
         found = tensor(values)
         assert found is not None
+        if found.ndim != 1:
+            raise ValueError(f"{values} must be a vector, got shape {tuple(found.shape)}")
         without = tensor("leave_one_out")
         return cls(
             found,

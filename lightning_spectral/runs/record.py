@@ -222,8 +222,8 @@ class Record:
         before = read_about(known)
         kept = {key: before[key] for key in _LASTING if key in before}
         about = {**about, **kept, "series": before["series"] | about.get("series", {})}
-        about["resumed"] = [*before.get("resumed", []), step]
-        about["machines"] = list(dict.fromkeys([*before.get("machines", []), *about.get("machines", [])]))
+        about["resumed"] = [*(before.get("resumed") or []), step]
+        about["machines"] = list(dict.fromkeys([*(before.get("machines") or []), *(about.get("machines") or [])]))
         if known != folder:
             return cls._install(folder, about, _Held.at(known, step))
         for leftover in folder.glob(".*.tmp"):

@@ -94,17 +94,17 @@ class Run:
     @property
     def id(self) -> str:
         """What tells it from other runs; a run that was resumed into another directory has one in both."""
-        return str(self.about.get("id", self.folder.resolve()))
+        return str(self.about.get("id") or self.folder.resolve())
 
     @property
     def family(self) -> str:
         """Name that runs of one model and configuration share."""
-        return str(self.about.get("family", ""))
+        return str(self.about.get("family") or "")
 
     @property
     def tags(self) -> dict[str, Any]:
         """What the user said of the run."""
-        return dict(self.about.get("tags", {}))
+        return dict(self.about.get("tags") or {})
 
     @cached_property
     def history(self) -> History:

@@ -62,8 +62,9 @@ def refused(words: list[str], capsys: pytest.CaptureFixture) -> str:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
-    "eigenvalues a number": (of("eigenvalues", lambda a: np.asarray(1.0)), "must hold at least one value"),
-    "eigenvalues a square": (of("eigenvalues", lambda a: a.reshape(4, 8)), "values must descend|shapes"),
+    "eigenvalues a number": (of("eigenvalues", lambda a: np.asarray(1.0)), "eigenvalues must be a vector, got shape"),
+    "eigenvalues a square": (of("eigenvalues", lambda a: a.reshape(4, 8)), "eigenvalues must be a vector"),
+    "eigenvalues a row": (of("eigenvalues", lambda a: a[None]), "eigenvalues must be a vector"),
     "eigenvalues complex": (of("eigenvalues", lambda a: a * 1j), "holds complex128, and neither numbers nor text"),
     "eigenvalues text": (of("eigenvalues", lambda a: a.astype(str)), "eigenvalues must hold real numbers"),
     "one negative": (of("eigenvalues", lambda a: np.where(np.arange(32) == 3, -a, a)), "must not be negative"),
@@ -198,3 +199,10 @@ def test_a_text_beyond_the_limit_is_refused(run: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(safe_files, "MAX_TEXT", 100)
     with pytest.raises(ValueError, match="it has more than 100 bytes"):
         Run(run)
+
+
+def test_facts_that_are_null_are_missing(run: Path) -> None:
+    about(run, tags=None, family=None, id=None)
+    found = Run(run)
+    assert (found.tags, found.family) == ({}, "")
+    assert found.id == str(found.folder.resolve())
