@@ -9,23 +9,20 @@ sequences are independent. Two minutes on one core; the table goes to ``benchmar
 """
 
 import argparse
-import io
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from scipy.special import stdtrit
 from torch import Tensor
 
 from benchmarks.findings.control import HEAD, LEVEL, NUM_GROUPS, TAIL
-from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows
+from benchmarks.findings.processes import LENGTH, PROCESSES, eigenvalues, rows, trained_outputs
 from benchmarks.findings.runs import RESULTS
 from benchmarks.findings.tables import show_and_write
 from benchmarks.harness import environment
-from lightning_spectral.capture.activations import ActivationReader
 from lightning_spectral.functional import (
     Spectrum,
     angle_floor,
@@ -51,27 +48,7 @@ def held_out(num_steps: int) -> Tensor:
     seed_everything(0, verbose=False)
     data = TextData(block_size=LENGTH, batch_size=BATCH_SIZE)
     module = NanoGPT(num_layers=2, num_heads=2, width=64, block_size=LENGTH, warmup_steps=20, learning_rate=3e-3)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=num_steps,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    with redirect_stdout(io.StringIO()):
-        trainer.fit(module, data)
-    found: list[Tensor] = []
-    reader = ActivationReader(lambda _, output: found.append(output))
-    reader.add("last", module.gpt.blocks[1])
-    reader.is_open = True
-    module.eval()
-    with torch.no_grad():
-        for batch in data.val_dataloader():
-            module(batch["input_ids"])
-    reader.remove()
-    return torch.cat(found)
+    return trained_outputs(module, data, num_steps)["gpt.blocks.1"]
 
 
 def report(sequences: Tensor, normalize: bool = True) -> Spectrum:

@@ -73,12 +73,18 @@ def held_out_activations(seed: int = 1, num_steps: int = 600) -> dict[str, Tenso
     """
     seed_everything(seed, verbose=False)
     module = NanoGPT(recipe="rope", num_layers=4, width=128, num_heads=4, block_size=LENGTH)
-    data = TextData(block_size=LENGTH, batch_size=16, seed=seed)
+    return trained_outputs(module, TextData(block_size=LENGTH, batch_size=16, seed=seed), num_steps, 1.0)
+
+
+def trained_outputs(
+    module: NanoGPT, data: TextData, num_steps: int, gradient_clip_val: float | None = None
+) -> dict[str, Tensor]:
+    """Train a model and let its held-out text pass through it: outputs of all blocks, likewise, in the text's order."""
     trainer = Trainer(
         accelerator="cpu",
         max_steps=num_steps,
         limit_val_batches=0,
-        gradient_clip_val=1.0,
+        gradient_clip_val=gradient_clip_val,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

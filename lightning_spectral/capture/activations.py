@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.capture.one_line import reason_of
+
 _readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakValueDictionary()
 _next_reader = itertools.count()
 
@@ -78,7 +80,7 @@ class ActivationReader:
             with torch.no_grad():
                 self._consume(name, states.detach())
         except Exception as error:  # the user's forward pass is under way
-            self._fail(name, str(error).strip().partition("\n")[0] or type(error).__name__)
+            self._fail(name, reason_of(error))
         finally:
             self.inputs = ()
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.capture.activations import no_hook, outside_dynamo
 from lightning_spectral.capture.contraction import LayerRows, contracts, owners
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.reparametrised import made_tensors
 
 NO_GRADIENT = "no gradient reached its layers, or they ran compiled: use method='vmap'"
@@ -113,7 +114,7 @@ class BackwardReader:
                 try:
                     rows.check(name, gradient)
                 except Exception as error:  # of whatever kind a gradient may be
-                    rows.failures.setdefault(name, _reason(error))
+                    rows.failures.setdefault(name, reason_of(error))
                 if name not in rows.failures:
                     # One that fails is looked at again: its rows must not pass as good the next time.
                     self._unchecked.discard(name)
@@ -167,7 +168,7 @@ class BackwardReader:
 
     def _fail(self, name: str, error: Exception) -> None:
         if self.rows is not None:
-            self.rows.failures.setdefault(name, _reason(error))
+            self.rows.failures.setdefault(name, reason_of(error))
 
     def _complete(self, name: str, on_complete: Callable[[str], None]) -> None:
         rows = self.rows
@@ -178,7 +179,7 @@ class BackwardReader:
             with self._timer():
                 on_complete(name)
         except Exception as error:  # never raised: a backward pass is under way
-            rows.failures[name] = _reason(error)
+            rows.failures[name] = reason_of(error)
 
     def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Ask for the gradient of what a layer returned; ``attribute`` is the parameter's name in the layer."""
@@ -251,10 +252,6 @@ def why_unreadable(root: nn.Module, name: str, parameter: nn.Parameter) -> str |
         f"method='hooks' reads linear layers and embeddings, got parameter {name!r} of {kinds}: "
         "use method='vmap', or choose other parameters"
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _ForwardHook:

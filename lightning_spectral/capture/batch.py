@@ -28,8 +28,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.masks import Mask
+from lightning_spectral.capture.one_line import shown
 
 SampleCutter = Callable[[Any], Sequence[Any]]
 """``samples(batch) -> batches of one``, each as ``training_step`` takes it."""

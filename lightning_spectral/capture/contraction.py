@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.precision import ieee_products
 from lightning_spectral.capture.reparametrised import sources_of, used_as
 
@@ -137,7 +138,7 @@ class LayerRows:
                 contract(module, attribute, x[: len(out)], grad[: len(out)], out, name in self.seen, self.scale)
             self.seen.add(name)
         except Exception as error:
-            self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
+            self.failures[name] = reason_of(error)
 
     def check(self, name: str, gradient: Tensor) -> None:
         """Compare the rows, of all samples, with the gradient of the whole batch, of which they must be the parts.

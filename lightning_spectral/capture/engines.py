@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
 from lightning_spectral.capture.batch import cut, num_samples, take
 from lightning_spectral.capture.contraction import LayerRows, owners
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.capture.stand_ins import MetricTermError
 
@@ -238,7 +239,7 @@ class ByVmapOrLoop:
             except Exception as error:
                 if is_out_of_memory(error) or isinstance(error, MetricTermError):
                     raise
-                cause = str(error).strip().partition("\n")[0] or type(error).__name__
+                cause = reason_of(error)
         by_loop(loss, names, batch, out)
         self.cause = self.cause or cause
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.batch import SampleCutter, Samples, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
+from lightning_spectral.capture.one_line import reason_of, shown
 from lightning_spectral.capture.parameters import resolve_parameters
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction, load_loss
 from lightning_spectral.capture.stand_ins import MetricTermError
@@ -61,8 +61,7 @@ def fill_rows(
             if not is_out_of_memory(error):
                 raise
             if chunk == 1:
-                reason = str(error).partition("\n")[0]
-                raise MemoryError(f"the gradient of one sample does not fit into memory: {reason}") from error
+                raise MemoryError(f"the gradient of one sample does not fit into memory: {reason_of(error)}") from error
             chunk = -(-chunk // 2)
             torch.cuda.empty_cache()
         else:

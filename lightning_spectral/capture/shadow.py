@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_spectral.capture.arguments import shown
 from lightning_spectral.capture.batch import batch_of, copied, tensors
 from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.large import LOCKED
 from lightning_spectral.capture.module_copy import copy_of
+from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.original import Original
 from lightning_spectral.capture.parameters import named_parameters
 from lightning_spectral.capture.stand_ins import Bystander, MetricTermError, SilentMetric, is_metric

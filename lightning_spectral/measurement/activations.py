@@ -19,6 +19,7 @@ from lightning_spectral.capture.channels import (
 )
 from lightning_spectral.capture.masks import Mask, Meaning, fit_rows
 from lightning_spectral.capture.nested import parts_of, rows_of_parts
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.arguments import check_flag, describe
 from lightning_spectral.functional.estimate import Spectrum
@@ -26,7 +27,7 @@ from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement.arguments import check_axis, check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
-from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene, reason_of
+from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
 from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.whole_outputs import WholeOutputs

@@ -10,9 +10,10 @@ from typing_extensions import override
 from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, check_contracts, why_unreadable
 from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.self_check import MOST_LOOPED
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest, without_vmap
-from lightning_spectral.measurement.measurement import Scene, reason_of
+from lightning_spectral.measurement.measurement import Scene
 from lightning_spectral.metrics.layout import are_sharded
 
 OWN_PASSES = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.precision import ieee_products
 from lightning_spectral.functional.moments import Moments, add_products, from_shifted_sums, mirror_
 from lightning_spectral.measurement.passes import Place
@@ -170,7 +171,7 @@ class Collector:
             with torch.autocast(output.device.type, enabled=False), ieee_products():
                 self._add(name, progress, output, lengths)
         except Exception as error:
-            self.failures[name] = str(error).partition("\n")[0] or type(error).__name__
+            self.failures[name] = reason_of(error)
 
     def _sums_of(self, name: str, output: Tensor, lengths: list[int] | None) -> _Sums:
         if output.ndim < 2 or output.shape[-1] == 0:
@@ -361,7 +362,7 @@ class Collector:
             buffer = _Sums.empty(len(names), self.num_groups, num_features=width, device=self.device)
             reason = None
         except RuntimeError as error:  # out of memory
-            buffer, reason = None, str(error).partition("\n")[0]
+            buffer, reason = None, reason_of(error)
         # A rank without the buffer could not join its reduction: then no rank keeps it, and nobody waits.
         num_ready = int(gather_numbers([int(buffer is not None)], self.device).sum())
         if buffer is None or num_ready < self._num_ranks:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_spectral.capture.batch import path_of
 from lightning_spectral.capture.engines import Method
 from lightning_spectral.capture.kept import Kept
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.parameters import (
     Weight,
     named_parameters,
@@ -35,7 +36,7 @@ from lightning_spectral.measurement.arguments import (
     check_positive,
 )
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
-from lightning_spectral.measurement.measurement import Measurement, Request, Scene, reason_of
+from lightning_spectral.measurement.measurement import Measurement, Request, Scene
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.sharded_parameters import ShardedParameters
 from lightning_spectral.measurement.stopwatch import settle
@@ -521,7 +522,7 @@ class GradientMeasurement(Measurement):
                 values = singular_values(torch.stack(small)).cpu()
             except RuntimeError as error:  # out of memory, most likely
                 values = torch.full((len(names), min(height, width)), torch.nan, dtype=torch.float64)
-                failure = str(error).partition("\n")[0]
+                failure = reason_of(error)
             for name, row in zip(names, values, strict=True):
                 facts: dict[str, Any] = {"failure": failure, "failed_here": failure is not None, "dtype": "float64"}
                 spectra[name] = Spectrum(row, corrects_bias=False, name=name, step=step, **facts)

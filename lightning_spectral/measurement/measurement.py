@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.capture.batch import SampleCutter, Samples, path_of
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
@@ -292,8 +293,3 @@ class Measurement:
         if failure is not None:
             raise RuntimeError(failure)
         self.make_report(step)
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,10 +9,11 @@ from typing_extensions import override
 from lightning_spectral.capture.backward import check_contracts, why_unreadable
 from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
 from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
-from lightning_spectral.measurement.measurement import Scene, reason_of
+from lightning_spectral.measurement.measurement import Scene
 
 
 class PassGradients(GradientMeasurement):

@@ -13,9 +13,9 @@ from lightning_spectral.capture.batch import Samples, named_tensors
 from lightning_spectral.capture.layers import resolve_layers
 from lightning_spectral.capture.masks import Mask
 from lightning_spectral.capture.names import clean_name
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest, Scene
 from lightning_spectral.measurement.arguments import MAX_COUNT
-from lightning_spectral.measurement.measurement import reason_of
 from lightning_spectral.probing.found import LayerFound, MaskFound
 
 MOST_EXAMPLES = 8

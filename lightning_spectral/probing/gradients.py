@@ -15,13 +15,13 @@ from lightning_spectral.callbacks.bands import Bands
 from lightning_spectral.capture.batch import Cut, hold, take
 from lightning_spectral.capture.contraction import owners
 from lightning_spectral.capture.engines import Method, engine_of
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.parameters import resolve_parameters, trainable_parameters
 from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fitting_chunk, saved_bytes
 from lightning_spectral.capture.self_check import MOST_SAMPLES
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.measurement import GradientMeasurement, GradientReport, GradientRequest, Scene
 from lightning_spectral.measurement.gradients import ROW_DTYPES
-from lightning_spectral.measurement.measurement import reason_of
 from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 from lightning_spectral.probing.found import EngineFound, LossFound, ParameterFound
 

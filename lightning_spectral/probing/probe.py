@@ -13,10 +13,10 @@ from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.module_copy import duplicate
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import isolated, load_loss
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
 from lightning_spectral.measurement.arguments import check_patterns
-from lightning_spectral.measurement.measurement import reason_of
 from lightning_spectral.metrics.reduction import world_size
 from lightning_spectral.probing.cost import activation_cost, gradient_cost
 from lightning_spectral.probing.found import CostFound, Probe

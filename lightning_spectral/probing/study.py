@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_spectral.callbacks.bands import Bands
 from lightning_spectral.callbacks.scene import scene_of
 from lightning_spectral.capture.batch import Cut, Samples, hold, named_tensors
+from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
-from lightning_spectral.measurement.measurement import reason_of
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.probing.activations import ActivationProbe
 from lightning_spectral.probing.found import LossFound, SamplesFound
