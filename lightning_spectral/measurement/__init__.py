@@ -2,7 +2,8 @@
 
 from lightning_spectral.measurement.activations import ActivationMeasurement, ActivationRequest
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients
-from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
+from lightning_spectral.measurement.gradient_request import GradientRequest
+from lightning_spectral.measurement.gradients import GradientMeasurement
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
 from lightning_spectral.measurement.session import Session
 

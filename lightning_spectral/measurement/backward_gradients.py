@@ -12,7 +12,8 @@ from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.self_check import MOST_LOOPED
-from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest, without_vmap
+from lightning_spectral.measurement.gradient_request import GradientRequest
+from lightning_spectral.measurement.gradients import GradientMeasurement, without_vmap
 from lightning_spectral.measurement.measurement import Scene
 from lightning_spectral.metrics.layout import are_sharded
 

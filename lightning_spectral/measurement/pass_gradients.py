@@ -12,7 +12,8 @@ from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engi
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
-from lightning_spectral.measurement.gradients import GradientMeasurement, GradientRequest
+from lightning_spectral.measurement.gradient_request import GradientRequest
+from lightning_spectral.measurement.gradients import GradientMeasurement
 from lightning_spectral.measurement.measurement import Scene
 
 

@@ -12,7 +12,7 @@ from lightning_spectral.measurement import ActivationRequest, GradientRequest
 from lightning_spectral.measurement.collector import sums_bytes
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.gradient_report import decompose_grams
-from lightning_spectral.measurement.gradients import ROW_DTYPES
+from lightning_spectral.measurement.gradient_request import ROW_DTYPES
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.probing.found import CostFound, EngineFound, LayerFound

@@ -21,7 +21,7 @@ from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fittin
 from lightning_spectral.capture.self_check import MOST_SAMPLES
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.measurement import GradientMeasurement, GradientReport, GradientRequest, Scene
-from lightning_spectral.measurement.gradients import ROW_DTYPES
+from lightning_spectral.measurement.gradient_request import ROW_DTYPES
 from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 from lightning_spectral.probing.found import EngineFound, LossFound, ParameterFound
 
