@@ -1,12 +1,12 @@
 """A lock on a record's folder, so that two processes never write into one; nobody ever waits for it."""
 
+import hashlib
 import json
 import os
 import socket
 import time
 import uuid
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,8 @@ class Lock:
     """The right to write into a folder, from :meth:`take` to :meth:`release`.
 
     A file beside the folder, made with ``O_EXCL``, which network file systems keep to as well, names process, machine
-    and start of the process. One whose process is gone, or never finished writing it, is taken over.
+    and start of the process. One whose process is gone, or never finished writing it, is taken over: by whoever holds
+    the lock on taking over just that one, so that of many who find it one gets it.
     """
 
     def __init__(self, path: Path, token: str) -> None:
@@ -82,17 +83,26 @@ class Lock:
         """
         path = cls.path_of(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(8):  # with others at the same time on a lock that was left behind
+        return cls._take(path)
+
+    @classmethod
+    def _take(cls, path: Path) -> "Lock | Holder | None":
+        for _ in range(8):  # with others at the same time
             lock = cls._make(path)
             if lock is not None:
                 return lock
-            content = _read(path)
-            if content is None:
+            found = _Found.at(path)
+            if found is None:
                 continue
-            holder = _parse(content)
-            if not _is_left_behind(path, holder):
-                return holder
-            _remove(path, content)
+            if not found.is_left_behind:
+                return found.holder
+            claim = cls._take(path.with_name(f"{path.name}.{found.name}"))
+            if not isinstance(claim, Lock):
+                return claim
+            if _Found.at(path) == found:  # nobody else may change it now
+                claim._move(path)
+                return claim
+            claim.release()
         return None
 
     @staticmethod
@@ -110,6 +120,8 @@ class Lock:
         try:
             try:
                 os.write(descriptor, json.dumps(Holder.this_process()._asdict() | {"token": token}).encode())
+                if not _is_at(path, descriptor):  # taken over from a process that was held up between the two
+                    return None
             finally:
                 os.close(descriptor)
         except OSError:
@@ -118,6 +130,12 @@ class Lock:
         lock = _held[str(path)] = cls(path, token)
         return lock
 
+    def _move(self, path: Path) -> None:
+        self.path.replace(path)
+        _held.pop(str(self.path), None)
+        self.path = path
+        _held[str(path)] = self
+
     def release(self) -> None:
         """Let others write there; a file that is somebody else's by now stays."""
         _held.pop(str(self.path), None)
@@ -125,28 +143,49 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
 
-def _is_left_behind(path: Path, holder: Holder | None) -> bool:
-    if holder is None:
+class _Found(NamedTuple):
+    """A lock that is somebody else's: the file, and what stands in it."""
+
+    path: Path
+    content: str
+    inode: int
+    changed: int
+
+    @classmethod
+    def at(cls, path: Path) -> "_Found | None":
+        """What is there; None for no file."""
         try:
-            return time.time() - path.stat().st_mtime > _PATIENCE
+            with path.open(encoding="utf-8", errors="replace") as file:
+                stat = os.fstat(file.fileno())
+                return cls(path, file.read(), stat.st_ino, stat.st_mtime_ns)
         except OSError:
-            return False
-    if holder[:-1] == Holder.this_process()[:-1]:
-        return str(path) not in _held  # of a run of this process that ended without a word
-    return holder.is_gone
+            return None
+
+    @property
+    def holder(self) -> Holder | None:
+        """Who made it, where it says so."""
+        return _parse(self.content)
+
+    @property
+    def name(self) -> str:
+        """Of this lock and no other that ever is at its path."""
+        return hashlib.sha256(repr(self[1:]).encode()).hexdigest()[:16]
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether its process is gone, or has not written it in a minute."""
+        if self.holder is None:
+            return time.time() - self.changed / 1e9 > _PATIENCE
+        if self.holder[:-1] == Holder.this_process()[:-1]:
+            return str(self.path) not in _held  # of a run of this process that ended without a word
+        return self.holder.is_gone
 
 
-def _remove(path: Path, content: str) -> None:
-    """Remove a lock if it is still the one with that content: another process may have been faster."""
-    moved = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        path.rename(moved)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
-        return
-    if _read(moved) != content:
-        with suppress(OSError):  # taken again already
-            os.link(moved, path)
-    moved.unlink(missing_ok=True)
+        return False
 
 
 def _read(path: Path) -> str | None:

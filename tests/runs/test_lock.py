@@ -133,3 +133,40 @@ def test_of_many_at_once_one_gets_a_lock_that_was_left_behind(tmp_path: Path) ->
         os.close(writing)
         assert answers.count(b"1") == 1
         assert [path.name for path in tmp_path.glob(f".{number}.lock*")] == [f".{number}.lock"]
+
+
+def test_whoever_comes_late_to_a_lock_that_was_left_behind_leaves_it_to_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding it and taking it over another process does the same, from end to end."""
+    write(tmp_path / "spectra", pid=2**30)
+    make = Lock._make
+    firsts = []
+
+    def late(path: Path) -> Lock | None:
+        if path != Lock.path_of(tmp_path / "spectra") and not firsts:
+            monkeypatch.setattr(Lock, "_make", make)
+            firsts.append(Lock.take(tmp_path / "spectra"))
+        return make(path)
+
+    monkeypatch.setattr(Lock, "_make", late)
+    assert isinstance(Lock.take(tmp_path / "spectra"), Holder)
+    held(firsts[0]).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_died_while_it_took_a_lock_over_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "spectra", pid=2**30)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Lock, "_move", lambda lock, path: os._exit(0))
+        Lock.take(tmp_path / "spectra")
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    lock = held(Lock.take(tmp_path / "spectra"))
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    lock.release()
+    assert not list(tmp_path.iterdir())
