@@ -118,12 +118,12 @@ class ShardData(BlockData):
     they end: a sequence may hold several documents, or parts of them, each beginning with `eos_token`.
 
     Training takes the sequences in order and, when they are used up, from the beginning again; nothing is shuffled, as
-    FineWeb is. A global batch is the next B R sequences for R ranks of batch size B, of which rank r takes the r-th
-    stretch of B, so that R ranks see the tokens that one rank with an R times larger batch sees, in the same global
-    batches. An epoch of Lightning's is as many global batches as fit into one pass; the sequences left over begin the
-    next one, and only what does not fill the last sequence is never used. A run that is resumed from a checkpoint of
-    Lightning's, even from the middle of an epoch, sees the tokens that the uninterrupted run would have seen; with
-    another batch size or number of ranks it goes on at the same token.
+    FineWeb is, unless `shuffle` says so. A global batch is the next B R sequences for R ranks of batch size B, of which
+    rank r takes the r-th stretch of B, so that R ranks see the tokens that one rank with an R times larger batch sees,
+    in the same global batches. An epoch of Lightning's is as many global batches as fit into one pass; the sequences
+    left over begin the next one, and only what does not fill the last sequence is never used. A run that is resumed
+    from a checkpoint of Lightning's, even from the middle of an epoch, sees the tokens that the uninterrupted run would
+    have seen; with another batch size or number of ranks it goes on at the same token.
 
     Validation, test and prediction take the first `val_tokens` tokens of the validation shards, whatever the batch size
     and the number of ranks, except those that do not fill a sequence. Where the sequences cannot be dealt evenly,
@@ -143,6 +143,10 @@ class ShardData(BlockData):
             Then some tokens are left out and as many come twice: with documents of 700 tokens one in six each for
             sequences of 1024, one in a hundred for 65,536. Validation is never aligned.
         num_workers: Processes that prepare batches; 0, the default, does it in the training process, which is cheap.
+        shuffle: Whether training goes through the sequences, each once an epoch, in an order that depends on (seed,
+            epoch) alone and is dealt to ranks like cards, as `TextData` does; for shards whose documents are not.
+        seed: Of that order, not negative.
+        vocab_size: Number of token values. The default is GPT-2's; the model may have more, and refuses larger tokens.
 
     Raises:
         ValueError: If an argument is out of its range; shards that cannot be used are reported by `setup`.
@@ -162,8 +166,6 @@ class ShardData(BlockData):
         >>> folder.cleanup()
     """
 
-    _resumable = StreamLoader
-
     def __init__(
         self,
         path: str,
@@ -174,8 +176,11 @@ class ShardData(BlockData):
         eos_token: int = 50256,
         align_to_documents: bool = False,
         num_workers: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
+        vocab_size: int = 50257,
     ) -> None:
-        super().__init__(block_size, batch_size, num_workers)
+        super().__init__(block_size, batch_size, num_workers, seed)
         check_path(hint="a folder, a pattern or a file of shards", path=path)
         if val_path is not None:
             check_path(hint="a folder, a pattern or a file of shards, or None", val_path=val_path)
@@ -187,7 +192,8 @@ class ShardData(BlockData):
                 "take more, or None for all there are"
             )
         check_int(0, 2**32 - 1, hint="GPT-2's is 50256", eos_token=eos_token)
-        check_flag(align_to_documents=align_to_documents)
+        check_int(1, 2**32, hint="GPT-2's is 50257", vocab_size=vocab_size)
+        check_flag(align_to_documents=align_to_documents, shuffle=shuffle)
         # not logged: the model has a block_size of its own, and Lightning refuses equal names with different values
         self.save_hyperparameters(logger=False)
         self.path = path
@@ -195,11 +201,10 @@ class ShardData(BlockData):
         self.val_tokens = val_tokens
         self.eos_token = eos_token
         self.align_to_documents = align_to_documents
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token values: 50257, GPT-2's; the model may have more, and refuses larger tokens."""
-        return 50257
+        self.shuffle = shuffle
+        self.vocab_size = vocab_size
+        if not shuffle:
+            self._resumable = StreamLoader
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -262,5 +267,8 @@ class ShardData(BlockData):
         return self._build_loader(DataLoader, blocks, sampler, batch_size=batch_size)
 
     @override
-    def _sampler(self, blocks: Blocks, shuffle: bool) -> StreamSampler:
+    def _sampler(self, blocks: Blocks, shuffle: bool) -> StreamSampler | BlockSampler:
+        if self.shuffle:
+            sampler: BlockSampler = super()._sampler(blocks, shuffle)
+            return sampler
         return StreamSampler(len(blocks), self.batch_size, *self._replicas_and_rank())

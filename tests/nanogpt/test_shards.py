@@ -32,7 +32,9 @@ def folder(tmp_path):
 
 
 def small(folder, **arguments):
-    return ShardData(str(folder), **({"block_size": 8, "batch_size": 4, "val_tokens": 80} | arguments))
+    return ShardData(
+        str(folder), **({"block_size": 8, "batch_size": 4, "val_tokens": 80, "vocab_size": 6000} | arguments)
+    )
 
 
 def on_rank(data, rank, world_size):
@@ -77,7 +79,7 @@ def test_ranks_together_see_the_sequential_stream(lengths, block_size, batch_siz
 
 def test_batches(folder):
     data = small(folder)
-    assert (data.vocab_size, data.block_size, data.num_train_tokens, data.num_val_tokens) == (50257, 8, 56 * 8, 80)
+    assert (data.vocab_size, data.block_size, data.num_train_tokens, data.num_val_tokens) == (6000, 8, 56 * 8, 80)
     batches = list(data.train_dataloader())
     assert len(batches) == 14
     assert all(t.shape == (4, 8) and t.dtype == torch.int64 for batch in batches for t in batch.values())
@@ -201,6 +203,9 @@ def test_refuses_damaged_shards(folder, damage, message):
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"val_tokens": 7}, "val_tokens must be at least block_size = 8, a sequence, got 7: take more, or None"),
         ({"eos_token": -1}, "eos_token must be at least 0, got -1"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"shuffle": "no"}, "shuffle must be True or False, got 'no': give a bool"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_refuses_arguments(tmp_path, arguments, message):
@@ -280,7 +285,7 @@ class Watch(pl.Callback):
 
 def fit(data, watch, ckpt_path=None, **limits):
     pl.seed_everything(0, verbose=False)
-    module = NanoGPT(num_layers=1, num_heads=2, width=32, vocab_size=50257, block_size=8, warmup_steps=2)
+    module = NanoGPT(num_layers=1, num_heads=2, width=32, vocab_size=6000, block_size=8, warmup_steps=2)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -305,6 +310,31 @@ def test_resumed_run_sees_the_tokens_of_the_uninterrupted_one(folder, tmp_path, 
     for count in sorted(whole.saved)[1:5:2]:  # within the first epoch, and after its end
         rest = Watch()
         fit(small(folder, batch_size=17, num_workers=num_workers), rest, whole.saved[count], **limits)
+        assert rest.batches == whole.batches[count:]
+
+
+def test_shuffled_each_sequence_comes_once_an_epoch_in_an_order_of_the_seed(folder):
+    def first(seed, **arguments):
+        return inputs(small(folder, shuffle=True, seed=seed, **arguments).train_dataloader())
+
+    in_order = inputs(small(folder, batch_size=1).train_dataloader())
+    assert in_order != first(0, batch_size=1) != first(1, batch_size=1)
+    assert sorted(first(0, batch_size=1)) == in_order
+    assert np.concatenate(first(0)).tolist() == np.concatenate(first(0, batch_size=1)).tolist()
+    ranks = [inputs(on_rank(small(folder, shuffle=True, batch_size=2), r, 2).train_dataloader()) for r in range(2)]
+    sequences = [[batch[:8], batch[8:]] for batch in ranks[0]], [[batch[:8], batch[8:]] for batch in ranks[1]]
+    dealt = [one for pair in zip(*sequences, strict=True) for cards in zip(*pair, strict=True) for one in cards]
+    assert dealt == first(0, batch_size=1)
+    assert inputs(small(folder, shuffle=True).val_dataloader()) == inputs(small(folder).val_dataloader())
+
+
+def test_a_shuffled_run_goes_on_in_mid_epoch_and_in_the_next(folder, tmp_path):
+    whole = Watch("on_train_batch_end", tmp_path)
+    fit(small(folder, batch_size=17, shuffle=True), whole, max_steps=5, limit_val_batches=0)
+    assert whole.batches[:2] != whole.batches[3:5]
+    for count in (2, 4):
+        rest = Watch()
+        fit(small(folder, batch_size=17, shuffle=True), rest, whole.saved[count], max_steps=5, limit_val_batches=0)
         assert rest.batches == whole.batches[count:]
 
 
@@ -355,4 +385,5 @@ def test_arguments_are_those_of_the_command_line():
     config = parser.parse_args(["--data.path=shards", "--data.val_tokens=null", "--data.align_to_documents=true"])
     data = ShardData(**config.data.as_dict())
     assert (data.path, data.val_tokens, data.align_to_documents) == ("shards", None, True)
+    assert (data.vocab_size, data.shuffle) == (50257, False), "FineWeb's"
     assert [action.dest for action in parser._actions if not action.help] == []
