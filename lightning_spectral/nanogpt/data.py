@@ -35,7 +35,8 @@ def _is_text(file: Path) -> bool:
         return b"\0" not in stream.read(8192)
 
 
-def _files(path: str | None) -> list[Path]:
+def text_files(path: str | None) -> list[Path]:
+    """Text files of a folder, by path; None for the sources of Python's standard library. ValueError for none."""
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         files = [file for file in _walk(root, skip=_NOT_EVERYWHERE) if file.suffix == ".py"]
@@ -111,7 +112,7 @@ class TextData(BlockData):
         """Read the text, once, and split it; ValueError if there is none, or too little for a block on each side."""
         if self._train is not None:
             return
-        text = np.frombuffer(b"".join(file.read_bytes() for file in _files(self.path)), dtype=np.uint8)
+        text = np.frombuffer(b"".join(file.read_bytes() for file in text_files(self.path)), dtype=np.uint8)
         num_train = len(text) - round(len(text) * self.val_fraction)
         train, val = (Blocks(part, self.block_size) for part in (text[:num_train], text[num_train:]))
         if not len(train) or not len(val):

@@ -1,0 +1,102 @@
+"""Study 4: which runs it makes, how it tunes them, and the tokens that they learn."""
+
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.findings import byte_pairs
+from benchmarks.findings.early_tail_runs import (
+    BATCH_SIZES,
+    CONFIG,
+    EVERY_NUM_TOKENS,
+    MAX_TOKENS,
+    TARGET_TOKENS,
+    TUNING_TOKENS,
+    VARIANTS,
+    Setting,
+    Study,
+)
+from lightning_spectral.cli import main
+from lightning_spectral.nanogpt import ShardData
+
+
+class Planted(Study):
+    """Runs whose loss is known: a parabola in the log of the rate, about the best of each batch size."""
+
+    def losses(self, setting: Setting) -> tuple[list[float], list[float]]:
+        best = {1: 0.1, 2: 0.5, 4: 1.0, 8: 2.0, 16: math.inf}[setting.batch_size]
+        distance = abs(math.log(setting.factor / best)) if math.isfinite(best) else 9 - setting.factor
+        tokens = [TUNING_TOKENS, TARGET_TOKENS]
+        return [float(count) for count in tokens], [3 + distance, 2.001 + distance]
+
+    def train_all(self, settings: Iterable[Setting], tokens: int, target: float | None = None) -> None:
+        trained.extend((setting, tokens, target) for setting in settings)
+
+
+trained: list[tuple[Setting, int, float | None]] = []
+
+
+def test_rates_are_tuned_and_one_is_tried_beyond_an_edge() -> None:
+    trained.clear()
+    study = Planted()
+    tuned = study.tuned("rope")
+    assert [setting.factor for setting in tuned] == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert len(trained) == 15 + 4
+    assert study.target(tuned) == 2.01, "of the best run, rounded up"
+
+
+def test_a_family_is_tuned_tiers_by_seeds_and_ten_settings_at_one_batch_size() -> None:
+    trained.clear()
+    runs, target = Planted().family("rope")
+    assert len(runs) == len({run.name for run in runs}) == 5 * 3 + 9
+    assert len({(run.factor, run.variant) for run in runs if run.batch_size == 4}) == 10
+    assert {entry[1:] for entry in trained[-len(runs) :]} == {(MAX_TOKENS, target)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_run_is_accepted_by_the_command_line(
+    tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-spectral"])
+    study = Study(tmp_path)
+    words = study.words(Setting(4, 0.5, 3, "rope", variant), MAX_TOKENS, 3.5)
+    assert str(CONFIG) in words
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--print_config"])
+    assert ended.value.code == 0
+
+
+def test_every_validation_falls_on_a_whole_step() -> None:
+    for count in (TUNING_TOKENS, TARGET_TOKENS, MAX_TOKENS):
+        assert count % EVERY_NUM_TOKENS == 0
+    assert all(EVERY_NUM_TOKENS % Setting(size, 1.0).batch_tokens == 0 for size in BATCH_SIZES)
+
+
+def test_tokens_are_those_of_the_text_and_a_tenth_of_the_noisy_ones_are_shuffled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(40):
+        paths.append(tmp_path / f"{index}.py")
+        paths[-1].write_text(" ".join(rng.choice(["alpha", "beta", "gamma = 1", "délta"], 200)))
+    monkeypatch.setattr(byte_pairs, "text_files", lambda path: paths)
+    facts = byte_pairs.make(tmp_path / "tokens", 300, 16)
+    assert byte_pairs.make(tmp_path / "tokens", 300, 16) == facts, "what is there is kept"
+    with pytest.raises(ValueError, match="vocab_size and block_size must be those of"):
+        byte_pairs.make(tmp_path / "tokens", 301, 16)
+    clean, noisy = (
+        ShardData(str(tmp_path / "tokens" / name), block_size=16, val_tokens=None, vocab_size=300)
+        for name in ("clean", "noisy")
+    )
+    ours, theirs = (np.asarray(data.train_blocks.tokens[0 : facts["train_tokens"]]) for data in (clean, noisy))
+    assert (ours == 0).sum() == 40 - round(0.1 * 40), "each document begins with one"
+    assert ours.max() < 300
+    whole = len(ours) // 16 * 16
+    differs = (ours != theirs)[:whole].reshape(-1, 16).any(1)
+    assert 0.02 < differs.mean() < 0.2
+    assert (np.sort(ours[:whole].reshape(-1, 16)) == np.sort(theirs[:whole].reshape(-1, 16))).all()
