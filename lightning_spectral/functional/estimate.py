@@ -140,7 +140,9 @@ class Spectrum:
             self._fits[band] = self._fit(band)
         return self._fits[band]
 
-    def _fit(self, band: Band, fit: Callable[[Tensor, Band], PowerLaw] = power_law) -> Exponent:
+    def _fit(
+        self, band: Band, fit: Callable[[Tensor, Band], PowerLaw] = power_law, with_error: bool = True
+    ) -> Exponent:
         ranks = None
         reason = self.failure
         if reason is None:
@@ -159,7 +161,7 @@ class Spectrum:
         reason = self._why_no_value(band, ranks, num_values)
         if reason is not None:
             return Exponent(nan, nan, nan, nan, num_values, None, reason)
-        reason = self._why_no_error(hi)
+        reason = self._why_no_error(hi) if with_error else "no error bar: none was asked for"
         corrected = stderr = torch.tensor(nan)
         if reason is None:
             without = fit(self.leave_one_out, ranks)
@@ -320,25 +322,43 @@ def is_of_copies(stderr: Tensor, value: Tensor) -> bool:
     return bool(stderr <= 1e-12 * value.abs())
 
 
-def fit_all(spectra: Sequence[Spectrum], band: Band) -> list[Exponent]:
+def fit_all(spectra: Sequence[Spectrum], band: Band, with_errors: bool = True) -> list[Exponent]:
     """Exponents of many spectra over one band, fitted together where they are of one shape.
 
     Args:
         spectra: Any number.
         band: As for :meth:`Spectrum.exponent`.
+        with_errors: Whether errors are wanted; without them fits cost less than half.
 
     Returns:
-        What that gives for each, which keeps its own.
+        What that gives for each, which keeps its own, unless it is one without an error.
     """
+    fits: dict[int, Exponent] = {}
     alike: dict[tuple[Any, ...], list[Spectrum]] = {}
     for spectrum in spectra:
         if band not in spectrum._fits and spectrum.failure is None:
             alike.setdefault((spectrum.values.shape, spectrum.leave_one_out.shape), []).append(spectrum)
     for same in alike.values():
-        fits: dict[str, PowerLaw] = {}
+        parts: dict[str, PowerLaw] = {}
         for index, spectrum in enumerate(same):
-            spectrum._fits[band] = spectrum._fit(band, partial(_fit_one, same, fits, index))
-    return [spectrum.exponent(band) for spectrum in spectra]
+            fits[id(spectrum)] = spectrum._fit(band, partial(_fit_one, same, parts, index), with_errors)
+            if with_errors:
+                spectrum._fits[band] = fits[id(spectrum)]
+    return [fits.get(id(spectrum)) or spectrum.exponent(band) for spectrum in spectra]
+
+
+def rankme_all(spectra: Sequence[Spectrum]) -> list[float]:
+    """RankMe of many spectra, without errors, together where they are of one length; NaN for those without values."""
+    found = [nan] * len(spectra)
+    alike: dict[int, list[int]] = {}
+    for index, spectrum in enumerate(spectra):
+        if spectrum.failure is None and len(spectrum.values):
+            alike.setdefault(len(spectrum.values), []).append(index)
+    for same in alike.values():
+        values = rankme(torch.stack([spectra[index].values for index in same])).tolist()
+        for index, value in zip(same, values, strict=True):
+            found[index] = value
+    return found
 
 
 def _fit_one(same: list[Spectrum], fits: dict[str, PowerLaw], index: int, values: Tensor, ranks: Band) -> PowerLaw:

@@ -11,7 +11,7 @@ from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_forecast, print_run
-from lightning_spectral.runs.to_json import to_json
+from lightning_spectral.runs.to_json import to_json, to_json_line
 
 
 class _Parser(ArgumentParser):
@@ -41,7 +41,7 @@ def _show(words: Sequence[str]) -> None:
     if args.plot is not None:
         _plot_evolution(runs, args)
     if args.json:
-        print(to_json({"runs": [_facts(run, args.kind) for run in runs]}))
+        print(to_json_line({"runs": [_facts(run, args.kind) for run in runs]}))  # of thousands of reports
         return
     for run in runs:
         print_run(run, _kinds(run, args.kind))

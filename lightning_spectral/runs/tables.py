@@ -1,14 +1,13 @@
 """Tables of runs and of comparisons, for the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from math import isnan, nan
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum, fit_all
+from lightning_spectral.functional.estimate import Spectrum, fit_all, rankme_all
 from lightning_spectral.functional.forecast import MIN_SETTINGS
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
@@ -191,12 +190,11 @@ def evolution(run: Run, kind: str, steps: Sequence[int] | None = None) -> Iterat
             for spectrum in run.spectra(kind, step, without=("leave_one_out_vectors",)).values()
         ]
         tails = fit_all(spectra, bands["tail"])
-        # Of these no errors are shown.
-        plain = [replace(spectrum, leave_one_out=NO_GROUPS) for spectrum in spectra]
-        heads = fit_all(plain, bands["head"])
+        heads = fit_all(spectra, bands["head"], with_errors=False)  # of these none are shown
+        ranks = rankme_all(spectra)
         has_noise = kind_of(kind) == "gradient"
         noises = {step: run.noise_scales(step, kind) for step in steps[start : start + _AT_ONCE] if has_noise}
-        for spectrum, bare, tail, head in zip(spectra, plain, tails, heads, strict=True):
+        for spectrum, tail, head, rank in zip(spectra, tails, heads, ranks, strict=True):
             rows.setdefault(spectrum.name, []).append(
                 {
                     "kind": kind,
@@ -207,7 +205,7 @@ def evolution(run: Run, kind: str, steps: Sequence[int] | None = None) -> Iterat
                     "alpha_tail": tail.value,
                     "alpha_tail_stderr": tail.stderr,
                     "alpha_head": head.value,
-                    "rankme": bare.rankme().value,
+                    "rankme": rank,
                     "overlap": _overlap(spectrum, first.setdefault(spectrum.name, spectrum)),
                     **_noise(noises.get(int(spectrum.step), {}).get(spectrum.name)),
                     "unknown": {
