@@ -1,13 +1,12 @@
 """Choosing layers by name: glob patterns, or the stack of equal blocks that every transformer has."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from lightning_spectral.capture.names import clean_name, matching, wrapped
+from lightning_spectral.capture.names import clean_name, matching
+from lightning_spectral.capture.stacks import Stack, find_stacks
 
 NUM_PROBES = 5
 """Layers measured by default, as in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
@@ -21,10 +20,11 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
 
     Args:
         root: Any module tree; names are relative to it.
-        layers: None finds the stack of equal blocks and takes blocks round(i (L - 1) / 4), i = 0..4. ``"all"`` takes
-            each block of that stack. Otherwise one or several clean names, or glob patterns over them: ``*`` and ``?``
-            stay between two dots, or, where nothing matches so, run across them; brackets are tried as they stand
-            first.
+        layers: None finds the stack of equal blocks and takes blocks round(i (L - 1) / 4), i = 0..4, of each of its
+            towers where it has several (encoder and decoder). ``"all"`` takes each block of them, see
+            :func:`lightning_spectral.capture.stacks.find_stacks`. Otherwise one or several clean names, or glob
+            patterns over them: ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them;
+            brackets are tried as they stand first.
 
     Returns:
         Modules by clean name, at least one.
@@ -32,9 +32,10 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
     Raises:
         ValueError: If no stack of blocks is found, or a pattern matches nothing.
     """
-    if layers is None or layers == "all":
-        blocks = find_blocks(root)
-        return blocks if layers == "all" else _probes(blocks)
+    if layers == "all":
+        return find_blocks(root)
+    if layers is None:
+        return {name: block for stack in _stacks(root) for name, block in _probes(stack).items()}
     modules = _by_clean_name(root)
     chosen = matching("layers", layers, list(modules))
     if not chosen:
@@ -59,46 +60,25 @@ def resolve_layers_again(
 
 
 def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
-    """The stack of equal blocks of a model: the largest group of siblings of one class.
+    """Each block of the stack of equal blocks of a model, and of its other towers, by clean name.
 
-    Siblings in a ModuleList, Sequential or ModuleDict are preferred to plain attributes; a block has sub-modules of its
-    own, so that a run of Linear layers is not a stack; among several stacks (encoder and decoder) the one with most
-    parameters is taken, not counting those that the first batch is yet to make. At least two are found, by clean name,
-    or it is a ValueError.
+    Raises:
+        ValueError: If there is none, see :func:`lightning_spectral.capture.stacks.find_stacks`.
     """
-    containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-    modules = list(root.named_modules())
-    for parents in ([m for m in modules if isinstance(m[1], containers)], modules):
-        stacks = [stack for name, parent in parents for stack in _sibling_groups(root, name, parent)]
-        if stacks:
-            # The first of equals, so that the choice does not depend on anything but the model.
-            return max(stacks, key=lambda stack: sum(_num_parameters(block) for block in stack.values()))
-    raise ValueError(
-        f"layers must be patterns, got None or 'all', for there is no stack of equal blocks in {type(root).__name__}: "
-        f"take for example layers={_example(root)!r}"
-    )
+    return {name: block for stack in _stacks(root) for name, block in stack.items()}
 
 
-def _sibling_groups(root: nn.Module, name: str, parent: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    groups: dict[type, dict[str, nn.Module]] = defaultdict(dict)
-    for child_name, child in parent.named_children():
-        inner = _unwrap(child)
-        if next(inner.children(), None) is not None:
-            groups[type(inner)][clean_name(root, f"{name}.{child_name}" if name else child_name)] = child
-    return (group for group in groups.values() if len(group) >= 2)
+def _stacks(root: nn.Module) -> list[Stack]:
+    stacks = find_stacks(root)
+    if not stacks:
+        raise ValueError(
+            f"layers must be patterns, got None or 'all', for there is no stack of equal blocks in "
+            f"{type(root).__name__}: take for example layers={_example(root)!r}"
+        )
+    return stacks
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    attribute = wrapped(module)
-    inner = None if attribute is None else module._modules.get(attribute)
-    return module if inner is None else _unwrap(inner)
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
-
-
-def _probes(blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _probes(blocks: Stack) -> Stack:
     names = list(blocks)
     indices = sorted({round(i * (len(names) - 1) / (NUM_PROBES - 1)) for i in range(NUM_PROBES)})
     return {names[i]: blocks[names[i]] for i in indices}

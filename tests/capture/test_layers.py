@@ -50,9 +50,6 @@ def tiny_transformer(kind: str) -> nn.Module:
 
     if kind == "gpt2":
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=20))
-    if kind == "t5":
-        config = transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2, vocab_size=20)
-        return transformers.T5ForConditionalGeneration(config)
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     if kind == "bert":
         return transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes))
@@ -65,7 +62,6 @@ def tiny_transformer(kind: str) -> nn.Module:
         ("gpt2", "transformer.h", 4),
         ("llama", "model.layers", 3),
         ("bert", "encoder.layer", 3),
-        ("t5", "decoder.block", 3),  # cross-attention makes it the larger of the two
     ],
 )
 def test_stack_of_transformers_is_found(kind: str, stack: str, num_blocks: int) -> None:
