@@ -28,8 +28,8 @@ WORK: dict[str, Callable[[int], float]] = {
     "collecting activations": lambda world: 1 / world,
     # In an all-reduce a rank sends and receives 2 (W - 1) / W times the buffer.
     "reducing moments": lambda world: (world - 1) / world,
-    # Every rank solves for itself: none waits for a broadcast.
-    "decomposing activations": lambda world: 1.0,
+    # Each matrix is solved on one of the ranks, and its eigenvalues are sent to the others.
+    "decomposing activations": lambda world: 1 / world,
     # N^2 P / W multiply-adds.
     "Gram of rows, arithmetic alone": lambda world: 1 / world,
     # Beside these a rank sends and receives what it does not keep of N P / W numbers: that falls the most slowly.

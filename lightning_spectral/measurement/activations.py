@@ -26,7 +26,7 @@ from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement.arguments import check_axis, check_choice, check_positive
 from lightning_spectral.measurement.collector import Collector
-from lightning_spectral.measurement.decomposition import decompose
+from lightning_spectral.measurement.decomposition import Decomposition, Pooled
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
 from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
@@ -387,8 +387,16 @@ class ActivationMeasurement(Measurement):
             if not self._collector.is_agreed:
                 self._collector.agree()
             same = self._same_rows.agree(self._collector.device) if self.stage == "validate" else ""
+            pooled = []
             for width in self._collector.widths:
-                spectra |= self._of_width(width, step)
+                found = self._pool_width(width, step)
+                if isinstance(found, Pooled):
+                    pooled.append(found)
+                else:
+                    spectra |= found
+            decomposition = Decomposition(pooled, step, self._num_vectors)
+            decomposition.solve()
+            spectra |= decomposition.spectra(self.together)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
             spectra = {name: replace(spectrum, rows=same) for name, spectrum in spectra.items()}
@@ -411,19 +419,19 @@ class ActivationMeasurement(Measurement):
                 "in float64 from the next report on"
             )
 
-    def _of_width(self, width: int, step: int) -> dict[str, Spectrum]:
-        """Spectra of the layers of one width; all are missing, on all ranks, where one has no memory for them, say."""
+    def _pool_width(self, width: int, step: int) -> Pooled | dict[str, Spectrum]:
+        """Moments of the layers of one width; all are missing, on all ranks, where one has no memory for them, say."""
         names = self._collector.names_of(width)
 
-        def pooled() -> tuple[dict[str, Spectrum], list[float]]:
+        def pooled() -> tuple[Pooled, list[float]]:
             parts, offered, dtypes = self._collector.pool_width(width)
-            failures = self._collector.failures
+            failures = dict(self._collector.failures)
             is_bad = zip(names, parts.num_rows.isnan().any(-1).tolist(), strict=True)
             elsewhere = {name: self.together.reasons(failures.get(name)) for name, bad in is_bad if bad}
-            return decompose(names, parts, failures, step, self._num_vectors, dtypes, elsewhere), offered
+            return Pooled(list(names), parts, failures, dtypes, elsewhere), offered
 
         try:
-            spectra, offered = self.together.attempt(pooled)
+            found, offered = self.together.attempt(pooled)
         except Exception as error:
             if self.together.ends(error):
                 raise
@@ -432,7 +440,7 @@ class ActivationMeasurement(Measurement):
         if self.steps_collected:
             rows = zip(names, offered, strict=True)
             self._rows |= {name: total / len(self._steps[name]) for name, total in rows if total > 0}
-        return spectra
+        return found
 
     @override
     def missing_report(self, step: int, reason: str) -> Report:

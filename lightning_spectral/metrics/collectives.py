@@ -30,6 +30,12 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """This process's place in a group, None for all ranks, and their number; (0, 1) without torch.distributed."""
+    world = world_size(group)
+    return dist.get_rank(group) if world > 1 else 0, world
+
+
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Sum a tensor of one shape on every rank over the ranks of a group, None for all, in place."""
     _meet()

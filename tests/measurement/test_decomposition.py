@@ -1,11 +1,18 @@
 """What a report says of a layer equals NumPy on the same rows: the spectrum, those without each group, the vectors."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_spectral.functional import Moments, Spectrum, moments
-from lightning_spectral.measurement.decomposition import decompose
+from lightning_spectral.measurement import decomposition
+from lightning_spectral.measurement.decomposition import Decomposition, Pooled, decompose, shares
+from lightning_spectral.metrics.collectives import Together
+from tests.distributed import run_distributed
 
 NUM_LAYERS, NUM_GROUPS, NUM_ROWS, WIDTH, NUM_VECTORS = 3, 4, 25, 7, 3
 
@@ -58,15 +65,31 @@ def test_vectors_leave_the_values_as_they_are(rows: np.ndarray, num_rows: int) -
         assert plain.vectors is plain.leave_one_out_vectors is None
 
 
-def test_one_batched_solve_a_layer_with_vectors_or_without(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_matrix_is_solved_once_with_vectors_or_without(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("eigvalsh", "eigh"):
         solver = getattr(torch.linalg, name)
         monkeypatch.setattr(torch.linalg, name, lambda x, n=name, s=solver: (calls.append((n, x.shape[:-2])), s(x))[1])
     spectra_of(rows)
     spectra_of(rows, num_vectors=NUM_VECTORS)
-    batch = (1, 1 + NUM_GROUPS)
-    assert calls == [("eigvalsh", batch)] * NUM_LAYERS + [("eigh", batch)] * NUM_LAYERS
+    number = NUM_LAYERS * (1 + NUM_GROUPS)
+    assert calls == [("eigvalsh", (1,))] * number + [("eigh", (1,))] * number
+
+
+@given(st.lists(st.integers(1, 100), max_size=12), st.integers(1, 5))
+def test_shares_hold_everything_once_and_evenly(costs: list[int], world: int) -> None:
+    dealt = shares(costs, world)
+    assert sorted(index for mine in dealt for index in mine) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in mine) for mine in dealt]
+    # Graham: no more than 4/3 of what any dealing can do; what none can undercut is the mean, and the dearest.
+    least = max(sum(costs) / world, max(costs, default=0))
+    assert max(loads) <= least + max(costs, default=0) * (1 - 1 / world)
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_shares_of_equal_matrices_differ_by_one() -> None:
+    assert sorted(map(len, shares([8.0] * 25, 4))) == [6, 6, 6, 7]
+    assert shares([27.0, 8, 8, 8], 2) == [[0], [1, 2, 3]]
 
 
 def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
@@ -102,3 +125,81 @@ def test_an_empty_group_leaves_no_error_bar(rows: np.ndarray, num_vectors: int) 
     assert num_vectors == 0 or spectrum.leave_one_out_vectors.shape == (0, WIDTH, NUM_VECTORS)
     assert np.isnan(spectrum.exponent((1, 5)).stderr)
     assert "a group of samples received no rows" in spectrum.exponent((1, 5)).reason
+
+
+WIDTHS = {5: 2, 7: 3, 12: 1}
+"""Layers of each width, all in one report."""
+FAILING = 7
+
+
+def pooled() -> list[Pooled]:
+    """The same on each rank; of width 7 one layer holds infinity, and one has no rows in one group."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for width, number in WIDTHS.items():
+        parts = moments(torch.randn(number, NUM_GROUPS, NUM_ROWS, width, generator=generator, dtype=torch.float64))
+        if width == 7:
+            parts.scatter[1, 2, 3, 4] = torch.inf
+            parts.num_rows[2, 1], parts.mean[2, 1], parts.scatter[2, 1] = 0, 0, 0
+        names = [f"{width}.{index}" for index in range(number)]
+        found.append(Pooled(names, parts, {}, ["float32", "float64", "float64"][:number]))
+    return found
+
+
+def solved(num_vectors: int, failing: bool = False) -> dict[str, Any]:
+    """A report's spectra as a record keeps them; and what was solved here."""
+    whole = Decomposition(pooled(), 3, num_vectors)
+    solver = decomposition._eigen
+
+    def solve(sample: Moments, *args: Any) -> Any:
+        if sample.mean.shape[-1] == FAILING:
+            raise torch.OutOfMemoryError("no memory\nat all")
+        return solver(sample, *args)
+
+    decomposition._eigen = solve if failing else solver
+    try:
+        whole.solve()
+        spectra = whole.spectra(Together(torch.device("cpu")))
+    finally:
+        decomposition._eigen = solver
+    return {"share": whole.share, "spectra": {name: one.arrays("values", "count") for name, one in spectra.items()}}
+
+
+def both(rank: int) -> dict[str, Any]:
+    """With vectors and without, and where one of two ranks has no memory for a width."""
+    return {"plain": solved(0), "vectors": solved(NUM_VECTORS), "failing": solved(0, failing=rank == 1)}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_distributed(both, 2)
+
+
+@pytest.mark.parametrize("way", ["plain", "vectors"])
+def test_ranks_share_the_matrices_and_find_what_one_finds(ranks: list[dict[str, Any]], way: str) -> None:
+    alone = solved(0 if way == "plain" else NUM_VECTORS)
+    mine, theirs = (set(seen[way]["share"]) for seen in ranks)
+    number = sum(WIDTHS.values()) * (1 + NUM_GROUPS)
+    assert len(mine) + len(theirs) == len(mine | theirs) == number
+    assert abs(len(mine) - len(theirs)) <= 5  # dear ones here, cheap ones there
+    assert mine | theirs == set(alone["share"])
+    assert list(alone["spectra"]) == list(ranks[0][way]["spectra"])
+    for name, expected in alone["spectra"].items():
+        for seen in ranks:
+            np.testing.assert_equal(seen[way]["spectra"][name], expected)
+
+
+def test_what_one_rank_cannot_solve_is_missing_on_both_with_its_reason(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        for name, arrays in seen["failing"]["spectra"].items():
+            if name.startswith(f"{FAILING}."):
+                assert arrays["failure"] == "rank 1: no memory"
+                assert len(arrays["values"]) == 0
+            else:
+                np.testing.assert_equal(arrays, seen["plain"]["spectra"][name])
+
+
+def test_an_error_costs_the_layers_of_its_width_alone() -> None:
+    spectra = solved(0, failing=True)["spectra"]
+    assert {name for name, arrays in spectra.items() if arrays["failure"]} == {"7.0", "7.1", "7.2"}
+    assert spectra["7.0"]["failure"] == "no memory"
