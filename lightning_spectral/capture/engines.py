@@ -9,7 +9,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
 from lightning_spectral.capture.batch import cut, num_samples, take
@@ -17,6 +16,7 @@ from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.capture.stand_ins import MetricTermError
+from lightning_spectral.capture.vmap_rules import VmapRules, buffers_of_samples
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
 
@@ -53,19 +53,24 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     apply_to_collection(whole, Tensor, tensors.append)
 
     # As an argument, a buffer may be written to in place.
-    buffers = dict(loss.named_buffers())
+    shared, own = dict(loss.named_buffers()), {}
+    for name in buffers_of_samples(loss) & shared.keys():
+        buffer = shared.pop(name)
+        own[name] = buffer.expand(samples.size, *buffer.shape).clone()
 
-    def loss_of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *parts: Tensor) -> Tensor:
+    def loss_of_one(
+        parameters: dict[str, Tensor], shared: dict[str, Tensor], own: dict[str, Tensor], *parts: Tensor
+    ) -> Tensor:
         ones = iter(part if axis is None else part.unsqueeze(axis) for part, axis in zip(parts, axes, strict=True))
         sample = apply_to_collection(whole, Tensor, lambda _: next(ones))
-        return functional_call(loss, parameters | buffers, (sample,))
+        return functional_call(loss, parameters | shared | own, (sample,))
 
-    in_dims = (None, None, *axes)
+    in_dims = (None, None, 0, *axes)
     # The fused attention kernels have no rule for vmap.
-    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH), _NoAssignedData():
+    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH), VmapRules():
         of_one = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")
         try:
-            gradients, values = of_one(chosen, buffers, *tensors)
+            gradients, values = of_one(chosen, shared, own, *tensors)
         except BaseException:
             loss.reset(anew=True)
             raise
@@ -92,15 +97,6 @@ def _parameters_kept(loss: BatchLoss) -> Iterator[None]:
     finally:
         for table, tensors in held:
             table.update(tensors)
-
-
-class _NoAssignedData(TorchFunctionMode):
-    """Raises where ``tensor.data = other`` would end the process: under torch.func it is a segmentation fault."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__":
-            raise RuntimeError("tensor.data = other, in training_step, is nothing that torch.func can follow")
-        return func(*args, **(kwargs or {}))
 
 
 def by_loop(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
