@@ -20,16 +20,29 @@ from lightning_spectral.functional.spectrum import head_share
 from lightning_spectral.nanogpt import ModularArithmetic, NanoGPT
 from lightning_spectral.theory import band_concentration, harmonic_energy, task_power
 
-VOCAB, LENGTH, WIDTH = 32, 16, 128
-STEPS = {32: 480, 128: 160, 512: 48}
-"""Optimizer steps by batch size, in sequences."""
+
+class Task(NamedTuple):
+    """Sizes of modular arithmetic, and how long to train on it."""
+
+    vocab: int
+    length: int
+    warmup_tokens: int
+    steps: dict[int, int]
+    """Optimizer steps by batch size, in sequences."""
+
+
+TASKS = {
+    "short": Task(32, 16, 32_768, {32: 480, 128: 160, 512: 48}),
+    "long": Task(64, 32, 65_536, {32: 640, 128: 240, 512: 96}),
+}
+WIDTH = 128
 SEEDS = (1, 2, 3, 4)
-RATE, WARMUP_TOKENS = 2e-3, 32_768
+RATE = 2e-3
 """Learning rate at a batch of 32."""
 MOST_AT_ONCE = 128
 """Sequences in a forward pass; larger batches are accumulated."""
 NUM_LOOKS = 16
-HELD_OUT = 512
+HELD_OUT_TOKENS = 8192
 CYCLES, PROBES, FIRST_POSITION = (11, 17, 29), 192, 8
 """Prime, so that every step visits every state; sequences each at the most; the first position that counts."""
 STRONGEST, NUM_PERMUTATIONS = 3, 20
@@ -39,13 +52,23 @@ STRONGEST, NUM_PERMUTATIONS = 3, 20
 class Setting:
     """One run."""
 
+    task: str
     batch_size: int
     seed: int
-    num_steps: int
+
+    @property
+    def sizes(self) -> Task:
+        """Of its task."""
+        return TASKS[self.task]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.sizes.steps[self.batch_size]
 
     @property
     def name(self) -> str:
-        return f"batch_{self.batch_size}-seed_{self.seed}"
+        return f"{self.task}-batch_{self.batch_size}-seed_{self.seed}"
 
     @property
     def looks(self) -> list[int]:
@@ -54,9 +77,9 @@ class Setting:
         return [0, *np.unique(grid).tolist()]
 
 
-def settings() -> list[Setting]:
-    """All runs of the plan; seeds outermost, so that an interrupted study has whole sets."""
-    return [Setting(size, seed, steps) for seed in SEEDS for size, steps in STEPS.items()]
+def settings(task: str) -> list[Setting]:
+    """All runs of one task; seeds outermost, so that an interrupted study has whole sets."""
+    return [Setting(task, size, seed) for seed in SEEDS for size in TASKS[task].steps]
 
 
 class Probe(NamedTuple):
@@ -64,7 +87,7 @@ class Probe(NamedTuple):
 
     cycle: int
     states: Tensor
-    """``(sequences, LENGTH)``."""
+    """``(sequences, length)``."""
     harmonics: list[int]
     """The task's: see :func:`task_harmonics`."""
 
@@ -83,22 +106,23 @@ def task_harmonics(cycle: int) -> list[int]:
     return sorted((order[:num] + 1).tolist())
 
 
-def probe_of(cycle: int) -> Probe:
+def probe_of(cycle: int, length: int) -> Probe:
     """All starts and steps of a cycle, or as many of them by chance, the same for every run."""
     pairs = [(start, step) for start in range(cycle) for step in range(-(-cycle // 8), cycle)]
     chosen = np.random.default_rng(cycle).permutation(len(pairs))[:PROBES]
     places = torch.tensor([pairs[index] for index in chosen])
-    states = (places[:, :1] + places[:, 1:] * torch.arange(LENGTH)) % cycle
+    states = (places[:, :1] + places[:, 1:] * torch.arange(length)) % cycle
     return Probe(cycle, states, task_harmonics(cycle))
 
 
 class Observer:
     """Looks at a model, without a trace of it: the package's forward hooks, and no gradients."""
 
-    def __init__(self) -> None:
-        data = ModularArithmetic(1, LENGTH, HELD_OUT, VOCAB, num_val_sequences=HELD_OUT, seed=0)
+    def __init__(self, task: Task) -> None:
+        num = HELD_OUT_TOKENS // task.length
+        data = ModularArithmetic(1, task.length, num, task.vocab, num_val_sequences=num, seed=0)
         self._held_out = next(iter(data.val_dataloader()))
-        self._probes = [probe_of(cycle) for cycle in CYCLES]
+        self._probes = [probe_of(cycle, task.length) for cycle in CYCLES]
 
     @torch.no_grad()
     def __call__(self, module: NanoGPT) -> dict[str, Any]:
@@ -148,7 +172,7 @@ def spectral(output: Tensor) -> dict[str, float]:
 def readout(hidden: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Task power of the head's input: its sum, and the share in the ten modes of most variance."""
     rows, errors = hidden.flatten(0, -2), logits.double().softmax(-1).flatten(0, -2)
-    errors = errors - one_hot(labels.flatten(), VOCAB)
+    errors = errors - one_hot(labels.flatten(), errors.shape[-1])
     values, vectors = torch.linalg.eigh(rows.mT @ rows / len(rows))
     power = task_power(values.flip(0).clamp(min=0), vectors.flip(1), errors.mT @ rows / len(rows))
     return {"task_power": float(power.sum()), "task_head_share": float(power[: HEAD[1]].sum() / power.sum())}
@@ -197,19 +221,19 @@ def train(setting: Setting, observe: Observer) -> list[dict[str, Any]]:
     """Train one model; what was seen of it, by step."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    size, at_once = setting.batch_size, min(setting.batch_size, MOST_AT_ONCE)
+    size, at_once, task = setting.batch_size, min(setting.batch_size, MOST_AT_ONCE), setting.sizes
     seed_everything(setting.seed, verbose=False)
-    data = ModularArithmetic(32_768, LENGTH, at_once, VOCAB, num_val_sequences=1, seed=setting.seed)
+    data = ModularArithmetic(32_768, task.length, at_once, task.vocab, num_val_sequences=1, seed=setting.seed)
     module = NanoGPT(
         recipe="rope",
         num_layers=2,
         num_heads=4,
         width=WIDTH,
-        block_size=LENGTH,
-        vocab_size=VOCAB,
+        block_size=task.length,
+        vocab_size=task.vocab,
         learning_rate=RATE * (size / 32) ** 0.5,
         cooldown=1e-6,
-        warmup_steps=WARMUP_TOKENS // (size * LENGTH),
+        warmup_steps=task.warmup_tokens // (size * task.length),
         switches={"tied_head": False},
     )
     looks = _Looks(setting, observe)
@@ -230,19 +254,24 @@ def train(setting: Setting, observe: Observer) -> list[dict[str, Any]]:
 
 
 def done(setting: Setting, work: Path) -> list[dict[str, Any]] | None:
-    """What is kept of a run; None where it was not made, or to other steps."""
+    """What is kept of a run; None where it was not made, or with other sizes."""
     path = work / f"{setting.name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    return kept["looks"] if kept.get("setting") == asdict(setting) else None
+    return kept["looks"] if kept.get("setting") == facts(setting) else None
+
+
+def facts(setting: Setting) -> dict[str, Any]:
+    """What a run is, as JSON has it."""
+    sizes = {**setting.sizes._asdict(), "steps": setting.num_steps}
+    return asdict(setting) | sizes
 
 
 def train_all(wanted: Iterable[Setting], work: Path, tell: Any) -> None:
     """Train what is missing, one after the other, and keep each as it ends."""
     work.mkdir(parents=True, exist_ok=True)
-    observe = Observer()
     for setting in wanted:
         if done(setting, work) is None:
-            text = json.dumps({"setting": asdict(setting), "looks": train(setting, observe)})
+            text = json.dumps({"setting": facts(setting), "looks": train(setting, Observer(setting.sizes))})
             path = work / f"{setting.name}.json"
             path.with_suffix(".part").write_text(text)
             path.with_suffix(".part").replace(path)
