@@ -14,11 +14,11 @@ ALLOWED = {
     "metrics": {"functional"},
     "theory": {"functional"},
     "capture": set(),
-    "measurement": {"functional", "metrics", "capture"},
+    "measurement": {"functional", "theory", "metrics", "capture"},
     "boards": set(),
     "terminal": set(),
     "warner": set(),
-    "runs": {"functional", "terminal"},
+    "runs": {"functional", "theory", "terminal"},
     "recording": {"functional", "metrics", "capture", "measurement", "runs", "warner"},
     "callbacks": {
         *("functional", "metrics", "capture", "measurement", "boards"),

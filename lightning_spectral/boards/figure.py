@@ -15,10 +15,12 @@ def spectrum_figure(
     spectra: Mapping[str, Tensor],
     fits: Mapping[str, tuple[tuple[int, int], float]],
     ylabel: str = "eigenvalue",
+    shares: Mapping[str, Tensor] | None = None,
 ) -> "Figure":
     """Spectra, `(n,)` descending, on log-log axes, with first and last rank, 1-based, and exponent of the line fitted.
 
-    A spectrum may be without a fit. The figure belongs to no window and no pyplot state.
+    A spectrum may be without a fit. Cumulative shares by rank, `(n,)`, are drawn on an axis of their own. The figure
+    belongs to no window and no pyplot state.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -43,5 +45,13 @@ def spectrum_figure(
         axes.plot(ranks[positive], spectrum[positive], color=color, lw=1.6, label=label)
     axes.set(xscale="log", yscale="log", xlabel="rank", ylabel=ylabel, title=title.replace("$", r"\$"))
     axes.grid(alpha=0.25, which="both", lw=0.5)
+    if shares:
+        axes.set_position((0.12, 0.12, 0.77, 0.8))
+        other = axes.twinx()
+        other.set(ylim=(0, 1.02), ylabel="share of task power up to a rank")
+        for style, (name, values) in zip((":", "-.", "--"), shares.items(), strict=False):
+            shown = name.replace("$", r"\$")
+            other.plot(np.arange(1, len(values) + 1), values.numpy(), style, color="tab:red", lw=1.6)
+            axes.plot([], [], style, color="tab:red", lw=1.6, label=f"task power of {shown}")
     axes.legend(loc="lower left", fontsize="small", title="dashed: fitted band", title_fontsize="small")
     return figure

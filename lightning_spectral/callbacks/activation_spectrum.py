@@ -1,19 +1,24 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import nan
 from typing import Any, Literal
 
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.readout import ReadoutMember
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Exponent, Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.functional.spectrum import head_share
-from lightning_spectral.measurement import ActivationRequest, Report
+from lightning_spectral.measurement import ActivationRequest, Report, Session
+from lightning_spectral.measurement.readout import ReadoutRequest
+from lightning_spectral.recording import RunRecorder
 from lightning_spectral.terminal import number, with_error
 
 
@@ -70,6 +75,13 @@ class ActivationSpectrum(LayersCallback):
             module with weights works, 1 for convolutions and their norms, the last for linear layers and theirs.
         batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
+        readout: Name of the linear layer that makes the logits, ``"lm_head"`` say, for ``activation/{readout}/``:
+            ``task_power``, how much of the loss that layer alone could still take away, summed over the modes of its
+            input, and ``task_head_share``, the share of it in the modes of the head
+            (:func:`lightning_spectral.theory.task_power`), with a curve in the figure and the power of each mode in the
+            record (:meth:`lightning_spectral.Run.readout`). Read in training's own passes, ``stage="train"``, of the
+            rows as the layer takes them, in all of the window's steps. Loss: a mean cross-entropy with a label a row,
+            which is checked. Takes 8 d (d + classes) bytes, and 8 bytes more a class while a batch is read.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -115,6 +127,7 @@ class ActivationSpectrum(LayersCallback):
         channel_dim: int | None = None,
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
+        readout: str | None = None,
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -131,6 +144,10 @@ class ActivationSpectrum(LayersCallback):
         )
         super().__init__(layers, request, prefix)
         self.bands = Bands.of(head, tail)
+        self._readout: ReadoutMember | None = None
+        if readout is not None:
+            facts = {"stage": stage, "every_n_steps": every_n_steps, "num_groups": num_groups, "num_tokens": num_tokens}
+            self._readout = ReadoutMember(ReadoutRequest(readout=readout, is_wide=dtype == "float64", **facts))
         self.display = Display(
             self.kind,
             charts={
@@ -152,6 +169,33 @@ class ActivationSpectrum(LayersCallback):
         return super().settings() | self.bands.settings()
 
     @override
+    def keys(self) -> list[str]:
+        return super().keys() if self._readout is None else [*super().keys(), *self._readout.keys]
+
+    @override
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
+        session = super().join(trainer, pl_module)
+        if self._readout is not None:
+            self._readout.join(session, trainer, pl_module)
+        return session
+
+    @override
+    def leave(self) -> None:
+        super().leave()
+        if self._readout is not None:
+            self._readout.leave()
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | ({} if self._readout is None else {"readout": dict(self._readout.state())})
+
+    @override
+    def restore(self, summary: dict[str, Any]) -> None:
+        super().restore(summary)
+        if self._readout is not None:
+            self._readout.restore(summary.get("readout", {}))
+
+    @override
     def looks_at(self) -> list[Band]:
         return list(self.bands)
 
@@ -165,7 +209,22 @@ class ActivationSpectrum(LayersCallback):
         rows = {name: self._describe(spectrum) for name, spectrum in self.spectra(report).items()}
         assert self.display is not None
         self.display.note(report.step, rows)
-        return {f"activation/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
+        beside: dict[str, float] = {}
+        if self._readout is not None:
+            beside = self._readout.measured(report.step, self.bands.head[1])
+        return beside | {f"activation/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+    @override
+    def failures(self, report: Report) -> Iterator[tuple[str, Spectrum]]:
+        yield from super().failures(report)
+        if self._readout is not None and (reason := self._readout.failure(report.step)) is not None:
+            yield f"readout={self._readout.request.readout!r}", Spectrum.missing(reason, step=report.step)
+
+    @override
+    def draw_figure(self, boards: list[Board], report: Report) -> None:
+        curve = {} if self._readout is None else self._readout.curve(report.step)
+        assert self.display is not None
+        self.display.draw_figure(boards, self.prefix, report.step, self.title(report), self.fits(report), curve)
 
     def _describe(self, spectrum: Spectrum) -> dict[str, float]:
         head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)

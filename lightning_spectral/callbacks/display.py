@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
+from torch import Tensor
+
 from lightning_spectral.boards import Board, log10_histogram, spectrum_figure
 from lightning_spectral.functional.estimate import Exponent, Spectrum
 from lightning_spectral.runs.kinds import KINDS
@@ -60,8 +62,16 @@ class Display:
         for board in boards:
             board.charts(self.category, charts)
 
-    def draw_figure(self, boards: Sequence[Board], prefix: str, step: int, title: str, fits: Fits) -> None:
-        """Write the log-log figure, and the values by rank; nothing without a spectrum."""
+    def draw_figure(
+        self,
+        boards: Sequence[Board],
+        prefix: str,
+        step: int,
+        title: str,
+        fits: Fits,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the log-log figure, with cumulative shares beside, and values by rank; nothing without a spectrum."""
         known = {name: fit for name, fit in fits.items() if len(fit[0].values) and fit[0].values.isfinite().all()}
         if not known:
             return
@@ -71,7 +81,7 @@ class Display:
             drawn = {
                 name: (fit.band, fit.value) for name, (_, fit) in known.items() if fit.band and not isnan(fit.value)
             }
-            figure = spectrum_figure(title, spectra, drawn, KINDS[self.kind].value)
+            figure = spectrum_figure(title, spectra, drawn, KINDS[self.kind].value, shares)
             for board in boards:
                 board.figure(f"{start}/spectra", figure, step)
         if any("table" in board.takes for board in boards):

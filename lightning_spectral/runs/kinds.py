@@ -57,6 +57,7 @@ KINDS = {
     "weight": Kind("parameter", series="gradient", values="singular_values"),
     "drift": Kind("layer", series="activation"),
     "forecast": Kind("layer", series="activation"),
+    "readout": Kind("head", series="readout"),
 }
 
 

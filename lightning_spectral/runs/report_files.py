@@ -8,9 +8,11 @@ from typing import Any
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.noise import NoiseScale, names_of_gradients, read_noise
+from lightning_spectral.runs.readout import read_readout
 from lightning_spectral.runs.record import Report
 from lightning_spectral.runs.record_checks import tokens_of
 from lightning_spectral.runs.safe_files import Arrays, open_arrays
+from lightning_spectral.theory import Readout
 
 Layout = dict[str, dict[str, tuple[str, ...]]]
 """Fields of a report's file by kind and name."""
@@ -58,6 +60,11 @@ class ReportFiles:
         """That of all its parameters together."""
         with _arrays(report.path) as arrays:
             return read_noise(arrays, names_of_gradients(arrays))
+
+    def readout(self, report: Report) -> Readout:
+        """What the model's last layer could still take off the loss."""
+        with _arrays(report.path) as arrays:
+            return read_readout(arrays)
 
     def _look(self, path: Path) -> tuple[float, Layout]:
         if path not in self._seen:

@@ -20,6 +20,7 @@ from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.record import FOLDER, Report, read_about, read_forecasts, reports
 from lightning_spectral.runs.report_files import ReportFiles
+from lightning_spectral.theory import Readout
 
 
 class Matched(NamedTuple):
@@ -354,6 +355,24 @@ class Run:
         if kind_of(kind) != "gradient":
             raise ValueError(f"kind must be 'gradient' or a series of it, got {kind!r}: others have no noise scale")
         return self._files.noise(self._report(kind, step))
+
+    def readout(self, step: int, kind: str = "readout") -> Readout:
+        """What the model's last layer could still take off the loss, by mode of its input, in one report.
+
+        Args:
+            step: One of ``steps("readout")``.
+            kind: ``"readout"``, or one series, such as ``"readout-train"``.
+
+        Returns:
+            Eigenvalues, task power and loss, with :meth:`~lightning_spectral.theory.Readout.lower_bound`: the loss that
+            training this layer alone is to reach, a diagnostic and no forecast.
+
+        Raises:
+            ValueError: If ``ActivationSpectrum(readout=...)`` made no such report, or its file is broken.
+        """
+        if kind_of(kind) != "readout":
+            raise ValueError(f"kind must be 'readout' or a series of it, got {kind!r}: others have no readout")
+        return self._files.readout(self._report(kind, step))
 
     def tokens_at(self, kind: str, step: int) -> float:
         """Training tokens at a report.

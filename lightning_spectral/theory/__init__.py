@@ -3,7 +3,7 @@
 from lightning_spectral.theory.gradient_flow import gradient_flow_risk, power_law_risk
 from lightning_spectral.theory.harmonics import band_concentration, harmonic_energy
 from lightning_spectral.theory.power_law import crossover_rank, power_law_spectrum
-from lightning_spectral.theory.readout import readout_loss, task_power
+from lightning_spectral.theory.readout import Readout, readout_loss, task_power
 from lightning_spectral.theory.sgd import (
     Stability,
     critical_batch_size,
@@ -15,6 +15,7 @@ from lightning_spectral.theory.sgd import (
 )
 
 __all__ = [
+    "Readout",
     "Stability",
     "band_concentration",
     "critical_batch_size",

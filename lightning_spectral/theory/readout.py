@@ -1,8 +1,12 @@
 """How much of a model's loss its last layer could still take away, mode by mode of the features that it reads."""
 
+from dataclasses import dataclass
+from math import nan
+
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_int
 from lightning_spectral.theory.checks import check_positive, power_of, spectrum_of, steps_of
 
 
@@ -70,3 +74,65 @@ def readout_loss(loss: float, eigenvalues: Tensor, power: Tensor, rate: float, s
     check_positive(rate=rate)
     times = steps_of(steps, spectrum)
     return loss + torch.expm1(-2 * rate * times.unsqueeze(-1) * spectrum) @ power / 2
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A model's last linear layer at one moment: what of its loss it could still take away, by mode of its input."""
+
+    eigenvalues: Tensor
+    """``(d,)`` float64, of the covariance of its input, descending; empty where it could not be measured."""
+    power: Tensor
+    """``(d,)`` float64, of :func:`task_power`."""
+    loss: float = nan
+    """Mean over the rows, in nats; NaN where it is not known."""
+    num_rows: int = 0
+    """Rows n behind it. Their sampling adds about E|p - y|^2 / n to the power of each mode, of which most is seen where
+    little is left to learn."""
+    failure: str | None = None
+    """Why there is none."""
+
+    @classmethod
+    def missing(cls, failure: str) -> "Readout":
+        """What stands for one that could not be measured."""
+        nothing = torch.empty(0, dtype=torch.float64)
+        return cls(nothing, nothing, failure=failure)
+
+    @property
+    def cumulative(self) -> Tensor:
+        """``(d,)`` share of the task power in the modes up to each; NaN where there is none."""
+        return self.power.cumsum(0) / self.power.sum()
+
+    def head_share(self, k: int) -> float:
+        """Share of the task power in the modes of most variance.
+
+        Args:
+            k: How many modes.
+
+        Returns:
+            From 0 to 1; NaN where there is no power.
+
+        Raises:
+            ValueError: If there are not so many modes.
+        """
+        if self.failure is not None:
+            return nan
+        check_int(1, len(self.power), k=k)
+        return float(self.cumulative[k - 1])
+
+    def lower_bound(self, rate: float, steps: Tensor | float) -> Tensor:
+        """The loss that training this layer alone is to reach, of :func:`readout_loss`: a diagnostic, no forecast.
+
+        Args:
+            rate: Learning rate of plain gradient descent.
+            steps: ``(...)`` times, in steps.
+
+        Returns:
+            ``(...)`` float64, nats; NaN where it could not be measured.
+
+        Raises:
+            ValueError: If an argument is negative or not finite.
+        """
+        if self.failure is not None:
+            return torch.full(torch.as_tensor(steps).shape, nan, dtype=torch.float64)
+        return readout_loss(self.loss, self.eigenvalues, self.power, rate, steps)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.functional import covariance_spectrum
-from lightning_spectral.theory import gradient_flow_risk, readout_loss, task_power
+from lightning_spectral.theory import Readout, gradient_flow_risk, readout_loss, task_power
 
 
 def features_and_targets() -> tuple[Tensor, Tensor]:
@@ -83,3 +83,20 @@ def test_modes_without_variance_hold_nothing() -> None:
 def test_shapes_that_do_not_fit_are_refused(basis: Tensor, gradient: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task_power(torch.tensor([1.0, 0.5]), basis, gradient)
+
+
+def test_a_readout_says_what_lies_in_its_head_and_what_would_be_left() -> None:
+    found = Readout(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 3.0]), loss=5.0, num_rows=10)
+    assert (found.head_share(1), found.head_share(2)) == (0.25, 1.0)
+    assert found.cumulative.tolist() == [0.25, 1.0]
+    assert float(found.lower_bound(0.5, 0)) == 5.0
+    assert float(found.lower_bound(0.5, 2.0)) == pytest.approx(5 - (1 - math.exp(-8) + 3 * (1 - math.exp(-2))) / 2)
+    with pytest.raises(ValueError, match="k must be an int"):
+        found.head_share(3)
+
+
+def test_a_readout_that_is_missing_is_nan() -> None:
+    found = Readout.missing("why")
+    assert found.failure == "why"
+    assert math.isnan(found.head_share(1))
+    assert found.lower_bound(0.5, torch.arange(3)).isnan().all()

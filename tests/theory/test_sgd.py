@@ -98,7 +98,11 @@ def test_both_sides_of_kappa_one(batch: int) -> None:
     assert stability(spectrum, 0.98 * low, batch).kappa < 1
     runaway = sgd_risk(spectrum, power, 1.02 * low, batch, 0.1, late)
     assert float(runaway[1]) > 10 * float(runaway[0]) or bool(runaway[1].isnan())
-    assert not stability(spectrum, 1.02 * low, batch).is_stable
+    beyond = stability(spectrum, 1.02 * low, batch)
+    # It is the batches' noise that keeps it from settling, not a step that overshoots.
+    assert beyond.kappa > 1
+    assert beyond.sharpness < 2
+    assert not beyond.is_stable
     assert bool(sgd_risk(spectrum, power, 1.5 * low, batch, 0.1, 10**7).isnan())
 
 
