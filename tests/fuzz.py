@@ -1,4 +1,4 @@
-"""Hostile arguments, records and commands from a fixed seed: `python -m tests.fuzz` tries twenty thousand.
+"""Hostile arguments, records, commands and logs from a fixed seed: `python -m tests.fuzz` tries twenty thousand.
 
 Every case must work or be refused: a ValueError, or exit status 2, with exactly one line that names the argument or the
 file. Any other error, a case that takes long, one that takes much memory, and a number that cannot be are faults.
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import fuzz_arguments, fuzz_records
+from tests import fuzz_arguments, fuzz_logs, fuzz_records
 from tests.fuzz_case import Case
 
 SECONDS = 30
@@ -31,8 +31,9 @@ KINDS: Mapping[str, Callable[[random.Random, Path], Case]] = {
     "arguments": fuzz_arguments.draw,
     "records": fuzz_records.draw_record,
     "commands": fuzz_records.draw_command,
+    "logs": fuzz_logs.draw_log,
 }
-SHARES = {"arguments": 0.7, "records": 0.2, "commands": 0.1}
+SHARES = {"arguments": 0.65, "records": 0.2, "commands": 0.1, "logs": 0.05}
 
 
 class Outcome(NamedTuple):
@@ -138,6 +139,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
     fuzz_records.make_base(folder)
+    fuzz_logs.make_logs(folder)
     try:
         if options.only:
             kind, _, number = options.only.partition(":")

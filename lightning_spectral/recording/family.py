@@ -1,7 +1,6 @@
 """Which model a run trains: its class and configuration, and the name that all runs of it share."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -10,16 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_spectral.capture.names import clean_name
-
-_OF_THE_RUN = re.compile(
-    r"(^|_)(lrs?|learning_rates?|seed|batch_?(size|tokens)|warm_?up|(max|total)_(steps|epochs)|stop_at_loss)(_|$)",
-    re.IGNORECASE,
-)
-"""Settings that differ between runs of one family: what a sweep sweeps, not what the model is. Among them are lengths
-of the schedule, which are given in steps and follow the batch size."""
-
-_OF_A_SEED = re.compile(r"(^|_)(seed|stop_at_loss)(_|$)", re.IGNORECASE)
-"""Of these, what differs between seeds of one setting, or does not change how a run gets where it gets."""
+from lightning_spectral.runs.swept import OF_A_SEED, OF_THE_RUN
 
 _OF_OPTIMIZERS = ("weight_decay", "momentum", "betas", "nesterov")
 
@@ -85,7 +75,7 @@ def _settings_of_the_run(config: Mapping[Any, Any], start: str = "") -> Iterator
     for key, value in ((str(key), value) for key, value in config.items()):
         if isinstance(value, Mapping):
             yield from _settings_of_the_run(value, f"{start}{key}.")
-        elif _OF_THE_RUN.search(key) and not _OF_A_SEED.search(key):
+        elif OF_THE_RUN.search(key) and not OF_A_SEED.search(key):
             yield f"{start}{key}", _plain(value)
 
 
@@ -104,7 +94,7 @@ def _without_settings_of_the_run(config: Any) -> Any:
         return {
             key: _without_settings_of_the_run(value)
             for key, value in items
-            if not key.startswith("_") and not _OF_THE_RUN.search(key)
+            if not key.startswith("_") and not OF_THE_RUN.search(key)
         }
     if isinstance(config, (list, tuple)):
         return [_without_settings_of_the_run(value) for value in config]

@@ -22,16 +22,9 @@ from lightning_spectral.recording.counter import BatchCounter
 from lightning_spectral.recording.fingerprint import Fingerprint
 from lightning_spectral.recording.place import Place
 from lightning_spectral.runs.kinds import KINDS, Series
+from lightning_spectral.runs.loss_names import LOSS_OF_VALIDATION, OF_VALIDATION, is_of_training, rank
 from lightning_spectral.runs.record import Record, Row, read_about
 from lightning_spectral.warner import Warner
-
-_VALIDATION = "val|valid|validation|eval|evaluation|dev"
-
-_OF_VALIDATION = re.compile(rf"(^|[/_. -])({_VALIDATION})([/_. -]|$)", re.IGNORECASE)
-
-_LOSS_OF_VALIDATION = re.compile(
-    rf"(({_VALIDATION})[/_. -]?loss|loss[/_. -]({_VALIDATION}))([/_. -]epoch)?", re.IGNORECASE
-)
 
 _LOADER = re.compile(r"/dataloader_idx_(\d+)$")
 
@@ -380,35 +373,24 @@ def validation_loss(metrics: Mapping[str, Any], loader: int, monitored: Sequence
     metric of validation that is ``monitored``, or of several the one that is called a loss. Never a guess among others.
     """
     plain = {key: _LOADER.sub("", key) for key in metrics if _loader_of(key) in (None, loader)}
-    usual = [key for key, name in plain.items() if _LOSS_OF_VALIDATION.fullmatch(name)]
+    usual = [key for key, name in plain.items() if LOSS_OF_VALIDATION.fullmatch(name)]
     if usual:
         # Of two loaders' losses and their mean the loader's own.
-        return min(usual, key=lambda key: (_loader_of(key) is None, _rank(plain[key]), key))
-    watched = [key for key in dict.fromkeys(monitored) if key in plain and not _is_of_training(key)]
+        return min(usual, key=lambda key: (_loader_of(key) is None, rank(plain[key]), key))
+    watched = [key for key in dict.fromkeys(monitored) if key in plain and not is_of_training(key)]
     losses = [key for key in watched if "loss" in key.lower()]
     return next((found[0] for found in (losses, watched) if len(found) == 1), None)
 
 
 def loss_candidates(metrics: Mapping[str, Any]) -> list[str]:
     """Metrics that may be the validation loss: called losses, if any are, and of validation."""
-    of_validation = [key for key in metrics if _OF_VALIDATION.search(_LOADER.sub("", key))]
+    of_validation = [key for key in metrics if OF_VALIDATION.search(_LOADER.sub("", key))]
     return [key for key in of_validation if "loss" in key.lower()] or of_validation
 
 
 def _loader_of(key: str) -> int | None:
     found = _LOADER.search(key)
     return None if found is None else int(found[1])
-
-
-def _rank(name: str) -> tuple[int, int]:
-    """Where a name stands among the usual ones: by what validation is called, then the shape of the name."""
-    words = re.findall(r"[a-z]+", name.lower())
-    called = _VALIDATION.split("|")
-    return min((called.index(word) for word in words if word in called), default=len(called)), len(words)
-
-
-def _is_of_training(key: str) -> bool:
-    return re.search(r"(^|[/_. -])train(ing)?([/_. -]|$)", key, re.IGNORECASE) is not None
 
 
 def _is_same(known: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from lightning_spectral.functional.powerlaw import check_band
 from lightning_spectral.runs.comparison import compare
 from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecasting import forecast
+from lightning_spectral.runs.logs import Columns
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_forecast, print_run
 from lightning_spectral.runs.to_json import to_json, to_json_line
@@ -35,9 +36,10 @@ def _show(words: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="log directory of a run, or a pattern of several")
     parser.add_argument("--kind", help="of spectra: activation, gradient, weight, or one series, as activation-train")
+    _add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
-    runs = open_runs(args.runs)
+    runs = open_runs(args.runs, columns=_columns(args))
     if args.plot is not None:
         _plot_evolution(runs, args)
     if args.json:
@@ -57,7 +59,7 @@ def _kinds(run: Run, kind: str | None) -> list[str]:
 def _facts(run: Run, kind: str | None) -> dict[str, Any]:
     history = {name: column.tolist() for name, column in run.history._asdict().items()}
     spectra = [row for kind in _kinds(run, kind) for _ in each_series(run, kind) for row in evolution(run, kind)]
-    known = {"path": str(run.path), "about": run.about, "history": history, "spectra": spectra}
+    known = {"path": str(run.path), "about": run.about, "columns": run.columns, "history": history, "spectra": spectra}
     return known | {"forecasts": run.forecasts}
 
 
@@ -82,9 +84,11 @@ def _compare(words: Sequence[str]) -> None:
     parser.add_argument(
         "--floor", metavar="PATH", help="seeds of the base's family, or an earlier comparison's JSON, for the run floor"
     )
+    _add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
-    comparison = compare(args.base, args.variant, at_loss=args.at_loss, floor=args.floor)
+    base, variant = (open_runs(getattr(args, side), side, _columns(args)) for side in ("base", "variant"))
+    comparison = compare(base, variant, at_loss=args.at_loss, floor=args.floor)
     if args.plot is not None:
         from lightning_spectral.runs.figures import comparison_figure, save
 
@@ -146,6 +150,29 @@ def _numbered(path: str, number: int) -> Path:
     """A file for each of several figures."""
     file = Path(path)
     return file if number == 0 else file.with_stem(f"{file.stem}-{number + 1}")
+
+
+def _add_columns(parser: ArgumentParser) -> None:
+    logs = parser.add_argument_group(
+        "logs of other tools",
+        "CSVLogger, TensorBoard, exports of W&B and MLflow; runs with a record need none of these",
+    )
+    for name, what in (
+        ("loss", "loss, such as val/nll"),
+        ("step", "optimizer steps done"),
+        ("tokens", "training tokens so far"),
+        ("seconds", "training time so far"),
+    ):
+        logs.add_argument(f"--{name}-key", metavar="COLUMN", help=f"the column of {what}")
+    logs.add_argument(
+        "--batch-tokens", metavar="N", help="tokens a step, or a product of hyperparameters: 'batch_size*256'"
+    )
+    logs.add_argument("--family", metavar="NAME", help="the family that they are of")
+
+
+def _columns(args: Namespace) -> Columns:
+    keys = {name: getattr(args, f"{name}_key") for name in ("loss", "step", "tokens", "seconds")}
+    return Columns(**keys, batch_tokens=args.batch_tokens, family=args.family)
 
 
 def _add_outputs(parser: ArgumentParser) -> None:

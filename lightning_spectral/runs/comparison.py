@@ -17,7 +17,7 @@ from lightning_spectral.functional.jackknife import jackknife
 from lightning_spectral.functional.paired import are_paired
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.runs.arguments import check_loss, check_paths
-from lightning_spectral.runs.finding import open_runs
+from lightning_spectral.runs.finding import RunPaths, open_runs
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import (
     Measured,
@@ -32,7 +32,7 @@ from lightning_spectral.runs.statistics import Scatter, mean_spectrum, number, r
 from lightning_spectral.runs.timing import Timing, time_sides
 from lightning_spectral.runs.verdict import MIN_GAIN, Verdict, decide
 
-Paths = str | Path | Sequence[str | Path]
+Paths = RunPaths
 
 BETTER = {"tokens": -1, "throughput": 1, "seconds": -1}
 """Whether more of it is a gain."""

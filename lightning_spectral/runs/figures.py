@@ -19,7 +19,8 @@ from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of
 from lightning_spectral.runs.references import KIND, alpha_at
-from lightning_spectral.runs.run import Run, kind_of
+from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.run_spectra import kind_of
 from lightning_spectral.runs.spread import spread
 
 if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without

@@ -90,7 +90,9 @@ class History(NamedTuple):
         before = int(entries[i - 1])
         weight = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
         start, end = float(self.tokens[before]), float(self.tokens[after])
-        tokens = exp(log(start) + weight * log(end / start)) if start > 0 else weight * end
+        tokens = nan  # as where they are not known
+        if start >= 0:
+            tokens = exp(log(start) + weight * log(end / start)) if start > 0 else weight * end
         # Between two entries steps and seconds run evenly with tokens.
         share = (tokens - start) / (end - start) if end > start else weight
         step, seconds = (

@@ -43,13 +43,16 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
 
     Refuses those whose spectra were not measured alike: a ValueError names the setting, and two that differ in it.
     """
-    first = runs[0]
+    first = next((run for run in runs if not run.columns), runs[0])
     for run in runs:
+        check_tokens_known(run)
         if run.history.loss_name != first.history.loss_name:
             raise ValueError(
                 f"runs must have one kind of loss, got {first.history.loss_name} in {first} and "
                 f"{run.history.loss_name} in {run}: give all of them validation data"
             )
+        if run.columns:
+            continue  # a log of another tool does not say
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
         _refuse_other_lengths(first, run)
     kinds = [kind for kind, row in KINDS.items() if row.is_compared and all(run.steps(kind) for run in runs)]
@@ -59,6 +62,15 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
             for name, one, other in _unlike(kind, first.settings(kind), run.settings(kind)):
                 _refuse_difference(f"{kind} spectra of {name}", first, run, one, other)
     return kinds
+
+
+def check_tokens_known(run: Run) -> None:
+    """Refuse a log that does not say how many tokens its steps took, by a ValueError."""
+    if run.columns and not np.isfinite(run.history.tokens).any():
+        raise ValueError(
+            f"batch_tokens must be given for {run.path}, a {run.columns['tool']} log without a column of tokens: "
+            "--batch-tokens 65536, or 'batch_size*256' by hyperparameters"
+        )
 
 
 def _refuse_other_lengths(first: Run, second: Run) -> None:

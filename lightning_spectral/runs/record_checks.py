@@ -11,6 +11,10 @@ MAX_STEP = 10**15
 """Beyond it steps are no longer exact in floating point."""
 
 
+MAX_SECONDS = 10**10
+"""Three hundred years."""
+
+
 class _Fact(NamedTuple):
     """What a fact must be, in words, and whether it is."""
 
@@ -100,6 +104,8 @@ def check_line(step: int, tokens: float, seconds: float) -> None:
         raise ValueError(f"step must be from 0 to {MAX_STEP:,}")
     check_amount("tokens", tokens)
     check_amount("seconds", seconds)
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"seconds must be at most {MAX_SECONDS:,}, got {seconds:.6g}")
 
 
 def check_amount(name: str, value: float) -> None:

@@ -48,15 +48,16 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a regular file of up to 256 MiB; ValueError, or OSError, saying why it cannot be read.
+def read_text(path: Path, errors: str = "strict", limit: int | None = None) -> str:
+    """The text of a regular file of up to ``limit`` bytes, 256 MiB; ValueError or OSError if it cannot be read.
 
     ``errors`` is what becomes of bytes that are no text, as ``bytes.decode`` has it.
     """
+    limit = MAX_TEXT if limit is None else limit
     with open_regular(path) as file:
-        data = file.read(MAX_TEXT + 1)
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"it has more than {MAX_TEXT:,} bytes")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
     return data.decode("utf-8", errors)
 
 

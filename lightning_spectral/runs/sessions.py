@@ -47,7 +47,7 @@ class Session(NamedTuple):
 def session_of(run: Run) -> Session | None:
     """When and where a run trained; None if it did not record its start."""
     start = _time(run.about.get("started"))
-    if start is None:
+    if start is None or start.year > 9000:  # to which nothing could be added
         return None
     seconds = run.history.seconds[np.isfinite(run.history.seconds)]
     machines = run.about.get("machines")

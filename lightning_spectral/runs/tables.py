@@ -15,7 +15,8 @@ from lightning_spectral.runs.forecasting import FamilyForecast, Point
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of, series_used
 from lightning_spectral.runs.noise import NoiseScale
-from lightning_spectral.runs.run import Run, kind_of
+from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.run_spectra import kind_of
 from lightning_spectral.runs.spread import spread
 from lightning_spectral.terminal import console, new_table, show_interval, show_number
 
@@ -36,6 +37,9 @@ def print_comparison(comparison: Comparison) -> None:
     for name, side in (("base", comparison.base), ("variant", comparison.variant)):
         runs = ", ".join(str(run.path) for run in side[:3]) + (", ..." if len(side) > 3 else "")
         out.print(f"{name:8} {len(side)} {'run' if len(side) == 1 else 'runs'} of {side[0].family}: {runs}")
+    for run in (*comparison.base, *comparison.variant):
+        if run.columns:
+            out.print(from_log(run))
     out.print(f"matched at {comparison.loss_name} {comparison.loss:.4f}\n")
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         for line in series_used([*comparison.base, *comparison.variant], kind):
@@ -99,6 +103,13 @@ def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
     return table
 
 
+def from_log(run: Run) -> str:
+    """What a run without a record was read from, and what was taken for what."""
+    tool, *columns = run.columns.items()
+    meanings = ", ".join(f"{what}: {name}" for what, name in columns)
+    return f"{run.path} has no spectra: read from {tool[1]} ({meanings})"
+
+
 def print_run(run: Run, kinds: Sequence[str]) -> None:
     """Print what a run is, its losses and how its spectra of some kinds evolved."""
     out = console()
@@ -107,10 +118,13 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
     entries, losses = history.with_loss()
     if len(entries):
         last = entries[-1]
+        tokens, seconds = show_number(history.tokens[last], 0), show_number(history.seconds[last], 1)
         out.print(
             f"{history.loss_name} {losses[0]:.4f} to {losses[-1]:.4f} (lowest {losses.min():.4f}) over "
-            f"{history.step[last]:,.0f} steps, {history.tokens[last]:,.0f} tokens, {history.seconds[last]:,.1f} s"
+            f"{history.step[last]:,.0f} steps, {tokens} tokens, {seconds} s"
         )
+    if run.columns:
+        out.print(from_log(run))
     for kind in kinds:
         for series in each_series(run, kind):
             # Of each layer as many as fit, also of one that joined later.

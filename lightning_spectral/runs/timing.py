@@ -62,6 +62,10 @@ def time_sides(sides: Sequence[list[Measured]], known: Scatter, recorded: Scatte
         floor = floor.and_of(recorded._replace(variances=of_days))
     named = {Key(key.quantity, OF_DAYS): one for key, one in floor.variances.items()}
     by_days = Timed(days[0], days[1], floor, known._replace(variances=known.variances | named))
+    if len({bool(measured.run.columns) for side in sides[:2] for measured in side}) > 1:
+        return Timing(
+            "", "seconds of logs of other tools count validation and measuring, those of records do not"
+        ), by_runs
     reason = told_apart(whens)
     if reason is None:
         return Timing("runs", ""), by_days._replace(base=base, variant=variant, floor=known)

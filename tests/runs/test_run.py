@@ -11,7 +11,7 @@ import pytest
 from lightning_spectral import Run
 from lightning_spectral.runs import Record, Row, open_runs
 from lightning_spectral.runs.finding import folders_of_runs
-from lightning_spectral.runs.run import kind_of
+from lightning_spectral.runs.run_spectra import kind_of
 from tests.runs.made_up import LAYER, made_up
 
 
