@@ -1,5 +1,6 @@
 """The measures as pure functions: tensors in, tensors out, nothing imported but torch and SciPy."""
 
+from lightning_spectral.functional.early import PREDICTORS, Early
 from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
 from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.forecast import (
@@ -7,6 +8,7 @@ from lightning_spectral.functional.forecast import (
     MIN_SETTINGS,
     Forecast,
     Skill,
+    anchored_power_law,
     backtest,
     extrapolate_loss,
     forecast_tokens,
@@ -32,12 +34,15 @@ from lightning_spectral.functional.spectrum import (
     normalize,
     rankme,
 )
+from lightning_spectral.functional.stacking import StackedForecast, stack
 from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 
 __all__ = [
     "MIN_REFERENCES",
     "MIN_SETTINGS",
+    "PREDICTORS",
     "Band",
+    "Early",
     "Estimate",
     "Exponent",
     "Forecast",
@@ -50,6 +55,8 @@ __all__ = [
     "PowerLaw",
     "Skill",
     "Spectrum",
+    "StackedForecast",
+    "anchored_power_law",
     "angle_floor",
     "backtest",
     "covariance",
@@ -78,5 +85,6 @@ __all__ = [
     "singular_values",
     "spearman",
     "spearman_interval",
+    "stack",
     "subspace_overlap",
 ]

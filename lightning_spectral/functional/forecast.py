@@ -225,7 +225,7 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
         2.206
     """
     check_pair(tokens=tokens, losses=losses)
-    _check_positive(tokens)
+    check_positive(tokens)
     check_number(target=target)
     target = float(target)
     tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
@@ -240,6 +240,47 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
     if drop <= 0:
         return math.inf
     return float((origin - (drop / a).log() / b).exp()) if a > 0 else math.nan
+
+
+def anchored_power_law(tokens: Tensor, losses: Tensor, target: float) -> float:
+    r"""Tokens to a target by a power law that a loss curve ends in: the baseline of two points.
+
+    :math:`\ln L = \ln L_t - b (\ln \tau - \ln t)`, the least-squares line through the last point t for the points from
+    a quarter of t on. It knows of no floor of the loss and errs accordingly; :func:`stack` takes off what it errs by
+    in the mean of the references, and asks no more of it than to tell runs apart.
+
+    Args:
+        tokens: ``(m,)`` where the losses were measured, positive, in any order.
+        losses: ``(m,)`` the curve so far.
+        target: The loss to reach.
+
+    Returns:
+        Tokens. Points that are not finite, or not positive, are dropped first. NaN for fewer than two, for a curve
+        that does not fall, and where the last loss is not above a positive target.
+
+    Raises:
+        ValueError: If tokens and losses are not two vectors of one length, or tokens are not positive.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.tensor([1e5, 2e5, 4e5])
+        >>> round(anchored_power_law(tokens, 100 * tokens**-0.25, target=2.0) / 1e6, 2)  # (2 / 100)^(-1 / 0.25)
+        6.25
+    """
+    check_pair(tokens=tokens, losses=losses)
+    check_positive(tokens)
+    check_number(target=target)
+    target = float(target)
+    tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
+    known = tokens.isfinite() & losses.isfinite() & (losses > 0)
+    tokens, losses = tokens[known], losses[known]
+    if len(tokens) < 2 or not 0 < target < math.inf:
+        return math.nan
+    last = tokens.argmax()
+    recent = tokens >= tokens[last] / 4
+    along, fall = (tokens[last] / tokens[recent]).log(), (losses[recent] / losses[last]).log()
+    left, slope = float((losses[last] / target).log()), float(along @ fall / (along @ along))
+    return float((tokens[last].log() + left / slope).exp()) if slope > 0 and left > 0 else math.nan
 
 
 def _fit_curve(log_tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,12 +313,20 @@ def _known(alpha: Tensor, tokens: Tensor, settings: Tensor | None) -> tuple[Tens
     """Exponents, ln tokens and settings of the references whose numbers are finite, and which those are."""
     vectors = {"alpha": alpha, "tokens": tokens}
     check_pair(**vectors if settings is None else vectors | {"settings": settings})
-    _check_positive(tokens)
+    check_positive(tokens)
     alpha, logs = alpha.detach().to("cpu", torch.float64), tokens.detach().to("cpu", torch.float64).log()
     known = alpha.isfinite() & logs.isfinite()
     return alpha[known], logs[known], None if settings is None else settings.to("cpu")[known], known
 
 
-def _check_positive(tokens: Tensor) -> None:
+def check_positive(tokens: Tensor) -> None:
+    """Refuse numbers of tokens that have no logarithm.
+
+    Args:
+        tokens: ``(n,)``.
+
+    Raises:
+        ValueError: Naming the least.
+    """
     if bool((tokens <= 0).any()):
         raise ValueError(f"tokens must be positive, got {float(tokens.min())}: leave such runs or points out")

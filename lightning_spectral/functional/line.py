@@ -68,12 +68,25 @@ class Line(NamedTuple):
         """
         at = torch.tensor(x, dtype=torch.float64)
         variance = self.squared_error * (1 + 1 / self.num_settings + (at - self.mean).square() / self.square_sum)
-        if self.beyond(x) > 0:
-            if self.parabola_square_sum == 0:
-                return math.inf
-            unknown = self.curvature.square() + self.squared_error / self.parabola_square_sum
-            variance = variance + unknown * self.parabola(at).square()
+        variance = variance + self.unseen(x)
         return float(stdtrit(self.num_settings - 2, (1 + level) / 2) * variance.sqrt())
+
+    def unseen(self, x: float) -> float:
+        r"""Mean square of what a parabola that the points do not exclude adds beyond them, see :meth:`reach`.
+
+        Args:
+            x: Where.
+
+        Returns:
+            :math:`(\hat c^2 + s^2 / Q)\, q(x)^2`; zero inside the points, infinite beyond points of which x has but two
+            values.
+        """
+        if self.beyond(x) == 0:
+            return 0.0
+        if self.parabola_square_sum == 0:
+            return math.inf
+        unknown = self.curvature.square() + self.squared_error / self.parabola_square_sum
+        return float(unknown * self.parabola(torch.tensor(x, dtype=torch.float64)).square())
 
 
 def fit_line(x: Tensor, y: Tensor, settings: Tensor | None = None) -> Line | None:

@@ -1,0 +1,124 @@
+"""Gaussian processes through a handful of runs, many at a time, their hyperparameters the likeliest under priors."""
+
+import torch
+from torch import Tensor
+
+LENGTH, SIGNAL, NOISE = 1.5, 0.7, 0.15
+"""Medians of the priors, log-normal and of unit width: of the length over which a standardised feature bends the
+surface, of how far it bends, and of a run's own scatter, both in standard deviations of y."""
+SLOPE = 2.0
+"""Prior standard deviation of a plane through the features, likewise."""
+NUM_ITERATIONS = 12
+"""Each is a step of scoring; ten are enough to leave less than 1e-3 in every logarithm."""
+
+
+def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> Tensor:
+    r"""Values of a smooth surface through runs of which some are left out.
+
+    Features standardised to z and y to unit variance, the kernel is
+    :math:`4 z \cdot z' / d + s_f^2 \exp(-\sum_j (z_j - z'_j)^2 / 2 l_j^2) + s_n^2`, the last for a run with itself.
+    The hyperparameters maximise likelihood times priors.
+
+    Args:
+        weights: ``(stacks, folds, n)``, zero for runs left out. The first fold of each stack sets the hyperparameters;
+            the others, which leave out more, keep them. Means and deviations are weighted; a run in itself is not.
+        features: ``(n, d)``.
+        y: ``(n,)``.
+
+    Returns:
+        ``(stacks, folds, n)`` values, those of the runs left out among them.
+
+    References:
+        Rasmussen, Williams, *Gaussian Processes for Machine Learning*, sections 2.2 and 5.4 (2006).
+    """
+    whole = weights[:, 0]
+    z = standardised(whole, features)
+    scaled = standardised(whole, y[:, None])[..., 0]
+    squares = (z[:, :, None] - z[:, None]).square().movedim(-1, 1)  # (stacks, d, n, n)
+    plane = SLOPE**2 * z @ z.mT / z.shape[-1]
+    present = (whole > 0).to(y.dtype)
+    logs = _likeliest(plane, squares, present, scaled)
+    kernel = plane + _bumps(logs, squares)
+    present = (weights > 0).to(y.dtype)
+    level = (weights * scaled[:, None]).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    covariance = _among(kernel[:, None], present, logs[:, -1, None])
+    residuals = present * (scaled[:, None] - level)
+    solved = torch.cholesky_solve(residuals[..., None], torch.linalg.cholesky(covariance))
+    values = level + (kernel[:, None] @ (present[..., None] * solved))[..., 0]
+    total = whole.sum(-1)
+    means = whole @ y / total
+    deviations = ((whole * (y - means[:, None]).square()).sum(-1) / total).sqrt()
+    return means[:, None, None] + deviations[:, None, None] * values
+
+
+def standardised(weights: Tensor, features: Tensor) -> Tensor:
+    """Features about their weighted means, in weighted standard deviations.
+
+    Args:
+        weights: ``(..., n)``.
+        features: ``(n, d)``.
+
+    Returns:
+        ``(..., n, d)``; zero where a feature is one number, of which nothing but rounding would be left.
+    """
+    total = weights.sum(-1)[..., None]
+    means = weights @ features / total
+    centred = features - means[..., None, :]
+    deviations = (weights[..., None] * centred.square()).sum(-2).div(total).sqrt()
+    is_flat = deviations <= 1e-9 * (1 + means.abs())
+    return torch.where(is_flat[..., None, :], 0.0, centred / deviations.clamp(min=1e-300)[..., None, :])
+
+
+def _likeliest(plane: Tensor, squares: Tensor, present: Tensor, y: Tensor) -> Tensor:
+    """Logarithms ``(stacks, d + 2)`` of lengths, signal and noise over their medians, by Fisher scoring from there."""
+    num_stacks, num_features = squares.shape[:2]
+    # The information of the likelihood is never negative and that of the priors is one: each step goes downhill, and
+    # where one goes too far it is taken again, shorter.
+    logs = torch.zeros(num_stacks, num_features + 2, dtype=y.dtype)
+    damping = torch.zeros(num_stacks, dtype=y.dtype)
+    unit = torch.eye(num_features + 2, dtype=y.dtype)
+    both = present[:, :, None] * present[:, None]
+    diagonal = torch.diag_embed(present)
+    energy, factor, solved = _energy(logs, plane, squares, present, y)
+    for _ in range(NUM_ITERATIONS):
+        bumps = both * _bumps(logs, squares)
+        lengths = (LENGTH * logs[:, :-2].exp()).square()[..., None, None]
+        noise = 2 * (NOISE * logs[:, -1].exp()).square()[:, None, None] * diagonal
+        changes = torch.cat([bumps[:, None] * squares / lengths, 2 * bumps[:, None], noise[:, None]], 1)
+        inverse = torch.cholesky_inverse(factor)
+        scores = inverse[:, None] @ changes
+        gradient = scores.diagonal(dim1=-2, dim2=-1).sum(-1) / 2 + logs
+        gradient = gradient - torch.einsum("sn,spnm,sm->sp", solved, changes, solved) / 2
+        information = torch.einsum("spnm,sqmn->spq", scores, scores) / 2 + (1 + damping)[:, None, None] * unit
+        step = torch.linalg.solve(information, gradient)
+        tried = logs - step
+        found = _energy(tried, plane, squares, present, y)
+        is_better = found[0] <= energy
+        logs = torch.where(is_better[:, None], tried, logs)
+        energy = torch.where(is_better, found[0], energy)
+        factor = torch.where(is_better[:, None, None], found[1], factor)
+        solved = torch.where(is_better[:, None], found[2], solved)
+        damping = torch.where(is_better, damping / 4, 4 * damping + 1)
+    return logs
+
+
+def _energy(logs: Tensor, plane: Tensor, squares: Tensor, present: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative logarithm of likelihood times priors, but for constants; the Cholesky factor, and K^-1 y."""
+    factor = torch.linalg.cholesky(_among(plane + _bumps(logs, squares), present, logs[:, -1]))
+    residuals = present * y
+    solved = torch.cholesky_solve(residuals[..., None], factor)[..., 0]
+    log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return ((residuals * solved).sum(-1) + log_determinant + logs.square().sum(-1)) / 2, factor, solved
+
+
+def _bumps(logs: Tensor, squares: Tensor) -> Tensor:
+    lengths = (LENGTH * logs[:, :-2].exp()).square()
+    signal = (SIGNAL * logs[:, -2].exp()).square()
+    return signal[:, None, None] * (-(squares / lengths[..., None, None]).sum(1) / 2).exp()
+
+
+def _among(kernel: Tensor, present: Tensor, log_noise: Tensor) -> Tensor:
+    """Covariance of the runs that are present; the others stand by themselves and change nothing."""
+    noise = (NOISE * log_noise.exp()).square()[..., None]
+    diagonal = present * noise + (1 - present)
+    return present[..., :, None] * kernel * present[..., None, :] + torch.diag_embed(diagonal)
