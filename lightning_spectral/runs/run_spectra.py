@@ -16,8 +16,8 @@ from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.record import Report
 from lightning_spectral.runs.report_files import ReportFiles
-from lightning_spectral.theory import Readout
 from lightning_spectral.runs.source import Source
+from lightning_spectral.theory import Readout
 
 
 class RunSpectra:
