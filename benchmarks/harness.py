@@ -109,7 +109,12 @@ PROMPT_MALLOC = {
 
 
 def peak_bytes(module: str, contender: str, settings: dict[str, Any]) -> int:
-    """Memory that one run takes at its peak, in a process of its own, above what it held before.
+    """Memory that one run takes at its peak, see :func:`in_fresh_process`."""
+    return in_fresh_process(module, contender, settings)[0]
+
+
+def in_fresh_process(module: str, contender: str, settings: dict[str, Any]) -> tuple[int, Any]:
+    """What one run finds in a process of its own, and what memory it takes at its peak above what was held before.
 
     Args:
         module: A benchmark, whose ``contender(name, settings)`` gives the run, and a small one to warm up.
@@ -117,7 +122,7 @@ def peak_bytes(module: str, contender: str, settings: dict[str, Any]) -> int:
         settings: Handed on, as JSON.
 
     Returns:
-        Bytes of resident memory.
+        Bytes of resident memory, and what the run returned, where JSON has it; else None.
 
     Raises:
         RuntimeError: With the last line of what the process said, where the run fails.
@@ -127,19 +132,21 @@ def peak_bytes(module: str, contender: str, settings: dict[str, Any]) -> int:
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return int(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["peak_bytes"], found["result"]
 
 
 def print_peak(module: str, contender: str, settings: dict[str, Any]) -> None:
-    """What :func:`peak_bytes` runs in a fresh process."""
+    """What :func:`in_fresh_process` runs there."""
     warnings.filterwarnings("ignore")
     small, run = __import__(module, fromlist=["contender"]).contender(contender, settings)
     small()  # imports and thread pools are not what is measured
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    run()
-    print(resident("VmHWM") - before)
+    result = run()
+    peak = resident("VmHWM") - before
+    print(json.dumps({"peak_bytes": peak, "result": result if isinstance(result, dict) else None}))
 
 
 def resident(field: str) -> int:
@@ -189,7 +196,8 @@ def main(benchmark: ModuleType) -> None:
 
     Args:
         benchmark: A module with ``add_arguments(parser)``, ``measure(arguments)``, ``show(result)`` and
-            ``targets(result)``, whose docstring opens with what it measures.
+            ``targets(result)``, whose docstring opens with what it measures; ``markdown(result)``, where there is one,
+            is written beside the JSON.
     """
     assert benchmark.__doc__ is not None
     parser = argparse.ArgumentParser(description=benchmark.__doc__.splitlines()[0])
@@ -200,7 +208,8 @@ def main(benchmark: ModuleType) -> None:
     result = benchmark.measure(arguments)
     benchmark.show(result)
     found = benchmark.targets(result)
-    show_targets(found, "against what was asked")
+    if found:
+        show_targets(found, "against what was asked")
     if arguments.json:
         name = benchmark.__spec__.name if benchmark.__spec__ else benchmark.__name__
         written = {
@@ -212,6 +221,8 @@ def main(benchmark: ModuleType) -> None:
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(compact(json.dumps(written)) + "\n")
+        if hasattr(benchmark, "markdown"):
+            arguments.json.with_suffix(".md").write_text(benchmark.markdown(result))
 
 
 def _without_files(words: list[str]) -> list[str]:

@@ -45,7 +45,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
     if not files:
         raise ValueError(f"folder must hold results, got {folder}: `python -m benchmarks` makes them")
     results = [json.loads(path.read_text()) for path in files]
-    return sorted(results, key=lambda result: min(target["point"] for target in result["targets"]))
+    return sorted(results, key=lambda result: min((target["point"] for target in result["targets"]), default="~"))
 
 
 def summary(environment: dict[str, Any]) -> str:

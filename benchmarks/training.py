@@ -14,11 +14,12 @@ they share taken off. Half an hour on two cores.
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from rich.table import Table
 
 from benchmarks.harness import Target, console, in_turn, main, seconds_of
@@ -112,16 +113,27 @@ class Schedule:
         return range(self.cycle if self.cycles > 1 else 1, self.cycle * self.cycles)
 
 
-def train(callbacks: dict[str, Any], schedule: Schedule, arguments: argparse.Namespace, title: str) -> dict[str, Any]:
+def model_and_data(arguments: argparse.Namespace) -> tuple[LightningModule, LightningDataModule]:
+    """A GPT of the sizes asked for, and the text it learns."""
+    heads = max(1, arguments.width // 64)
+    module = NanoGPT(
+        num_layers=arguments.num_layers, width=arguments.width, num_heads=heads, block_size=arguments.tokens
+    )
+    return module, TextData(batch_size=arguments.batch_size, block_size=arguments.tokens)
+
+
+def train(
+    callbacks: dict[str, Any],
+    schedule: Schedule,
+    arguments: argparse.Namespace,
+    title: str,
+    make_model: Callable[[Any], tuple[LightningModule, LightningDataModule]] = model_and_data,
+) -> dict[str, Any]:
     """Segments of all runs, and what the callbacks cost by them."""
 
     def run(make: Any) -> Run:
         torch.manual_seed(0)
-        heads = max(1, arguments.width // 64)
-        module = NanoGPT(
-            num_layers=arguments.num_layers, width=arguments.width, num_heads=heads, block_size=arguments.tokens
-        )
-        data = TextData(batch_size=arguments.batch_size, block_size=arguments.tokens)
+        module, data = make_model(arguments)
         watching: list[Callback] = make()
         return Run(module, data, watching)
 

@@ -30,6 +30,8 @@ class Segments:
     """Seconds of each validation run."""
     own: float = 0.0
     """Seconds that the callbacks say they took, ``spectral/seconds``."""
+    failed: float = 0.0
+    """Layers and parameters that the latest reports had no spectrum of."""
 
 
 class Turns:
@@ -171,7 +173,9 @@ def _train(
             **settings,
         )
         trainer.fit(run.module, run.data)
-        segments.own = float(trainer.callback_metrics.get("spectral/seconds", 0.0))
+        metrics = trainer.callback_metrics
+        segments.own = float(metrics.get("spectral/seconds", 0.0))
+        segments.failed = sum(float(value) for key, value in metrics.items() if key.endswith("/failed"))
     except BaseException as error:  # whatever it is, the others must not wait for ever
         failure = error
     finally:
