@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.capture.activations import no_hook, outside_dynamo
+from lightning_spectral.capture.compiled import compiled_around
 from lightning_spectral.capture.contraction import LayerRows, contracts, owners
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.reparametrised import made_tensors
@@ -240,7 +241,13 @@ def why_unreadable(root: nn.Module, name: str, parameter: nn.Parameter) -> str |
     """
     found = owners(root, parameter)
     if found and all(contracts(module, attribute) for module, attribute in found):
-        return None
+        compiled = next((part for module, _ in found if (part := compiled_around(root, module)) is not None), None)
+        if compiled is None:
+            return None
+        return (
+            f"method='hooks' reads layers that run as they are written, got parameter {name!r} inside {compiled}, "
+            "which is compiled: use method='vmap', or choose other parameters"
+        )
     kinds = ", ".join(sorted({type(module).__name__ for module, _ in found}))
     made = [source for module in root.modules() for one in made_tensors(module) for source in one.sources.values()]
     if any(source is parameter for source in made):

@@ -10,16 +10,18 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
+from lightning_spectral.capture.backward import why_unreadable
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.module_copy import duplicate
 from lightning_spectral.capture.one_line import reason_of
+from lightning_spectral.capture.parameters import named_parameters
 from lightning_spectral.capture.shadow import isolated, load_loss
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
 from lightning_spectral.measurement.arguments import check_patterns
 from lightning_spectral.metrics.reduction import world_size
 from lightning_spectral.probing.cost import activation_cost, gradient_cost
-from lightning_spectral.probing.found import CostFound, Probe
+from lightning_spectral.probing.found import CostFound, EngineFound, Probe
 from lightning_spectral.probing.step import has_step, other_lightning, own_copy, take_step
 from lightning_spectral.probing.study import Study, Wanted
 
@@ -148,7 +150,7 @@ def probe(
         loss=study.gradients.loss,
         parameters=study.gradients.found(),
         parameters_problem=study.gradients.problem,
-        engines=study.gradients.engines,
+        engines=_as_compiled(module, study.gradients.engines, list(study.gradients.parameters)),
         costs=tuple(_costs(study, activations, gradients)),
     )
 
@@ -177,6 +179,17 @@ def _watched_step(
         study.give_up(reason)
         return study, reason
     return study, None
+
+
+def _as_compiled(module: nn.Module, engines: Sequence[EngineFound], names: Sequence[str]) -> tuple[EngineFound, ...]:
+    """Ways to have gradients of the module itself, of which parts may be compiled that in its copy are not."""
+    held = named_parameters(module)
+    reasons = (why_unreadable(module, name, held[name]) for name in names if name in held)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return tuple(
+        EngineFound(one.method, False, problem=reason) if reason and one.works and one.method == "hooks" else one
+        for one in engines
+    )
 
 
 @contextmanager

@@ -438,3 +438,14 @@ def test_a_model_of_ours_in_short_precision() -> None:
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(LanguageModel(), tokens(), **arguments)
+
+
+def test_hooks_are_refused_where_training_would_run_compiled() -> None:
+    module = LanguageModel()
+    batch = next(iter(token_loader()))
+    assert {engine.method: engine.works for engine in probe(module, batch).engines}["hooks"]
+    for block in module.blocks:
+        block.compile(backend="eager")
+    (hooks,) = (engine for engine in probe(module, batch).engines if engine.method == "hooks")
+    assert not hooks.works
+    assert "inside network.blocks.0, which is compiled" in str(hooks.problem)

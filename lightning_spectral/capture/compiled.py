@@ -1,0 +1,44 @@
+"""Whether a layer runs inside a compiled graph, where hooks that read its backward pass cannot be."""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from lightning_spectral.capture.names import clean_name
+from lightning_spectral.capture.rebinding import WRAPPED
+
+
+def compiled_around(root: nn.Module, layer: nn.Module) -> str | None:
+    """The name of a module, from the root down to a layer, that is compiled; None if the layer runs as it is written.
+
+    Compiled are modules in ``torch.compile``'s wrapper, those compiled in place (``module.compile()``), and those whose
+    ``forward``, or the root's ``training_step``, was replaced by a compiled one. Of the root itself only its
+    ``training_step`` counts, which need not call it. While compiling is switched off, nothing is.
+    """
+    if _is_off():
+        return None
+    names = [name for name, module in root.named_modules(remove_duplicate=False) if module is layer]
+    for name in names:
+        if _is_compiled(vars(root).get("training_step")):
+            return "training_step"
+        path = name.split(".")
+        for end in range(1, len(path) + 1):
+            module = root.get_submodule(".".join(path[:end]))
+            in_place = getattr(module, "_compiled_call_impl", None) is not None
+            if in_place or type(module).__name__ == "OptimizedModule" or _is_compiled(vars(module).get("forward")):
+                return clean_name(root, ".".join(path[:end])) or type(module).__name__
+    return None
+
+
+def _is_compiled(function: Any) -> bool:
+    return hasattr(function, WRAPPED) and not getattr(function, "_torchdynamo_disable", False)
+
+
+def _is_off() -> bool:
+    """Whether ``torch.compiler.set_stance("force_eager")``, or dynamo's configuration, keeps compilers out."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    stance = getattr(getattr(dynamo.eval_frame, "_stance", None), "stance", "default")
+    return stance == "force_eager" or bool(getattr(dynamo.config, "disable", False))
