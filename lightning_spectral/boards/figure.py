@@ -48,6 +48,9 @@ def spectrum_figure(
     if shares:
         axes.set_position((0.12, 0.12, 0.77, 0.8))
         other = axes.twinx()
+        # The legend above the curve.
+        axes.set_zorder(other.get_zorder() + 1)
+        axes.patch.set_visible(False)
         other.set(ylim=(0, 1.02), ylabel="share of task power up to a rank")
         for style, (name, values) in zip((":", "-.", "--"), shares.items(), strict=False):
             shown = name.replace("$", r"\$")

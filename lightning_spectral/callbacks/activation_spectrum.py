@@ -146,8 +146,16 @@ class ActivationSpectrum(LayersCallback):
         self.bands = Bands.of(head, tail)
         self._readout: ReadoutMember | None = None
         if readout is not None:
-            facts = {"stage": stage, "every_n_steps": every_n_steps, "num_groups": num_groups, "num_tokens": num_tokens}
-            self._readout = ReadoutMember(ReadoutRequest(readout=readout, is_wide=dtype == "float64", **facts))
+            self._readout = ReadoutMember(
+                ReadoutRequest(
+                    stage=stage,
+                    every_n_steps=every_n_steps,
+                    num_groups=num_groups,
+                    num_tokens=num_tokens,
+                    readout=readout,
+                    is_wide=dtype == "float64",
+                )
+            )
         self.display = Display(
             self.kind,
             charts={

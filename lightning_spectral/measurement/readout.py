@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spectral.capture.head import HeadPass, HeadReader, find_head
@@ -190,9 +190,10 @@ class ReadoutMeasurement(Measurement):
         """Those of all ranks; one that had no rows of its own takes part all the same."""
         sums = self._sums
         if sums is None:
-            weight = find_head(self._module, self.name).weight
-            shape = weight.shape if isinstance(find_head(self._module, self.name), torch.nn.Linear) else weight.T.shape
-            sums = self._make_sums(*shape)
+            head: Any = find_head(self._module, self.name)
+            # Of transformers' Conv1D the weight is the other way round.
+            shape = head.weight.shape if isinstance(head, nn.Linear) else head.weight.T.shape
+            sums = self._make_sums(shape[0], shape[1])
         sums.reduce()
         return sums
 

@@ -49,10 +49,10 @@ def power_law_risk(alpha: float, beta: float, rate: float, steps: Tensor | float
     :math:`\frac{r(t)}{c_1} \to \frac{1}{\alpha} \Gamma\!\left(\frac{\beta - 1}{\alpha}\right)
     (2 \eta \lambda_1 t)^{-(\beta - 1) / \alpha}`.
     Assumed: an endless spectrum, and modes that are many enough to be an integral. Of d modes the tail that is missing
-    comes to 5.0% of it, and before to less, at :math:`2 \eta \lambda_1 t = d^\alpha (0.05 \, \Gamma(1 + \nu))^{1 / \nu}` with
-    :math:`\nu = (\beta - 1) / \alpha`, and the sum is within 5% of the integral from
-    :math:`2 \eta \lambda_1 t = 3` on, for alpha from .8 to 2 and beta from 1.5 to 2.5. For beta near 1 no time is left
-    between the two.
+    comes to 5.0%, and before to less, at
+    :math:`2 \eta \lambda_1 t = d^\alpha (0.05 \, \Gamma(1 + \nu))^{1 / \nu}` with :math:`\nu = (\beta - 1) / \alpha`,
+    and the sum is within 5% of the integral from :math:`2 \eta \lambda_1 t = 3` on, for alpha from .8 to 2 and beta
+    from 1.5 to 2.5. For beta near 1 no time is left between the two.
 
     Args:
         alpha: Exponent of the eigenvalues, above 0.
