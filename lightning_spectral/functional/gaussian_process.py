@@ -12,7 +12,7 @@ NUM_ITERATIONS = 12
 """Each is a step of scoring; ten are enough to leave less than 1e-3 in every logarithm."""
 
 
-def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> Tensor:
+def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Values of a smooth surface through runs of which some are left out.
 
     Features standardised to z and y to unit variance, the kernel is
@@ -26,7 +26,8 @@ def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> Tensor:
         y: ``(n,)``.
 
     Returns:
-        ``(stacks, folds, n)`` values, those of the runs left out among them.
+        ``(stacks, folds, n)`` values, those of the runs left out among them, and ``(stacks, n)`` variances of the
+        surface, as far as the first folds leave it open.
 
     References:
         Rasmussen, Williams, *Gaussian Processes for Machine Learning*, sections 2.2 and 5.4 (2006).
@@ -43,12 +44,17 @@ def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> Tensor:
     level = (weights * scaled[:, None]).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
     covariance = _among(kernel[:, None], present, logs[:, -1, None])
     residuals = present * (scaled[:, None] - level)
-    solved = torch.cholesky_solve(residuals[..., None], torch.linalg.cholesky(covariance))
+    factor = torch.linalg.cholesky(covariance)
+    solved = torch.cholesky_solve(residuals[..., None], factor)
     values = level + (kernel[:, None] @ (present[..., None] * solved))[..., 0]
     total = whole.sum(-1)
     means = whole @ y / total
     deviations = ((whole * (y - means[:, None]).square()).sum(-1) / total).sqrt()
-    return means[:, None, None] + deviations[:, None, None] * values
+    # With nothing left out: by how much less than before any run was seen.
+    among = present[:, 0, :, None] * kernel
+    seen = (among * torch.cholesky_solve(among, factor[:, 0])).sum(-2)
+    variances = deviations.square()[:, None] * (kernel.diagonal(dim1=-2, dim2=-1) - seen).clamp(min=0)
+    return means[:, None, None] + deviations[:, None, None] * values, variances
 
 
 def standardised(weights: Tensor, features: Tensor) -> Tensor:

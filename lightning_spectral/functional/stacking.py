@@ -96,9 +96,9 @@ def stack(
     (g, b); from n = 10 a plane in (g, b, b²). Slopes have a ridge of 0.1 on standardised features.
 
     Each is fitted without each setting in turn. With :math:`M_k` the mean squared error that this shows, predictors
-    weigh :math:`(M_k / \min M)^{-n/2}`, the likelihood of their residuals. The interval is :math:`\pm t_{n-2}\, s`, s
-    the root mean square of the residuals of the weighted mean. Beyond the references in g or b it also holds the
-    curvature that they leave open, as in :func:`forecast_tokens`; past half their range there is no number.
+    weigh :math:`(M_k / \min M)^{-n/2}`, the likelihood of their residuals. The interval is :math:`\pm t_{n-1}\, s`, s
+    from the residuals of the weighted mean. Beyond the references in g or b it also holds the curvature that they leave
+    open, as in :func:`forecast_tokens`, and what the Gaussian process does; past half their range there is no number.
 
     *With spectra* every predictor that goes by g also goes by the spectral numbers. How well a stack does is told by
     nested forecasts: of each setting by a stack that was fitted, and weighed, on the others alone. The stack with
