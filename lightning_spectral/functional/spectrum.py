@@ -115,7 +115,7 @@ def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) 
     finite = matrices.isfinite().all(-1).all(-1, keepdim=True)
     # A solver refuses the whole batch for one bad matrix: the others must not pay for it.
     solvable = matrices if bool(finite.all()) else matrices.masked_fill(~finite.unsqueeze(-1), 0.0)
-    ascending, vectors = _solve(solvable, num_vectors)
+    ascending, vectors = solve(solvable, num_vectors)
     values = ascending.flip(-1)
     tolerance = matrices.shape[-1] * torch.finfo(torch.float64).eps if rtol is None else rtol
     rounding = values < (tolerance * values[..., :1]).clamp(min=0)
@@ -124,7 +124,7 @@ def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) 
     return values, vectors.masked_fill(~finite.unsqueeze(-1), torch.nan), least
 
 
-def _solve(matrices: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
+def solve(matrices: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
     """Ascending eigenvalues, and the leading vectors in descending order, of finite symmetric matrices."""
     try:
         if num_vectors == 0:
@@ -136,7 +136,7 @@ def _solve(matrices: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
             size = matrices.shape[-1]
             return matrices.new_full((size,), torch.nan), matrices.new_full((size, num_vectors), torch.nan)
     # GPU solvers give up on low-rank matrices now and then: each goes to the CPU, and costs the others nothing.
-    single = [_solve(matrix.cpu(), num_vectors) for matrix in matrices.reshape(-1, *matrices.shape[-2:])]
+    single = [solve(matrix.cpu(), num_vectors) for matrix in matrices.reshape(-1, *matrices.shape[-2:])]
     return tuple(  # type: ignore[return-value]
         torch.stack(part).reshape(*matrices.shape[:-2], *part[0].shape).to(matrices.device)
         for part in zip(*single, strict=True)

@@ -10,11 +10,20 @@ from torch import Tensor
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.moments import Moments, covariance, pool
+from lightning_spectral.functional.single_precision import spectra_of_parts
 from lightning_spectral.functional.spectrum import beyond_rank, eigenvectors, spectrum
 from lightning_spectral.metrics.collectives import Together, all_reduce, rank_and_world
 
 SOLVED, NOT_FINITE, BROKEN = 0.0, 1.0, 2.0
 """What came of a matrix, as ranks tell each other: eigenvalues, perhaps NaN; nothing, for its rows; an error."""
+
+SINGLE_FROM = {"cpu": 256}
+"""By type of device the least width at which what is left without a group is solved in float32, where its error bars
+allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer would save a sixth or less of
+a few milliseconds. Other devices were not measured, nor how their solvers round: there all is solved in float64."""
+
+SINGLE_COST = 0.55
+"""Of a solve in float32 beside one in float64."""
 
 
 @dataclass
@@ -40,6 +49,16 @@ class Pooled:
     def width(self) -> int:
         """Channels of a row."""
         return self.parts.mean.shape[-1]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether what is left without a group is solved in float32, where its error bars allow that."""
+        least = SINGLE_FROM.get(self.parts.scatter.device.type)
+        return least is not None and self.width >= least
+
+    def cost(self, union: int) -> float:
+        """Of solving a matrix, by its width and type."""
+        return self.width**3 * (SINGLE_COST if self.is_single and union > 0 else 1.0)
 
     @property
     def members(self) -> Tensor:
@@ -87,13 +106,14 @@ class Decomposition:
             for layer in range(len(one.names))
             for union in range(len(one.members))
         ]
-        mine = shares([pooled[matrix.width].width ** 3 for matrix in matrices], self._world)[rank]
+        mine = shares([pooled[matrix.width].cost(matrix.union) for matrix in matrices], self._world)[rank]
         self.share = [matrices[index] for index in mine]
         """What this rank solves."""
         self._num_vectors_of = [min(num_vectors, one.width) for one in pooled]
         sizes = [1 + one.width * (1 + k) for one, k in zip(pooled, self._num_vectors_of, strict=True)]
         self._shapes = [(len(one.names), len(one.members), n) for one, n in zip(pooled, sizes, strict=True)]
         self._found: list[tuple[Matrix, Tensor]] = []
+        self._before: dict[tuple[int, int], Tensor] = {}
         self._reason: str | None = None
 
     def solve(self) -> None:
@@ -126,10 +146,24 @@ class Decomposition:
         sample = unions[0] if len(unions) == 1 else Moments(*map(torch.cat, zip(*unions, strict=True)))
         shares_of_largest = [[pooled.rounding(one.layer)] for one in some]
         rtol = torch.tensor(shares_of_largest, dtype=torch.float64, device=sample.scatter.device)
-        values, vectors = _eigen(sample, num_vectors, rtol)
+        if pooled.is_single:
+            values, vectors = self._eigen_of_parts(some, sample, num_vectors, rtol)
+        else:
+            values, vectors = _eigen(sample, num_vectors, rtol)
         is_finite = sample.scatter.isfinite().all(-1).all(-1)
         flags = torch.where(is_finite, SOLVED, NOT_FINITE).to(values)
         return torch.cat([flags.unsqueeze(-1), values, vectors.flatten(-2)], -1).cpu()
+
+    def _eigen_of_parts(
+        self, some: list[Matrix], sample: Moments, num_vectors: int, rtol: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = torch.stack([self.pooled[one.width].parts.num_rows[one.layer].sum() for one in some])
+        layers = [(one.width, one.layer) for one in some]
+        # What this rank has solved of these layers, with all groups or without another one, tells whether float32 does.
+        before = torch.stack([self._before[layer] for layer in layers]) if set(layers) <= set(self._before) else None
+        values, vectors = spectra_of_parts(sample, total, num_vectors, rtol, before)
+        self._before |= zip(layers, values, strict=True)
+        return values, vectors
 
     def spectra(self, together: Together | None = None) -> dict[str, Spectrum]:
         """Spectra of all layers, by name, after :meth:`solve`; a collective where there are several ranks.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_spectral.functional import Moments, Spectrum, moments
 from lightning_spectral.measurement import decomposition
-from lightning_spectral.measurement.decomposition import Decomposition, Pooled, decompose, shares
+from lightning_spectral.measurement.decomposition import SINGLE_FROM, Decomposition, Pooled, decompose, shares
 from lightning_spectral.metrics.collectives import Together
 from tests.distributed import run_distributed
 
@@ -90,6 +90,30 @@ def test_shares_hold_everything_once_and_evenly(costs: list[int], world: int) ->
 def test_shares_of_equal_matrices_differ_by_one() -> None:
     assert sorted(map(len, shares([8.0] * 25, 4))) == [6, 6, 6, 7]
     assert shares([27.0, 8, 8, 8], 2) == [[0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("power", [-0.5, -1.75], ids=["resolved", "not resolved"])
+def test_wide_layers_are_solved_in_float32_without_each_group(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = SINGLE_FROM["cpu"]
+    rows = np.random.default_rng(0).normal(0, np.arange(1, width + 1) ** power, (1, NUM_GROUPS, 100, width))
+    dtypes, solver = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: (dtypes.extend([x.dtype] * len(x[0:])), solver(x))[1])
+    parts = moments(torch.tensor(rows))
+    whole = decompose(["layer"], parts, {})["layer"]
+    assert whole.values.dtype == whole.leave_one_out.dtype == torch.float64
+    is_single = [dtype == torch.float32 for dtype in dtypes]
+    assert is_single == [False, *[power == -0.5] * NUM_GROUPS]
+    np.testing.assert_allclose(whole.values, np.linalg.eigvalsh(np.cov(rows.reshape(-1, width).T))[::-1], rtol=1e-7)
+    for group in range(NUM_GROUPS):
+        left = np.delete(rows[0], group, 0).reshape(-1, width)
+        np.testing.assert_allclose(whole.leave_one_out[group], np.linalg.eigvalsh(np.cov(left.T))[::-1], rtol=1e-4)
+    monkeypatch.setitem(SINGLE_FROM, "cpu", width + 1)
+    double = decompose(["layer"], parts, {})["layer"]
+    assert torch.equal(whole.values, double.values)
+    for band in ((1, 10), (0.125, 0.5), (0.5, 1.0)):
+        one, other = whole.exponent(band), double.exponent(band)
+        assert one.stderr == pytest.approx(other.stderr, rel=0.01)
+        assert one.corrected == pytest.approx(other.corrected, abs=0.01 * other.stderr)
 
 
 def test_one_bad_layer_costs_the_others_nothing(rows: np.ndarray) -> None:
