@@ -1,10 +1,10 @@
 """The parts of a report whose growth is measured, each beside the bare kernel that it cannot do without."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.functional import gram
@@ -54,7 +54,7 @@ class Batch:
         self.collector = Collector(self.names, rows, GROUPS, False, torch.float32, torch.device("cpu"))
         self.collector.begin_batch(BATCH_SAMPLES, None)
         self.offer(1)
-        # The first report lays out the buffers that all later ones use again.
+        # In the first report widths are agreed on.
         self.collector.agree()
         self.collector.reset()
 
@@ -156,9 +156,4 @@ def state_bytes(layers: int, width: int, tokens: int) -> int:
     """Bytes of the sums that a collector keeps after some tokens, counted."""
     batch = Batch(layers, width, tokens)
     batch.offer(batch.repeats)
-    return sum(tensor.nbytes for tensor in _kept(batch.collector))
-
-
-def _kept(collector: Collector) -> Iterator[Tensor]:
-    for _, sums in collector._buffers.values():
-        yield from vars(sums).values()
+    return sum(sums.nbytes for sums in batch.collector._sums.values())

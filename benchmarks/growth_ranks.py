@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.growth_parts import BATCH_TOKENS, Batch, Run
+from benchmarks.growth_parts import BATCH_TOKENS, GROUPS, Batch, Run
 from lightning_spectral.functional import gram
 from lightning_spectral.measurement.decomposition import decompose
+from lightning_spectral.measurement.sums import Sums, pooled
 from lightning_spectral.metrics.exchange import gram_share
-from lightning_spectral.metrics.reduction import reduce_moments
 
 WORK: dict[str, Callable[[int], float]] = {
     # Each rank takes its share of the rows.
@@ -89,17 +89,20 @@ def _parts(world: int, settings: dict[str, int]) -> dict[str, tuple[Run, Run]]:
     layers, width, tokens = settings["layers"], settings["width"], settings["tokens"]
     samples, numbers = settings["samples"] // world, settings["numbers"]
     batch = Batch(layers, width, tokens // world, share=tokens)
-    reduced = Batch(layers, width, BATCH_TOKENS).moments()
-    solved = reduced._replace(scatter=reduced.scatter.clone())
+    solved, device = Batch(layers, width, BATCH_TOKENS).moments(), torch.device("cpu")
+    sums: list[Sums] = []
     rows, slab = torch.randn(samples, numbers), torch.randn(samples * world, numbers // world)
-    none, alike = torch.zeros(1, dtype=torch.float64), torch.zeros_like(reduced.scatter)
+    none, alike = torch.zeros(1, dtype=torch.float64), Sums(layers * GROUPS, width, device).outer
 
     def nothing() -> None:
         pass
 
+    def make_sums() -> None:
+        sums.extend(Sums(GROUPS, width, device) for _ in range(layers))
+
     runs: tuple[tuple[Run, Run], ...] = (
         (batch.collector.reset, lambda: batch.offer(batch.repeats)),
-        (nothing, lambda: reduce_moments(reduced, none)),
+        (make_sums, lambda: pooled(sums, none, device)),
         (nothing, lambda: decompose(batch.names, solved, {})),
         (nothing, lambda: gram(slab)),
         (nothing, lambda: gram_share(rows, [samples] * world)),

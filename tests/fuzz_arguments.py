@@ -145,12 +145,13 @@ _OF_ROWS = {
     "channel_dim": None,
     "batch_dim": None,
     "samples": None,
+    "sums_device": "auto",
 }
 _BANDS = {"head": (1, 10), "tail": (0.125, 0.5)}
 _OF_GRADIENTS = {
     **{"parameters": "all", "every_n_steps": 5, "stage": "train", "num_samples": 8, "method": "auto"},
     **{"chunk_size": None, "loss_fn": None, "loss_reduction": "mean", "weights": False, "num_groups": 4, "prefix": ""},
-    **{"row_dtype": "float32", "row_device": None, "dataloader_idx": 0, "batch_dim": None, "samples": None},
+    **{"row_dtype": "float32", "row_device": "auto", "dataloader_idx": 0, "batch_dim": None, "samples": None},
     **_BANDS,
     "check": "refuse",
 }

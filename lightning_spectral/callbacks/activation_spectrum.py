@@ -82,6 +82,10 @@ class ActivationSpectrum(LayersCallback):
             record (:meth:`lightning_spectral.Run.readout`). Read in training's own passes, ``stage="train"``, of the
             rows as the layer takes them, in all of the window's steps. Loss: a mean cross-entropy with a label a row,
             which is checked. Takes 8 d (d + classes) bytes, and 8 bytes more a class while a batch is read.
+        sums_device: Where the sums of a report are kept, about 4 (``num_groups`` + 1) d^2 bytes a layer from its first
+            rows to the report: on the model's ``"device"``, the ``"cpu"``, or by ``"auto"`` on the device if those of
+            all layers take at most a quarter of its free memory, else on the CPU. Numbers are the same. Where several
+            callbacks share a measurement, the first says it.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -128,6 +132,7 @@ class ActivationSpectrum(LayersCallback):
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
         readout: str | None = None,
+        sums_device: Literal["auto", "device", "cpu"] = "auto",
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -141,6 +146,7 @@ class ActivationSpectrum(LayersCallback):
             channel_dim=channel_dim,
             batch_dim=batch_dim,
             samples=load_cutter(samples),
+            sums_device=sums_device,
         )
         super().__init__(layers, request, prefix)
         self.bands = Bands.of(head, tail)

@@ -108,8 +108,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     **Cost.** vmap and loop: about a forward and backward pass of ``num_samples`` samples every ``every_n_steps`` steps.
     Memory: a copy of the module while a report is made, rows of N x P numbers on each of W ranks, N = ``num_samples`` /
-    W, P summed over parameters, and for vmap about one and a half times what autograd saves for ``chunk_size`` samples
-    and their gradients (:func:`lightning_spectral.capture.per_sample.fill_rows` has the formula).
+    W, P summed over parameters (``row_device`` says where), and for vmap about one and a half times what autograd saves
+    for ``chunk_size`` samples and their gradients (:func:`lightning_spectral.capture.per_sample.fill_rows` has the
+    formula).
 
     Args:
         parameters: Glob patterns over parameter names, ``"all"`` for every trainable parameter, None for the attention
@@ -131,7 +132,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         prefix: Put before every key, to tell two of these callbacks apart.
         row_dtype: In which rows are kept. ``"bfloat16"`` halves their memory; singular values below 2e-3 of the typical
             gradient norm are then rounding, and zero.
-        row_device: Where rows are kept, ``"cpu"`` for many parameters on a small GPU; None for where they are made.
+        row_device: Where rows are kept: on the ``"device"`` that makes them, the ``"cpu"``, or by ``"auto"`` on the
+            device if they take at most a quarter of its free memory, else on the CPU. The Gram matrix is then made of
+            blocks of their columns; spectra are the same. ``probe`` shows what they take, and the budget.
         dataloader_idx: Which validation loader to read.
         batch_dim: Axis of the samples in the tensors of a batch; None for 0, unless another fits better.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis;
@@ -190,7 +193,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         num_groups: int = 4,
         prefix: str = "",
         row_dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-        row_device: str | None = None,
+        row_device: Literal["auto", "device", "cpu"] = "auto",
         dataloader_idx: int = 0,
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,

@@ -86,6 +86,7 @@ class HeadDrift(LayersCallback):
             module with weights works, 1 for convolutions and their norms, the last for linear layers and theirs.
         batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
+        sums_device: Where the sums of a report are kept, see :class:`ActivationSpectrum`.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -122,6 +123,7 @@ class HeadDrift(LayersCallback):
         channel_dim: int | None = None,
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
+        sums_device: Literal["auto", "device", "cpu"] = "auto",
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -135,6 +137,7 @@ class HeadDrift(LayersCallback):
             channel_dim=channel_dim,
             batch_dim=batch_dim,
             samples=load_cutter(samples),
+            sums_device=sums_device,
         )
         super().__init__(layers, request, prefix)
         check_positive(rank=rank)

@@ -1,6 +1,5 @@
 """Per-sample gradients of a batch by passes of their own, so many samples at a time as memory allows."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.capture.batch import SampleCutter, Samples, hold, load_cutter, num_samples, take
 from lightning_spectral.capture.engines import Engine, Method, engine_of, is_out_of_memory
+from lightning_spectral.capture.free_memory import free_bytes
 from lightning_spectral.capture.one_line import reason_of, shown
 from lightning_spectral.capture.parameters import resolve_parameters
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction, load_loss
@@ -155,7 +155,7 @@ def fitting_chunk(loss: BatchLoss, names: list[str], batch: Any) -> int:
     parameters = [loss.parameter(name)[1] for name in names]
     per_sample = chunk_bytes(1, saved_bytes(loss, names, batch), sum(p.numel() for p in parameters))
     device = parameters[0].device
-    fitting = int(MEMORY_SHARE * _free_bytes(device) / max(per_sample, 1))
+    fitting = int(MEMORY_SHARE * free_bytes(device) / max(per_sample, 1))
     return max(1, min(fitting, LARGEST_CHUNK.get(device.type, LARGEST_CHUNK_ELSEWHERE)))
 
 
@@ -195,12 +195,3 @@ def saved_bytes(loss: BatchLoss, names: list[str], batch: Any) -> int:
         loss.reset()
     del value, gradients
     return sum(storages.values())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**32

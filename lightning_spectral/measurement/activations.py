@@ -1,7 +1,7 @@
 """The measurement of activations: rows of layers collected as they pass, pooled over ranks and decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,6 +28,7 @@ from lightning_spectral.measurement.arguments import check_axis, check_choice, c
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import Decomposition, Pooled
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.placement import KEEPS, Keep
 from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.whole_outputs import WholeOutputs
@@ -55,13 +56,15 @@ class ActivationRequest(Request):
     dtype: Dtype
     mask: str | None = None
     channel_dim: int | None = None
+    sums_device: Keep = field(default="auto", compare=False)
+    """Where sums are kept. Those of equal rows are shared wherever that is: who joins first says it."""
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(num_tokens=self.num_tokens)
         check_flag(normalize=self.normalize)
-        check_choice(dtype=(self.dtype, tuple(DTYPES)))
+        check_choice(dtype=(self.dtype, tuple(DTYPES)), sums_device=(self.sums_device, KEEPS))
         if not (self.mask is None or (isinstance(self.mask, str) and self.mask)):
             raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {describe(self.mask)}")
         check_axis(channel_dim=self.channel_dim)
@@ -80,6 +83,7 @@ class ActivationRequest(Request):
             dtype=DTYPES[self.dtype],
             device=torch.device("cpu") if device.type == "mps" else device,
             layout=layout,
+            keep=self.sums_device,
         )
 
 

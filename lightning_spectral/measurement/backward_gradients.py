@@ -81,13 +81,14 @@ class BackwardGradients(GradientMeasurement):
         if self._store.room > 0 and len(self._failures) < len(self.parameters):
             wanted = min(size, self._store.room)
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
-            self._rows = LayerRows(size, self._store.open(wanted), mean_of, self.request.batch_dim or 0)
-            self._had_backward = False
-            if self._held is None and self.is_checking:
-                self._hold(batch, size)
             is_last = wanted == self._store.room and len(self._layout.data_ranks) == 1
             # Under manual optimisation a later pass may be the one that counts.
             is_last = is_last and getattr(self._module, "automatic_optimization", True)
+            out = self._store.open(wanted, is_last)
+            self._rows = LayerRows(size, out, mean_of, self.request.batch_dim or 0)
+            self._had_backward = False
+            if self._held is None and self.is_checking:
+                self._hold(batch, size)
             self._reader.begin(self._rows, self._reduce if is_last else None)
             self._span = [*self._span[:1], step]
 

@@ -1,20 +1,21 @@
-"""Rows of many layers into the moments of groups of whole samples, in one buffer per width."""
+"""Rows of many layers into the moments of groups of whole samples, kept from the first rows to the report."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.precision import ieee_products
-from lightning_spectral.functional.moments import Moments, add_products, from_shifted_sums, mirror_
+from lightning_spectral.functional.moments import Moments
 from lightning_spectral.measurement.passes import Place
+from lightning_spectral.measurement.placement import CPU, Behind, Keep, placed
 from lightning_spectral.measurement.stretches import Stretches
+from lightning_spectral.measurement.sums import Slot, Sums, pooled, sums_bytes
 from lightning_spectral.metrics.collectives import world_size
 from lightning_spectral.metrics.layout import Layout
-from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments
+from lightning_spectral.metrics.reduction import gather_numbers
 
 RMS_EPS = 1e-6
 """Epsilon of the parameter-free RMSNorm in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
@@ -27,41 +28,6 @@ def inverse_rms(samples: Tensor, dtype: torch.dtype) -> Tensor:
     """
     squares = torch.linalg.vector_norm(samples, dim=-1, keepdim=True, dtype=dtype).square_()
     return squares.div_(samples.shape[-1]).add_(RMS_EPS).rsqrt_()
-
-
-@dataclass
-class _Sums:
-    """Sums of rows about a pivot, batched over leading axes: one layer's groups, or all layers of one width."""
-
-    count: Tensor  # (..., G)
-    total: Tensor  # (..., G, d)
-    outer: Tensor  # (..., G, d, d); below the diagonal blocks nothing until it is pooled
-    pivot: Tensor  # (..., d)
-
-    @classmethod
-    def empty(cls, *batch: int, num_features: int, device: torch.device) -> "_Sums":
-        # Validation runs in inference mode, but the sums outlive it.
-        with torch.inference_mode(False):
-            shapes = (batch, (*batch, num_features), (*batch, num_features, num_features), (*batch[:-1], num_features))
-            return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def __getitem__(self, index: int) -> "_Sums":
-        return _Sums(self.count[index], self.total[index], self.outer[index], self.pivot[index])
-
-    def copy_(self, other: "_Sums") -> None:
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            mine.copy_(theirs)
-
-    def zero_(self) -> None:
-        for tensor in vars(self).values():
-            tensor.zero_()
-
-
-def sums_bytes(num_groups: int, num_features: int) -> int:
-    """Bytes that are kept for one layer from its first rows to the end of the run, the spare slot included."""
-    slots = num_groups + (num_groups > 1)
-    sums = _Sums.empty(slots, num_features=num_features, device=torch.device("meta"))
-    return sum(tensor.nbytes for tensor in vars(sums).values())
 
 
 class _Progress:
@@ -93,7 +59,8 @@ class Collector:
     spread over it (:class:`Place`), of others the first, until the next would exceed this rank's share of the rows.
 
     Blocks are centred about a pivot, the mean of the first block, and multiplied in ``dtype``; sums are kept in
-    float64, of the symmetric products half until the report. One product per group costs no more than one for all.
+    float64, one half of the symmetric products, from a layer's first rows to the report alone. One product per group
+    costs no more than one for all.
 
     Args:
         names: The layers; may grow until the first output arrives.
@@ -101,8 +68,10 @@ class Collector:
         num_groups: Groups G of samples whose moments are kept apart for error bars; G > 1 take the memory of G + 1.
         normalize: Apply a parameter-free RMSNorm over the last axis first.
         dtype: Type of the products, float32 or float64; ``in_float64`` names layers that have the wider anyway.
-        device: Where the sums are kept; must be able to hold float64.
+        device: Where rows are, if it can hold float64, else the CPU.
         layout: Which ranks hold which data, None for each its own; of those that hold the same, one collects.
+        keep: Where sums of products are kept: on the device, the CPU, or the device while all layers' take no more
+            than a share of what is free there (:func:`placed`). Settled once for a run, by each rank for itself.
     """
 
     def __init__(
@@ -114,6 +83,7 @@ class Collector:
         dtype: torch.dtype,
         device: torch.device,
         layout: Layout | None = None,
+        keep: Keep = "auto",
     ) -> None:
         self.names = names
         self.num_groups = num_groups
@@ -136,11 +106,15 @@ class Collector:
         self._place: Place | None = None
         self._mask: Tensor | None = None
         self._real_tokens: list[int] = []
-        self._buffers: dict[int, tuple[list[str], _Sums]] = {}
-        self._sums: dict[str, _Sums] = {}
-        self._spare: dict[str, _Sums] = {}
+        self._keep = keep
+        self._home: torch.device | None = None
+        """Where sums of products are kept; None until it is settled."""
+        self._behind = Behind()
+        self._of_width: dict[int, list[str]] = {}
+        """Names of the layers of each width, in an order that all ranks share."""
+        self._sums: dict[str, Sums] = {}
+        self._spare: dict[str, Sums] = {}
         """The slot beyond those of the groups, of layers that have come to use it."""
-        self._refused: dict[str, str] = {}
         self._progress: dict[str, _Progress] = defaultdict(lambda: _Progress(num_groups))
 
     def begin_batch(self, num_samples: int | None, mask: Tensor | None, place: Place | None = None) -> None:
@@ -173,7 +147,7 @@ class Collector:
         except Exception as error:
             self.failures[name] = reason_of(error)
 
-    def _sums_of(self, name: str, output: Tensor, lengths: list[int] | None) -> _Sums:
+    def _sums_of(self, name: str, output: Tensor, lengths: list[int] | None) -> Sums:
         if output.ndim < 2 or output.shape[-1] == 0:
             raise ValueError("its output holds no floating-point tensor of two or more axes")
         if lengths is not None:
@@ -185,11 +159,24 @@ class Collector:
             raise ValueError(f"mask has shape {tuple(self._mask.shape)}, the output's rows {tuple(output.shape[:-1])}")
         sums = self._sums.get(name)
         if sums is None:
-            sums = _Sums.empty(self.num_groups, num_features=output.shape[-1], device=self.device)
-            self._sums[name] = sums
-        elif sums.pivot.shape[-1] != output.shape[-1]:
-            raise ValueError(f"its width changed from {sums.pivot.shape[-1]} to {output.shape[-1]}")
+            sums = self._sums[name] = self._empty(self.num_groups, output.shape[-1])
+        elif sums.width != output.shape[-1]:
+            raise ValueError(f"its width changed from {sums.width} to {output.shape[-1]}")
         return sums
+
+    def _empty(self, num_groups: int, width: int) -> Sums:
+        if self._home is None:
+            # Before the widths of all are known, they are taken for alike.
+            known = self._of_width or {width: self.names}
+            needed = sum(len(names) * sums_bytes(self.num_groups, width, self.device) for width, names in known.items())
+            self._home = placed(self._keep, needed, self.device).device
+        try:
+            return Sums(num_groups, width, self.device, self._home)
+        except torch.OutOfMemoryError:
+            if self._keep != "auto" or self._home == CPU:
+                raise
+            self._home = CPU
+            return Sums(num_groups, width, self.device, self._home)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float64 if name in self.in_float64 else self.dtype
@@ -251,17 +238,18 @@ class Collector:
             rows += rows_per_sample[index]
         return chosen
 
-    def _slot(self, name: str, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, total and outer sum of a slot: one of the groups', or the spare."""
-        sums = self._sums[name]
-        if slot == self.num_groups:
-            if name not in self._spare:
-                self._spare[name] = _Sums.empty(1, num_features=sums.pivot.shape[-1], device=self.device)
-            sums, slot = self._spare[name], 0
-        return sums.count[slot], sums.total[slot], sums.outer[slot]
+    def _slot(self, name: str, slot: int) -> Slot:
+        """One of the groups', or the spare."""
+        if slot < self.num_groups:
+            return self._sums[name].slot(slot)
+        if name not in self._spare:
+            self._spare[name] = self._empty(1, self._sums[name].width)
+        return self._spare[name].slot(0)
 
     def _join(self, name: str, joins: Sequence[int]) -> None:
         """Carry out joins of slots, see :class:`Stretches`; all sums of a layer are about one pivot."""
+        if joins:
+            self._behind.settle()
         for first in joins:
             for mine, theirs in zip(self._slot(name, first), self._slot(name, first + 1), strict=True):
                 mine.add_(theirs)
@@ -274,6 +262,7 @@ class Collector:
     def _finish(self, name: str) -> None:
         """Bring what slots hold into the groups' own."""
         stretches = self._progress[name].stretches
+        self._behind.settle()
         self._join(name, stretches.finish())
         # From the last on, for none moves to an earlier one.
         for slot, group in reversed(list(enumerate(stretches.groups(self._rank, self._world)))):
@@ -284,8 +273,8 @@ class Collector:
 
     def _accumulate(
         self,
-        sums: _Sums,
-        slot: tuple[Tensor, Tensor, Tensor],
+        sums: Sums,
+        slot: Slot,
         samples: Tensor,
         mask: Tensor | None,
         num_rows: int,
@@ -301,10 +290,9 @@ class Collector:
             pivot = self._centred(samples, scale, origin, keep).sum(0)
             sums.pivot.copy_(pivot / max(num_rows, 1))
         centred = self._centred(samples, scale, sums.pivot.to(samples.device, dtype), keep)
-        count, total, outer = slot
-        count.add_(num_rows)
-        total.add_(centred.sum(0).to(total))
-        add_products(outer, centred)
+        slot.num_rows.add_(num_rows)
+        slot.total.add_(centred.sum(0).to(slot.total))
+        sums.panels.add_products(slot.outer, centred, self._behind)
 
     @staticmethod
     def _centred(samples: Tensor, scale: Tensor | None, pivot: Tensor, keep: Tensor | None) -> Tensor:
@@ -320,14 +308,14 @@ class Collector:
 
     def drop(self, names: Collection[str]) -> None:
         """Forget the rows of some layers."""
+        self._behind.settle()
         for name in names:
-            for sums in (self._sums, self._spare):
-                if name in sums:
-                    sums[name].zero_()
+            self._sums.pop(name, None)
+            self._spare.pop(name, None)
             self._progress.pop(name, None)
 
     def agree(self) -> dict[str, float]:
-        """Let all ranks know every layer's width, so that their buffers match; a collective.
+        """Let all ranks know every layer's width, so that what they send matches; a collective.
 
         Returns:
             Rows of each layer offered to all ranks together, as if they had all run it.
@@ -342,9 +330,7 @@ class Collector:
                 self.failures[name] = "its width differs between ranks"
             by_width[width].append(name)
         by_width.pop(0, None)
-        for width, names in sorted(by_width.items()):
-            if width not in self._buffers or self._buffers[width][0] != names:
-                self._lay_out(width, names)
+        self._of_width = dict(sorted(by_width.items()))
         offered = of_ranks[:, :num_names]
         rows = self._as_if_all(offered.sum(0), (offered > 0).sum(0))
         return dict(zip(self.names, rows, strict=True))
@@ -354,34 +340,12 @@ class Collector:
         return (offered * (self._world / num_ranks.clamp(min=1))).tolist()
 
     def _width(self, name: str) -> int:
-        return self._sums[name].pivot.shape[-1] if name in self._sums else 0
-
-    def _lay_out(self, width: int, names: list[str]) -> None:
-        """Move the sums of all layers of one width into one buffer, in an order that all ranks share."""
-        try:
-            buffer = _Sums.empty(len(names), self.num_groups, num_features=width, device=self.device)
-            reason = None
-        except RuntimeError as error:  # out of memory
-            buffer, reason = None, reason_of(error)
-        # A rank without the buffer could not join its reduction: then no rank keeps it, and nobody waits.
-        num_ready = int(gather_numbers([int(buffer is not None)], self.device).sum())
-        if buffer is None or num_ready < self._num_ranks:
-            self._refused.update(dict.fromkeys(names, reason or "another rank has no memory for it"))
-            self.failures.update(self._refused)
-            for name in names:
-                self._sums.pop(name, None)
-                self._spare.pop(name, None)
-            return
-        for index, name in enumerate(names):
-            if self._width(name) == width:
-                buffer[index].copy_(self._sums[name])
-            self._sums[name] = buffer[index]
-        self._buffers[width] = (names, buffer)
+        return self._sums[name].width if name in self._sums else 0
 
     @property
     def is_agreed(self) -> bool:
         """Whether the width of every layer is known to all ranks."""
-        return sum(len(names) for names, _ in self._buffers.values()) + len(self._refused) == len(self.names)
+        return sum(map(len, self._of_width.values())) == len(self.names)
 
     def pool(self) -> Iterator[tuple[list[str], Moments, list[float], list[str]]]:
         """Moments of all ranks' rows, width by width; a collective. Consumes the sums: :meth:`reset` must follow.
@@ -398,52 +362,49 @@ class Collector:
     @property
     def widths(self) -> list[int]:
         """Widths of the layers, ascending, as agreed."""
-        return sorted(self._buffers)
+        return list(self._of_width)
 
     def names_of(self, width: int) -> list[str]:
         """The layers of a width."""
-        return self._buffers[width][0]
+        return self._of_width[width]
 
     def pool_width(self, width: int) -> tuple[Moments, list[float], list[str]]:
         """What :meth:`pool` gives for the layers of one width; a collective."""
-        names, sums = self._buffers[width]
-        for index, name in enumerate(names):
+        names, parts = self._of_width[width], []
+        for name in names:
+            if name in self._progress and self._width(name) == width and name not in self.failures:
+                self._finish(name)
+            self._spare.pop(name, None)
+            kept = self._sums.pop(name, None)
+            # A rank that has none must send as much as the others.
+            parts.append(kept if kept is not None and kept.width == width else self._empty(self.num_groups, width))
             if name in self.failures:
                 # All ranks must come to the same result, and only NaN survives a sum.
-                sums.count[index] = torch.nan
-            elif name in self._progress and name in self._sums:
-                self._finish(name)
-        mirror_(sums.outer)
-        parts = from_shifted_sums(sums.count, sums.total, sums.outer, sums.pivot.unsqueeze(-2))
+                parts[-1].count.fill_(torch.nan)
         is_double = [self._dtype_of(name) == torch.float64 for name in names]
         numbers = [[self.offered(name) for name in names], [self.offered(name) > 0 for name in names], is_double]
         riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        pooled, totals = reduce_moments(parts, riders.flatten())
+        self._behind.settle()
+        moments, totals = pooled(parts, riders.flatten(), self.device)
         offered, num_ranks, num_double = totals.chunk(3)
         dtypes = ["float64" if number == self._num_ranks else "float32" for number in num_double.tolist()]
-        return pooled, self._as_if_all(offered, num_ranks), dtypes
+        return moments, self._as_if_all(offered, num_ranks), dtypes
 
     def reset(self) -> None:
-        """Forget all rows; nothing slides from one report into the next."""
-        for sums in (*(buffer for _, buffer in self._buffers.values()), *self._spare.values()):
-            sums.zero_()
-        for name in list(self._sums):
-            if not any(name in names for names, _ in self._buffers.values()):
-                del self._sums[name]
-                self._spare.pop(name, None)
+        """Forget all rows, and give their memory back; nothing slides from one report into the next."""
+        self.release()
         self._progress.clear()
         self.failures.clear()
-        self.failures.update(self._refused)
 
     def forget(self) -> None:
         """Forget the layers' widths, too: under their names there are others now. All ranks do, or none."""
-        self.release()
-        self._refused.clear()
         self.reset()
+        self._of_width.clear()
+        self._home = None
 
     def release(self) -> None:
-        """Let go of all memory; the collector is of no use afterwards."""
-        self._buffers.clear()
+        """Give all memory back."""
+        self._behind.settle()
         self._sums.clear()
         self._spare.clear()
 

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_spectral.capture.batch import path_of
 from lightning_spectral.capture.engines import Method
 from lightning_spectral.capture.shadow import LossFunction
-from lightning_spectral.functional.arguments import check_flag, describe
+from lightning_spectral.functional.arguments import check_flag
 from lightning_spectral.measurement.arguments import (
     MAX_SAMPLES,
     check_at_most,
@@ -18,6 +18,7 @@ from lightning_spectral.measurement.arguments import (
     check_positive,
 )
 from lightning_spectral.measurement.measurement import Request, Scene
+from lightning_spectral.measurement.placement import KEEPS, Keep
 from lightning_spectral.metrics.layout import are_sharded
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class GradientRequest(Request):
     loss_reduction: Literal["mean", "sum"]
     weights: bool
     row_dtype: Literal["float32", "bfloat16", "float64"]
-    row_device: str | None
+    row_device: Keep = "auto"
+    """Where rows are kept."""
     parameters: str | tuple[str, ...] | None
     """Patterns."""
     loss_fn: LossFunction | None
@@ -61,18 +63,12 @@ class GradientRequest(Request):
             method=(self.method, ("auto", "vmap", "hooks", "loop")),
             loss_reduction=(self.loss_reduction, ("mean", "sum")),
             row_dtype=(self.row_dtype, tuple(ROW_DTYPES)),
+            row_device=(self.row_device, KEEPS),
             check=(self.check, ("refuse", "warn", "off")),
         )
         check_patterns(parameters=self.parameters)
         if self.samples is not None and self.method not in ("auto", "loop"):
             raise ValueError(f"samples cuts into batches of one, which method='loop' takes, got method={self.method!r}")
-        if self.row_device is not None:
-            try:
-                is_device = isinstance(self.row_device, str) and torch.device(self.row_device).type != "meta"
-            except (RuntimeError, ValueError):
-                is_device = False
-            if not is_device:
-                raise ValueError(f"row_device must be a device such as 'cpu', or None, got {describe(self.row_device)}")
 
     @property
     def reads_backward(self) -> bool:

@@ -32,7 +32,7 @@ from lightning_spectral.measurement.sharded_parameters import ShardedParameters
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.stretches import groups_of
 from lightning_spectral.metrics.collectives import OtherRankError, largest, world_size
-from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
+from lightning_spectral.metrics.exchange import gram_blocks, gram_share, sum_over_ranks
 from lightning_spectral.metrics.layout import Layout, are_sharded, is_distributed
 from lightning_spectral.metrics.reduction import gather_numbers
 
@@ -112,8 +112,8 @@ class GradientMeasurement(Measurement):
             sizes={},
             capacity=share + (self._rank < rest),
             dtype=ROW_DTYPES[request.row_dtype],
-            device=torch.device(request.row_device) if request.row_device else scene.device,
-            compute_device=scene.device,
+            device=scene.device,
+            keep=request.row_device,
         )
         self._offered = 0
         self._has_seen_samples = False
@@ -382,7 +382,7 @@ class GradientMeasurement(Measurement):
 
     def _gram(self, rows: Tensor, counts: list[int]) -> Tensor:
         if self._layout.has_replicas and len(self._layout.peers) == 1:
-            return gram(rows.to(self._device))
+            return gram_blocks(rows, self._device)
         return gram_share(rows, counts, self._device, group=self._layout.data_group)
 
     def _check_replicas(self, of_ranks: Tensor) -> None:

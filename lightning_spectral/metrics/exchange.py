@@ -37,7 +37,7 @@ def gram_share(
     device = rows.device if device is None else device
     world = world_size(group)
     if world == 1:
-        return gram(rows.to(device))
+        return gram_blocks(rows, device)
     rank, num_rows, num_columns = dist.get_rank(group), sum(counts), rows.shape[1]
     width = max(1, min(SLAB_NUMBERS // max(num_rows, 1), -(-num_columns // world)))
     share = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
@@ -50,6 +50,22 @@ def gram_share(
         all_to_all(received, sent, [count * mine for count in counts], [block.numel() for block in blocks], group)
         share += gram(received.view(num_rows, mine))
     return share
+
+
+def gram_blocks(rows: Tensor, device: torch.device) -> Tensor:
+    """The Gram matrix of rows that may lie elsewhere: on the device there is a block of their columns at a time.
+
+    Returns:
+        ``(N, N)`` float64 on the device.
+    """
+    if rows.device == device:
+        return gram(rows)
+    num_rows, num_columns = rows.shape
+    width = max(1, SLAB_NUMBERS // max(num_rows, 1))
+    total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    for start in range(0, num_columns, width):
+        total += gram(rows[:, start : start + width].to(device))
+    return total
 
 
 def sum_over_ranks(share: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

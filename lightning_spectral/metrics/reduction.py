@@ -4,32 +4,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.functional.moments import Moments, between_sets
+from lightning_spectral.functional.moments import between_sets
 from lightning_spectral.metrics.collectives import all_reduce, world_size
 
 
-def reduce_moments(parts: Moments, riders: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Moments, Tensor]:
-    r"""Pool moments over ranks with two all-reduces: a small one of counts and sums, a large one of scatters.
+def reduce_means(
+    count: Tensor, mean: Tensor, riders: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Counts and means of the rows of all ranks, in one small all-reduce, and how far this rank's lie from them.
 
-    Between the two every rank moves its scatter to the common mean, :math:`S_r + n_r (\mu_r - \mu)(\mu_r - \mu)^\top`,
-    so that no digits are lost however far apart the ranks' means lie. Nothing grows with the number of ranks. The
-    moments are batched in the same way on every rank, and their scatter is overwritten; ``riders`` are 1-D float64
-    numbers that are summed in the small reduction.
+    Scatters follow if every rank moves its own to the common mean, :math:`S_r + n_r (\mu_r - \mu)(\mu_r - \mu)^\top`,
+    and adds them up: no digits are lost however far apart the ranks' means lie. Nothing grows with the number of ranks.
+
+    Args:
+        count: ``(...)`` rows of each set, float64.
+        mean: ``(..., d)`` their means.
+        riders: 1-D float64 numbers that are summed, too.
+        group: Process group, None for all ranks.
+
+    Returns:
+        Counts, means, the deviation :math:`\sqrt{n_r} (\mu_r - \mu)` of this rank, and the sums of riders.
     """
     if world_size(group) == 1:
-        return parts, riders
-    weighted = parts.mean * parts.num_rows.unsqueeze(-1)
-    small = torch.cat([parts.num_rows.flatten(), weighted.flatten(), riders])
+        return count, mean, torch.zeros_like(mean), riders
+    weighted = mean * count.unsqueeze(-1)
+    small = torch.cat([count.flatten(), weighted.flatten(), riders])
     all_reduce(small, group)
-    num_sets, num_sums = parts.num_rows.numel(), weighted.numel()
-    count = small[:num_sets].view_as(parts.num_rows)
-    total = small[num_sets : num_sets + num_sums].view_as(weighted)
-    mean = total / count.clamp(min=1).unsqueeze(-1)
+    counts, sums, riders = small.split([count.numel(), weighted.numel(), len(riders)])
+    of_all = counts.view_as(count)
+    common = sums.view_as(weighted) / of_all.clamp(min=1).unsqueeze(-1)
     # A rank without rows weighs nothing, however far from the common mean its own zero lies.
-    deviation = (parts.mean - mean) * parts.num_rows.sqrt().unsqueeze(-1)
-    scatter = parts.scatter.addcmul_(deviation.unsqueeze(-1), deviation.unsqueeze(-2))
-    all_reduce(scatter, group)
-    return Moments(count, mean, scatter), small[num_sets + num_sums :]
+    return of_all, common, (mean - common) * count.sqrt().unsqueeze(-1), riders
 
 
 def reduce_packed(packed: Tensor, num_features: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -37,7 +42,7 @@ def reduce_packed(packed: Tensor, num_features: int, group: dist.ProcessGroup | 
 
     Every rank writes its count and mean into a slot of its own beside the scatter: the sum over ranks then carries
     :math:`\sum_r S_r` and each :math:`(n_r, \mu_r)`, from which the scatter between ranks follows without cancellation.
-    The slots cost W (d + 1) numbers, little beside d x d for a single matrix; :func:`reduce_moments` serves many. The
+    The slots cost W (d + 1) numbers, little beside d x d for a single matrix; :func:`reduce_means` serves many. The
     tensor given stays as it is.
     """
     world = world_size(group)

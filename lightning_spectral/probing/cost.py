@@ -9,12 +9,13 @@ from torch import Tensor
 from lightning_spectral.capture.channels import rows_last
 from lightning_spectral.functional.singular import gram
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
-from lightning_spectral.measurement.collector import sums_bytes
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.gradient_report import decompose_grams
 from lightning_spectral.measurement.gradient_request import ROW_DTYPES
+from lightning_spectral.measurement.placement import placed
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import settle
+from lightning_spectral.measurement.sums import sums_bytes
 from lightning_spectral.probing.found import CostFound, EngineFound, LayerFound
 
 WIDEST_SOLVED = 1024
@@ -22,8 +23,8 @@ WIDEST_SOLVED = 1024
 
 WIDEST_ROW = 2**16
 
-MATRICES_AT_A_TIME = 4
-"""Copies of each matrix on the way to its eigenvalues: sums, covariance, what is masked of it, the solver's own."""
+MATRICES_AT_A_TIME = 3
+"""Copies of a matrix on the way to its eigenvalues: pooled scatter, covariance, the solver's own."""
 
 
 def activation_cost(
@@ -53,16 +54,19 @@ def activation_cost(
         solving += solves[layer.width]
     num_steps = max((schedule.window_of(layer.rows) for layer in good), default=0)
     widths = [layer.width for layer in good if layer.width is not None]
-    kept = sum(sums_bytes(request.num_groups, width) for width in widths)
+    kept = sum(sums_bytes(request.num_groups, width, device) for width in widths)
+    place = placed(request.sums_device, kept, device)
     return CostFound(
         "activation",
         f"{_span(list(rows.values()))} rows of {plural(len(good), 'layer')}, {plural(num_steps, 'step')}",
         collecting,
         solving,
         kept,
-        kept + max((_report_bytes(request, width, widths.count(width)) for width in set(widths)), default=0),
+        max(kept, report_bytes(widths, request.num_groups, device)),
         "products of rows like these and eigenvalues timed here"
         + (f", those wider than {WIDEST_SOLVED} scaled by width^3" if max(widths, default=0) > WIDEST_SOLVED else ""),
+        str(place.device),
+        place.budget,
     )
 
 
@@ -76,12 +80,15 @@ def _span(rows: list[int]) -> str:
     return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _report_bytes(request: ActivationRequest, width: int, num_layers: int) -> int:
-    """Beside the sums: the moments of all layers of a width, and the matrices that are solved together."""
-    matrix = 8 * width**2
-    groups = request.num_groups
-    members = groups + 1 if groups > 1 else 1
-    return matrix * (num_layers * groups + MATRICES_AT_A_TIME * members)
+def report_bytes(widths: Sequence[int], num_groups: int, device: torch.device) -> int:
+    """Bytes that a report on layers of these widths takes: moments of all groups, and matrices on their way.
+
+    A CPU solves one matrix at a time, a GPU all those of one width.
+    """
+    unions = num_groups + (num_groups > 1)
+    at_a_time = {width: 1 if device.type == "cpu" else unions * widths.count(width) for width in widths}
+    solving = max((count * width**2 for width, count in at_a_time.items()), default=0)
+    return 8 * (num_groups * sum(width**2 for width in widths) + MATRICES_AT_A_TIME * solving)
 
 
 def _seconds_a_row(
@@ -125,6 +132,7 @@ def gradient_cost(
     """Of a report on parameters of P numbers each, with rows of so many samples by an engine that works."""
     total = sum(sizes)
     row_bytes = request.num_samples * total * ROW_DTYPES[request.row_dtype].itemsize
+    place = placed(request.row_device, row_bytes, device)
     assert engine.seconds is not None
     assert engine.num_bytes is not None
     solving = _seconds_for_grams(request, count, sizes, device)
@@ -136,6 +144,8 @@ def gradient_cost(
         row_bytes,
         engine.num_bytes,
         "samples of this batch and Gram matrices timed here",
+        str(place.device),
+        place.budget,
     )
 
 

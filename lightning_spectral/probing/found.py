@@ -117,11 +117,15 @@ class CostFound:
     solving: float
     """Seconds to make spectra of them."""
     kept_bytes: int
-    """Held between reports (activations), or while a report is made (gradients)."""
+    """Held from the first rows to the report: sums (activations), or rows (gradients)."""
     peak_bytes: int
     """The most that is held at a time, that included."""
     how: str
     """How it was estimated."""
+    kept_on: str
+    """Where what is held is kept."""
+    budget_bytes: int
+    """What it may take on the model's device by ``"auto"``: a quarter of the memory that is free there now."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def probe(
     normalize: bool = True,
     dtype: Literal["auto", "float32", "float64"] = "auto",
     row_dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    row_device: Literal["auto", "device", "cpu"] = "auto",
+    sums_device: Literal["auto", "device", "cpu"] = "auto",
     accelerator: str | None = None,
     precision: str | int = "32-true",
 ) -> Probe:
@@ -87,6 +89,8 @@ def probe(
         normalize: Of rows of activations, likewise.
         dtype: Of products of rows.
         row_dtype: In which rows of gradients are kept.
+        row_device: Where they are.
+        sums_device: Where sums of activations are kept.
         accelerator: Lightning's name of where to run; None for where the module is.
         precision: Lightning's, that of the run to come.
 
@@ -113,6 +117,7 @@ def probe(
         dtype=dtype,
         mask=mask,
         channel_dim=channel_dim,
+        sums_device=sums_device,
         **common,
     )
     loss = load_loss(loss_fn)
@@ -124,7 +129,7 @@ def probe(
         loss_reduction=loss_reduction,
         weights=False,
         row_dtype=row_dtype,
-        row_device=None,
+        row_device=row_device,
         parameters=tuple(parameters) if isinstance(parameters, list) else parameters,  # type: ignore[arg-type]
         loss_fn=loss,
         **common,

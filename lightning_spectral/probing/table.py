@@ -29,6 +29,7 @@ def tables(probe: Probe) -> Iterator[RenderableType]:
     if probe.costs:
         yield _heading("a report, estimated")
         yield _costs(probe.costs)
+        yield Text("; ".join(map(_kept, probe.costs)))
         yield Text("; ".join(f"{cost.kind}: {cost.how}" for cost in probe.costs), style="dim")
 
 
@@ -184,6 +185,13 @@ def _costs(costs: Sequence[CostFound]) -> Table:
         memory = show_bytes(cost.kept_bytes), show_bytes(cost.peak_bytes)
         table.add_row(*_cells(cost.kind, cost.reads, *seconds, *memory))
     return _bare(table)
+
+
+def _kept(cost: CostFound) -> str:
+    """Where what is held waits for the report, and what it may take."""
+    of_all = f"of a budget of {show_bytes(cost.budget_bytes)}"
+    held = "sums" if cost.kind == "activation" else "rows"
+    return f"{cost.kind}: {show_bytes(cost.kept_bytes)} of {held} wait on {cost.kept_on}, {of_all}"
 
 
 def _bare(table: Table) -> Table:

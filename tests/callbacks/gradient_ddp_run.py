@@ -143,6 +143,7 @@ def main(folder: Path) -> None:
     recorder = Recorder()
     spectra = [Kept(f"{method}/", method=method) for method in METHODS]
     spectra += [Kept(f"{method} validate/", method=method, stage="validate") for method in METHODS]
+    spectra.append(Kept("elsewhere/", method="loop", row_device="cpu", row_dtype="float64"))
     broken = Kept("broken/", loss_fn=fails_on_rank_1)
     trainer, watched = fit(folder, [recorder, *spectra, broken, seen])
     fussy = [Kept(f"{stage}/", method="loop", stage=stage) for stage in ("train", "validate")]

@@ -44,7 +44,9 @@ def expected_rows(ranks: list[dict], prefix: str) -> np.ndarray:
     return torch.cat(parts).double().numpy()
 
 
-@pytest.mark.parametrize("prefix", [f"{method}{stage}/" for method in METHODS for stage in ("", " validate")])
+@pytest.mark.parametrize(
+    "prefix", [*(f"{method}{stage}/" for method in METHODS for stage in ("", " validate")), "elsewhere/"]
+)
 def test_singular_values_are_those_of_all_ranks_rows(ranks: list[dict], prefix: str) -> None:
     rows = expected_rows(ranks, prefix)
     assert len(rows) == NUM_SAMPLES

@@ -354,7 +354,12 @@ def test_noise_scale_of_the_whole_model_is_that_of_all_its_parameters(tmp_path: 
 
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
-    [({"row_dtype": "bfloat16"}, 1e-2), ({"row_device": "cpu"}, 0), ({"row_dtype": "float64"}, 1e-5)],
+    [
+        ({"row_dtype": "bfloat16"}, 1e-2),
+        ({"row_device": "cpu"}, 0),
+        ({"row_device": "device"}, 0),
+        ({"row_dtype": "float64"}, 1e-5),
+    ],
 )
 @pytest.mark.parametrize("method", ["vmap", "hooks"])
 def test_rows_may_be_kept_elsewhere_and_shorter(
@@ -571,7 +576,7 @@ def test_table_shows_the_first_report_and_the_last(tmp_path: Path, capsys: pytes
         ({"chunk_size": 0}, "chunk_size must be a positive int, got 0"),
         ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
         ({"row_dtype": "int8"}, "row_dtype must be 'float32', 'bfloat16' or 'float64', got 'int8'"),
-        ({"row_device": "attic"}, "row_device must be a device such as 'cpu', or None, got 'attic'"),
+        ({"row_device": "attic"}, "row_device must be 'auto', 'device' or 'cpu', got 'attic'"),
         ({"parameters": 3}, "parameters must be None, 'all', a pattern or a list of patterns, got 3"),
         ({"tail": (0.5, 0.1)}, r"tail must be two ascending fractions in \[0, 1\]"),
         ({"loss_fn": "nowhere.loss"}, "loss_fn must be a callable or its import path, got 'nowhere.loss'"),

@@ -4,7 +4,6 @@ import gc
 import io
 import re
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import ActivationSpectrum
-from lightning_spectral.measurement.collector import _Sums
+from lightning_spectral.measurement.sums import Sums
 from tests.models import LanguageModel, Network, tiny_trainer, token_loader
 
 KEY = "activation/network.blocks.0/alpha_tail"
@@ -363,9 +362,7 @@ def test_out_of_memory_for_the_buffers_is_a_failed_measurement(tmp_path: Path, m
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    empty = _Sums.empty
-    # The layers' own sums fit (one leading axis), all of them in one buffer (two) do not.
-    monkeypatch.setattr(_Sums, "empty", lambda *batch, **kwargs: (fail if len(batch) > 1 else empty)(*batch, **kwargs))
+    monkeypatch.setattr(Sums, "__init__", fail)
     spectrum = Reports(every_n_steps=4)
     with pytest.warns(UserWarning, match="NaN, because no memory left"):
         trainer = fit(tmp_path, spectrum)
@@ -388,21 +385,37 @@ def test_forwards_after_the_backward_pass_are_not_rows(tmp_path: Path) -> None:
     assert beside.logged == alone.logged
 
 
-def test_buffers_go_with_the_fit_and_not_with_the_garbage(tmp_path: Path) -> None:
-    spectrum = Reports(every_n_steps=4)
+def alive() -> list[Sums]:
+    return [one for one in gc.get_objects() if type(one) is Sums]
+
+
+@pytest.mark.parametrize("stage", ["train", "validate"])
+def test_sums_live_from_the_first_collected_step_to_the_report(tmp_path: Path, stage: str) -> None:
+    spectrum, seen = Reports(every_n_steps=4, stage=stage, num_tokens=64), []
 
     class Look(Callback):
-        def on_train_end(self, *_: Any) -> None:
-            (_, sums), *_ = spectrum.measurement._collector._buffers.values()
-            self.buffer = weakref.ref(sums.outer)
+        """Comes after the spectrum's own hooks."""
 
-    look = Look()
-    gc.disable()
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append((trainer.global_step, len(alive())))
+
+        def on_validation_batch_end(self, trainer: Trainer, module: Any, out: Any, batch: Any, batch_idx: int) -> None:
+            if not trainer.sanity_checking:
+                seen.append((f"validation {batch_idx}", len(alive())))
+
+    gc.collect()
+    assert not alive()
+    gc.disable()  # they go by themselves
     try:
-        fit(tmp_path, spectrum, look)
-        assert look.buffer() is None
+        fit(tmp_path, spectrum, Look(), max_steps=8, limit_val_batches=2, val_check_interval=4)
+        assert not alive()
     finally:
         gc.enable()
+    held = {when: number for when, number in seen if number}
+    layers = len(spectrum.names)
+    # Of two steps, the last before the report; in validation each layer comes to use its spare slot.
+    expected = {3: layers, 7: layers} if stage == "train" else {"validation 0": layers, "validation 1": 2 * layers}
+    assert held == expected
 
 
 def test_table_prints_where_only_ascii_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from tests.models import tiny_trainer
 WIDTH = 6
 REASON = "CUDA out of memory. Tried to allocate 20.00 MiB"
 ACTIVATIONS = [
-    ("measurement.collector", "add_products"),
-    ("measurement.collector", "mirror_"),
-    ("measurement.collector", "from_shifted_sums"),
-    ("measurement.collector", "reduce_moments"),
+    ("measurement.collector", "Sums"),
+    ("measurement.collector", "inverse_rms"),
+    ("measurement.collector", "pooled"),
+    ("measurement.sums", "reduce_means"),
     ("measurement.decomposition", "pool"),
     ("measurement.decomposition", "spectrum"),
     ("measurement.activations", "settle"),

@@ -507,7 +507,7 @@ def test_chunk_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = chunk_bytes(1, saved, loss.parameter(names[0])[1].numel())
     for samples, expected in ((0.5, 1), (3.5, 3), (1000, 8)):
         free = samples * needed / per_sample.MEMORY_SHARE
-        monkeypatch.setattr(per_sample, "_free_bytes", lambda device, free=free: int(free))
+        monkeypatch.setattr(per_sample, "free_bytes", lambda device, free=free: int(free))
         assert fitting_chunk(loss, names, batch) == expected
 
 

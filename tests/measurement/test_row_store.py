@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_spectral.measurement import row_store
+from lightning_spectral.measurement.placement import Placement
 from lightning_spectral.measurement.row_store import RowStore
 
 SIZES = {"weight": 6, "bias": 3}
@@ -14,8 +16,12 @@ CAPACITY = 7
 CPU = torch.device("cpu")
 
 
+ELSEWHERE = torch.device("cpu", 0)
+"""Another device than the CPU that tensors lie on, to whoever compares."""
+
+
 def store_of(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> RowStore:
-    return RowStore(SIZES, CAPACITY, dtype, device, CPU)
+    return RowStore(SIZES, CAPACITY, dtype, device)
 
 
 def rows_of(num_samples: int, seed: int) -> dict[str, Tensor]:
@@ -102,7 +108,7 @@ def test_what_was_never_written_is_empty(dtype: torch.dtype) -> None:
 
 
 def test_a_store_without_room_opens_and_keeps_nothing() -> None:
-    store = RowStore(SIZES, 0, torch.float32, CPU, CPU)
+    store = RowStore(SIZES, 0, torch.float32, CPU)
     assert store.room == 0
     assert {rows.shape for rows in store.open(0).values()} == {(0, 6), (0, 3)}
     store.commit()
@@ -132,3 +138,45 @@ def test_memory_is_taken_for_what_is_written_alone() -> None:
     store = store_of()
     store.open(2)["bias"].zero_()
     assert list(store._kept) == ["bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_kept_elsewhere_are_the_same(dtype: torch.dtype) -> None:
+    here, elsewhere = store_of(dtype), store_of(dtype, ELSEWHERE)
+    for seed in range(3):
+        for store in (here, elsewhere):
+            opened = write(store, rows_of(2, seed))
+            assert all(rows._is_view() for rows in opened.values()) == (store is here and dtype == torch.float32)
+            store.commit()
+    for name in SIZES:
+        assert torch.equal(here.take(name), elsewhere.take(name))
+
+
+@pytest.mark.parametrize(("by_layer", "numbers"), [(False, 9), (True, 6)])
+def test_the_place_is_chosen_by_what_is_there_at_a_time(by_layer: bool, numbers: int) -> None:
+    store = store_of(torch.bfloat16)
+    assert store.placement is None
+    opened = store.open(2, by_layer)
+    assert store.placement is None
+    opened["bias"].zero_()
+    assert store.placement is not None
+    assert store.placement.needed == 2 * CAPACITY * numbers
+
+
+def test_without_memory_rows_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, gpu = row_store.room, torch.device("cuda", 0)
+
+    def room(*shape: int, dtype: torch.dtype, device: torch.device, beside: torch.device) -> Tensor:
+        if device == gpu:
+            raise torch.OutOfMemoryError("no memory left")
+        return make(*shape, dtype=dtype, device=device, beside=CPU)
+
+    monkeypatch.setattr(row_store, "room", room)
+    found = RowStore(SIZES, CAPACITY, torch.float32, gpu, "auto")
+    found.placement = Placement(gpu, 0, 0)
+    assert found._room_for(6, False).device == CPU
+    assert found.placement.device == CPU
+    forced = RowStore(SIZES, CAPACITY, torch.float32, gpu, "device")
+    forced.placement = Placement(gpu, 0, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        forced._room_for(6, False)

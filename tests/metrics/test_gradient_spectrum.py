@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_spectral.functional import gram
 from lightning_spectral.metrics import PerSampleGradientSpectrum, exchange
 from lightning_spectral.metrics.exchange import gram_share, sum_over_ranks
 from tests.distributed import run_distributed
@@ -125,6 +126,24 @@ def test_one_process_needs_no_group() -> None:
 
 CASES = {2: [(5, 2), (0, 4), (1, 1), (0, 0)], 3: [(4, 3, 3), (4, 0, 3), (1, 5, 2), (0, 0, 2)]}
 SLABS = [1, 64, 2**23]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slab", SLABS)
+def test_a_gram_by_blocks_of_columns_is_that_of_all(slab: int, dtype: torch.dtype) -> None:
+    rows, elsewhere, seen = rows_of(9, 101).to(dtype), torch.device("cpu", 0), []
+
+    def watched(block: torch.Tensor) -> torch.Tensor:
+        seen.append(block.shape[1])
+        return gram(block)
+
+    with patch.object(exchange, "SLAB_NUMBERS", slab), patch.object(exchange, "gram", watched):
+        found = exchange.gram_blocks(rows, elsewhere)
+    torch.testing.assert_close(found, gram(rows), rtol=1e-12, atol=1e-14)
+    assert sum(seen) == 101
+    assert max(seen) == {1: 1, 64: 7, 2**23: 101}[slab]
+
+
 """One column at a time, several slabs with a remainder, all at once."""
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lightning_spectral.functional import Moments, moments, pool
 from lightning_spectral.metrics import CovarianceSpectrum
-from lightning_spectral.metrics.reduction import gather_numbers, reduce_moments, world_size
+from lightning_spectral.metrics.reduction import gather_numbers, reduce_means, world_size
 from tests import _reference
 from tests.distributed import run_distributed
 
@@ -101,7 +101,11 @@ def measure(rank):
             "unsynced": metric.packed,
         }
     with counted() as calls:
-        seen["reduced"] = reduce_moments(grouped_moments(rank), torch.tensor([1.0 + rank, 10.0]).double())
+        parts = grouped_moments(rank)
+        count, mean, deviation, riders = reduce_means(*parts[:2], torch.tensor([1.0 + rank, 10.0]).double())
+        scatter = parts.scatter + deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
+        dist.all_reduce(scatter)
+        seen["reduced"] = Moments(count, mean, scatter), riders
     seen["reduce_calls"] = dict(calls)
     with counted() as calls:
         seen["gathered"] = gather_numbers([rank, 2**53 - 1 - rank], torch.device("cpu"))
@@ -194,6 +198,8 @@ def test_gathered_numbers_are_exact_and_in_order(ranks):
 def test_one_process_needs_no_group():
     parts, riders = grouped_moments(0), torch.ones(1)
     with counted() as calls:
-        assert reduce_moments(parts, riders) == (parts, riders)
+        count, mean, deviation, summed = reduce_means(*parts[:2], riders)
+        assert (count is parts.num_rows, mean is parts.mean, summed is riders) == (True, True, True)
+        assert not deviation.any()
         assert gather_numbers([3, 5], torch.device("cpu")).tolist() == [[3, 5]]
     assert (world_size(), dict(calls)) == (1, {})
