@@ -78,6 +78,8 @@ class HeadReader:
         timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.is_open = False
+        self.takes_runs = False
+        """Whether what runs now is a forward pass, not one that checkpointing repeats in a backward pass."""
         self._consume = consume
         self._fail = fail
         self._timer = timer
@@ -97,11 +99,11 @@ class HeadReader:
 
     def begin(self) -> None:
         """A batch begins that is to be read."""
-        self.is_open, self._num_waiting = True, 0
+        self.is_open, self.takes_runs, self._num_waiting = True, True, 0
 
     def ran(self, inputs: tuple[Any, ...], output: Any) -> None:
         """The head has run."""
-        if not self.is_open or not isinstance(output, Tensor) or not output.requires_grad:
+        if not (self.is_open and self.takes_runs and isinstance(output, Tensor) and output.requires_grad):
             return
         try:
             self._num_waiting += 1

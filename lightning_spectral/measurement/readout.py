@@ -134,6 +134,7 @@ class ReadoutMeasurement(Measurement):
 
     @override
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
+        self._reader.takes_runs = False
         if self._reader.is_open:
             with self.stopwatch.running():
                 self._scale, self._loss = scale(), loss
@@ -141,6 +142,7 @@ class ReadoutMeasurement(Measurement):
     @override
     def after_backward(self, is_last: bool) -> None:
         self._scale, self._loss = None, None
+        self._reader.takes_runs = not is_last
         if is_last:
             self._reader.is_open = False
 

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.findings import mechanism, mechanism_report, mechanism_runs
 from benchmarks.findings.mechanism import AGREE, agreement, half_way, judged, moves
-from benchmarks.findings.mechanism_linear import LEVELS, linear
+from benchmarks.findings.mechanism_linear import ALPHAS, BATCHES, LEVELS, RATE, linear
 from benchmarks.findings.mechanism_runs import CYCLES, Setting, Task, probe_of, task_harmonics
+from lightning_spectral.theory import power_law_spectrum, steps_to_risk
 
 
 @pytest.mark.parametrize("cycle", CYCLES)
@@ -92,6 +93,19 @@ def test_the_linear_model_turns_between_its_levels() -> None:
     assert found["steps"][-1][-1] > found["steps"][-1][0]
     below = [level for level, steps in zip(LEVELS, found["steps"], strict=True) if steps[-1] > steps[0]]
     assert max(below) < found["crossing"] < min(set(LEVELS) - set(below))
+
+
+@pytest.mark.parametrize("batch_size", BATCHES)
+def test_its_steps_are_those_of_the_theory(batch_size: float) -> None:
+    found = linear(32, 1.5, batch_size)
+    power = torch.arange(1, 33, dtype=torch.float64) ** -1.5
+    power /= power.sum()
+    for index in (0, len(ALPHAS) - 1):
+        spectrum = power_law_spectrum(32, ALPHAS[index])
+        for level, steps in zip(LEVELS, found["steps"], strict=True):
+            expected = steps_to_risk(spectrum, power, RATE, batch_size, 0.0, level)
+            # The theory's are interpolated between the first whole step below and the one before.
+            assert steps[index] == pytest.approx(expected, rel=2e-3)
 
 
 def test_runs_are_made_once_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral import ActivationSpectrum, HeadDrift, Run
 from lightning_spectral.theory import readout_loss
@@ -147,6 +148,32 @@ def test_run_is_bit_identical_with_and_without(tmp_path: Path, kwargs: dict[str,
     found = train(tmp_path, Model, callbacks, **kwargs)
     assert_identical(found, expected)
     assert not any(callback.num_failed for callback in callbacks)
+
+
+class Checkpointed(Model):
+    """Runs its head again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network.logits.register_forward_pre_hook(lambda *_: self.runs.append(torch.is_grad_enabled()))
+        self.runs: list[bool] = []
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        network = self.network
+        x = network.blocks[0](network.embedding(batch["input_ids"]))
+        logits = checkpoint(network.logits, x, use_reentrant=False)
+        return F.cross_entropy(logits.flatten(0, 1), labels_of(batch), ignore_index=-100)
+
+
+def test_a_head_that_checkpointing_repeats_is_read_once(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    model = Checkpointed()
+    spectrum = ActivationSpectrum("network.blocks.0", every_n_steps=2, num_tokens=10**6, readout=HEAD)
+    logger = TensorBoardLogger(tmp_path, version=0)
+    fit(tiny_trainer(tmp_path, callbacks=[spectrum], logger=logger, max_steps=2, log_every_n_steps=1), model)
+    assert len(model.runs) >= 4
+    num_rows = sum(int((labels_of(batch) >= 0).sum()) for batch, _ in zip(token_loader(48), range(2), strict=False))
+    assert Run(logger.log_dir).readout(2).num_rows == num_rows
 
 
 class Own(Model):
