@@ -8,7 +8,7 @@ from lightning_spectral.capture import per_sample_gradients
 from lightning_spectral.functional import Exponent, PowerLaw, Spectrum
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
 from lightning_spectral.probing import Probe, probe
-from lightning_spectral.runs import Comparison, Run, Verdict, compare, forecast
+from lightning_spectral.runs import Comparison, Run, Verdict, backtest, compare, forecast
 
 __version__ = version("lightning-spectral")
 
@@ -28,6 +28,7 @@ __all__ = [
     "TailForecaster",
     "Verdict",
     "__version__",
+    "backtest",
     "compare",
     "forecast",
     "functional",

@@ -32,7 +32,7 @@ from benchmarks.findings.runs import (
 )
 from benchmarks.harness import console, environment
 from lightning_spectral import Run
-from lightning_spectral import forecast as forecast_family
+from lightning_spectral import backtest as backtest_family
 from lightning_spectral.functional.forecast import MIN_REFERENCES, extrapolate_loss
 from lightning_spectral.functional.line import fit_line
 from lightning_spectral.functional.powerlaw import Band
@@ -309,7 +309,7 @@ def main() -> None:
         by_recipe.setdefault(setting.recipe, []).append(read(setting))
     paths = [family.folder / run.setting.name for run in rope]
     try:
-        (told,) = forecast_family(paths, family.target, at=family.points)
+        (told,) = backtest_family(paths, family.target, at=family.points)
     except ValueError as error:  # too few runs came down to the target
         console.print(str(error))
         told = None

@@ -32,7 +32,7 @@ def write_report(
         rope: Runs of the first recipe, as observed.
         by_recipe: Those of the recipes held out.
         found: What the study found.
-        told: What ``forecast`` says of the first recipe's runs, or None.
+        told: What ``backtest`` says of the first recipe's runs, or None.
         environment: Machine and versions.
         folder: Where to.
     """
@@ -55,7 +55,7 @@ def write_report(
         sizes = f"Batch sizes 16 and 32 alone, at {point:,} tokens, {relations[0]['num_runs']} runs"
         sections.append((sizes, [_line(one) for one in relations]))
     if told is not None:
-        sections.append((f"What `forecast` says of the {len(told.runs)} runs of rope", _told(told)))
+        sections.append((f"What `backtest` says of the {len(told.runs)} runs of rope", _told(told)))
     sections.append(("Recipes held out, forecast from rope's line", _held_out(found)))
     sections.append(("Tokens to the target", [_tokens(run) for run in runs]))
     legend = (

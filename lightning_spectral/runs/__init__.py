@@ -1,8 +1,9 @@
 """What a run leaves on disk, reading it back, and comparing two."""
 
+from lightning_spectral.runs.backtesting import FamilyBacktest, backtest
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift, compare
 from lightning_spectral.runs.finding import open_runs
-from lightning_spectral.runs.forecasting import FamilyForecast, forecast
+from lightning_spectral.runs.forecasting import FamilyForecast, RunForecast, forecast
 from lightning_spectral.runs.history import History
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.record import Record, Row
@@ -11,6 +12,7 @@ from lightning_spectral.runs.verdict import Verdict
 
 __all__ = [
     "Comparison",
+    "FamilyBacktest",
     "FamilyForecast",
     "Gain",
     "History",
@@ -19,8 +21,10 @@ __all__ = [
     "Record",
     "Row",
     "Run",
+    "RunForecast",
     "Shift",
     "Verdict",
+    "backtest",
     "compare",
     "forecast",
     "open_runs",

@@ -54,3 +54,9 @@ def check_tokens(name: str, tokens: Any) -> None:
     for number in tokens:
         if not is_finite_number(number) or number <= 0:
             raise ValueError(f"{name} must hold positive numbers of tokens, got {describe(number)}: write e.g. [1e6]")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse what is none of some names, by a ValueError."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {describe(value)}")

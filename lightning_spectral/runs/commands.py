@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_spectral.functional.powerlaw import check_band
+from lightning_spectral.runs.arguments import check_loss
 from lightning_spectral.runs.comparison import compare
 from lightning_spectral.runs.finding import open_runs
-from lightning_spectral.runs.forecasting import forecast
+from lightning_spectral.runs.forecast_tables import print_forecast
+from lightning_spectral.runs.forecasting import BY, forecast
 from lightning_spectral.runs.logs import Columns
 from lightning_spectral.runs.run import Run
-from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_forecast, print_run
+from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_run
 from lightning_spectral.runs.to_json import to_json, to_json_line
 
 
@@ -102,35 +104,44 @@ def _compare(words: Sequence[str]) -> None:
 def _forecast(words: Sequence[str]) -> None:
     parser = _Parser(
         "lightning-spectral forecast",
-        description="How well could the tokens that finished runs took have been forecast from their first reports?",
+        description="How many tokens will unfinished runs need, by the finished ones of their family? And how well "
+        "would those have been forecast?",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="log directory of a run, or a pattern of several")
-    parser.add_argument("--target", type=float, required=True, metavar="X", help="the loss they came down to")
-    parser.add_argument("--layer", help="whose tail is the predictor; the deepest that was measured if none")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="log directory of a run, finished or not, or a pattern of several"
+    )
+    parser.add_argument("--target", type=float, required=True, metavar="X", help="the loss to come down to")
+    parser.add_argument("--by", choices=tuple(BY), default="stack", help="what forecasts go by; default: the stack")
+    parser.add_argument("--layer", help="whose spectra; the deepest that was measured if none")
     parser.add_argument(
         "--tail",
         type=_number,
         nargs=2,
         metavar=("LO", "HI"),
-        help="band of it: two ranks, or two fractions of the width",
+        help="band of its tail: two ranks, or two fractions of the width",
     )
     parser.add_argument(
         "--at",
         type=float,
         nargs="+",
         metavar="TOKENS",
-        help="when to forecast; default: 10, 25 and 50%% of the fastest",
+        help="when to forecast finished runs; default: 10, 25 and 50%% of the fastest",
     )
+    _add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
     tail = None if args.tail is None else tuple(args.tail)
     if tail is not None:
         check_band("tail", tail)
-    families = forecast(args.runs, args.target, args.layer, tail, args.at)
+    check_loss("target", args.target)
+    runs = open_runs(args.runs, columns=_columns(args))
+    families = forecast(runs, args.target, args.layer, tail, args.at, args.by)
     if args.plot is not None:
-        from lightning_spectral.runs.figures import forecast_figure, save
+        from lightning_spectral.runs.figures import save
+        from lightning_spectral.runs.forecast_figures import forecast_figure
 
-        for number, family in enumerate(families):
+        drawn = [family for family in families if family.backtest is not None]
+        for number, family in enumerate(drawn):
             save(forecast_figure(family), _numbered(args.plot, number))
     if args.json:
         print(to_json({"families": [family.as_dict() for family in families]}))

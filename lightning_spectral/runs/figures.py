@@ -2,23 +2,19 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, isnan
+from math import isnan
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.forecast import MIN_REFERENCES, forecast_tokens
 from lightning_spectral.functional.spectrum import js_divergence, normalize
 from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.course import GROUPS
-from lightning_spectral.runs.forecasting import FamilyForecast, Point, Predictor, tail_course
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of
-from lightning_spectral.runs.references import KIND, alpha_at
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.run_spectra import kind_of
 from lightning_spectral.runs.spread import spread
@@ -27,8 +23,6 @@ if TYPE_CHECKING:  # matplotlib takes a while to import, and tables do without
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENDS = ("value", "low", "high")
-"""Of a forecast."""
 MOST_DRAWN = 64
 """Reports in one figure of a run: more lines would cover each other."""
 
@@ -54,7 +48,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
             if name in spectra:
                 _draw_spectrum(axes, spectra[name], color=scale.to_rgba(step), lw=1.2)
     for axes, name in zip(panels, names, strict=False):
-        axes.set_title(_plain(name), fontsize="small")
+        axes.set_title(plain(name), fontsize="small")
         _log_log(axes)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -68,7 +62,7 @@ def evolution_figure(run: Run, kind: str) -> "Figure":
         title += f": {run.series(kind)}, {run.span(kind)}"
     if len(steps) < len(every):
         title += f" ({len(steps)} of {len(every):,} reports)"
-    figure.suptitle(_plain(title), fontsize="medium")
+    figure.suptitle(plain(title), fontsize="medium")
     return figure
 
 
@@ -91,12 +85,12 @@ def comparison_figure(comparison: Comparison) -> "Figure":
         _draw_matched_spectra(spectra, sides, comparison, kind, name)
         _draw_drift(drift, sides, kind, name)
     figure.suptitle(
-        fill(_plain(comparison.verdict.text), 130, break_long_words=False, break_on_hyphens=False), fontsize="medium"
+        fill(plain(comparison.verdict.text), 130, break_long_words=False, break_on_hyphens=False), fontsize="medium"
     )
     return figure
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in which dollars, of a user's names, are no formula."""
     return text.replace("$", r"\$")
 
@@ -152,7 +146,7 @@ def _draw_losses(axes: "Axes", sides: Mapping[str, Sequence[Run]], comparison: C
         found = (
             f"{found}, by days"
             if timing.compared_by
-            else f"left out,\n{fill(_plain(timing.reason), 70, break_long_words=False, break_on_hyphens=False)}"
+            else f"left out,\n{fill(plain(timing.reason), 70, break_long_words=False, break_on_hyphens=False)}"
         )
     axes.set_title(f"{against} to the matched loss: {found}", fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
@@ -178,7 +172,7 @@ def _draw_matched_spectra(
     _log_log(axes)
     axes.set(xlabel="rank", ylabel=f"share of the sum of {KINDS[kind].value}s")
     (shift,) = (one for one in comparison.shifts if (one.kind, one.name, one.quantity) == (kind, name, "js"))
-    axes.set_title(_plain(f"{name} at the matched loss: JS {shift.shift:.2g} nats"), fontsize="small")
+    axes.set_title(plain(f"{name} at the matched loss: JS {shift.shift:.2g} nats"), fontsize="small")
     axes.legend(fontsize="small", loc="lower left")
 
 
@@ -191,57 +185,6 @@ def _draw_drift(axes: "Axes", sides: Mapping[str, Sequence[Run]], kind: str, nam
 
     _for_each(sides, draw)
     axes.set(xscale="log", xlabel="tokens", ylabel="JS from the first report, nats")
-    axes.set_title(_plain(f"drift of {name}"), fontsize="small")
+    axes.set_title(plain(f"drift of {name}"), fontsize="small")
     axes.grid(alpha=0.25, which="both", lw=0.5)
     axes.legend(fontsize="small")
-
-
-def forecast_figure(family: FamilyForecast) -> "Figure":
-    """The tail exponent against tokens to the target, with the line; forecasts against truth over training."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    law, course = figure.subplots(1, 2)
-    order = np.argsort(family.tokens_to_target)
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(order)))[np.argsort(order)]
-    point = next((point for point in family.points if isfinite(_of_tail(point).rho)), family.points[0])
-    alphas = [alpha_at(run, KIND, family.layer, family.band, point.tokens) for run in family.runs]
-    law.scatter(alphas, family.tokens_to_target, color=colors, zorder=3)
-    _draw_law(law, np.asarray(alphas), np.asarray(family.tokens_to_target), torch.tensor(family.settings))
-    law.set(yscale="log", xlabel=_plain(f"alpha_tail of {family.layer}"), ylabel="tokens to the target")
-    title = f"at {point.tokens:,.0f} tokens: Spearman {_of_tail(point).rho:+.2f}, line with its 80% band"
-    law.set_title(title, fontsize="small")
-    tokens, forecasts = tail_course(family)
-    shown = {int(order[0]), int(order[len(order) // 2]), int(order[-1])}
-    for index, (color, truth) in enumerate(zip(colors, family.tokens_to_target, strict=True)):
-        value, low, high = (np.array([getattr(f[index], end) for f in forecasts]) / truth for end in ENDS)
-        course.plot(tokens, value, color=color, marker=".", lw=1.2)
-        if index in shown:
-            course.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
-    course.axhline(1, color="black", lw=0.8, ls="--")
-    # Without any forecast, as of four runs, there would be nothing to scale the axes by.
-    course.update_datalim([(tokens[0], 1), (tokens[-1], 1)])
-    course.set(xscale="log", yscale="log", xlabel="tokens at the forecast", ylabel="forecast / truth")
-    title = "each run from other settings; 80% bands of the fastest, middle and slowest"
-    course.set_title(title, fontsize="small")
-    for axes in (law, course):
-        axes.grid(alpha=0.25, which="both", lw=0.5)
-    figure.suptitle(_plain(f"{family.family}: dark runs were fast, bright ones slow"), fontsize="medium")
-    return figure
-
-
-def _of_tail(point: Point) -> Predictor:
-    return next(predictor for predictor in point.predictors if predictor.name == "alpha_tail")
-
-
-def _draw_law(axes: "Axes", alphas: np.ndarray, tokens: np.ndarray, settings: torch.Tensor) -> None:
-    known = np.isfinite(alphas)
-    if known.sum() < MIN_REFERENCES:
-        return
-    grid = np.linspace(alphas[known].min(), alphas[known].max(), 60)
-    runs = torch.from_numpy(alphas), torch.from_numpy(tokens)
-    line = [forecast_tokens(*runs, float(alpha), settings=settings) for alpha in grid]
-    axes.plot(grid, [forecast.value for forecast in line], color="black", lw=1)
-    low, high = ([getattr(forecast, end) for forecast in line] for end in ("low", "high"))
-    axes.fill_between(grid, low, high, color="black", alpha=0.08, lw=0)

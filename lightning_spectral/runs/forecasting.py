@@ -1,384 +1,271 @@
-"""How well early numbers forecast the tokens of finished runs: the tail beside predictors that need no spectrum.
-
-Settings count, not runs: each run is forecast from those of other settings, and skill and error are over settings.
-"""
+"""How many tokens unfinished runs will need, from the finished runs of their family, and how far to trust that."""
 
 from collections.abc import Callable, Sequence
-from math import isfinite, isnan, log, nan
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from math import exp, inf, isfinite, isnan, log, nan
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.special import ndtr, ndtri
 
-from lightning_spectral.functional.forecast import (
-    MIN_REFERENCES,
-    Forecast,
-    extrapolate_loss,
-    forecast_tokens,
-)
+from lightning_spectral.functional.early import PREDICTORS
+from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, backtest, forecast_tokens
 from lightning_spectral.functional.line import setting_means
-from lightning_spectral.functional.powerlaw import Band, resolve_band
-from lightning_spectral.functional.rank_correlation import partial_spearman, spearman, spearman_interval
-from lightning_spectral.runs.arguments import check_loss, check_name, check_tail, check_tokens
-from lightning_spectral.runs.finding import open_runs
-from lightning_spectral.runs.measured import bands_of, check_comparable, series_used
-from lightning_spectral.runs.references import KIND, alpha_at, longest_by_id, loss_at
+from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.functional.stacking import StackedForecast, stack
+from lightning_spectral.runs.arguments import check_choice
+from lightning_spectral.runs.backtesting import (
+    FamilyBacktest,
+    check_questions,
+    of_family,
+    predictors_for,
+    why_none,
+)
+from lightning_spectral.runs.early_numbers import EARLY_LOSS, Measure, early_of, spectral_measures, vector
+from lightning_spectral.runs.families import Basis, Family, basis_of, families_of
+from lightning_spectral.runs.finding import RunPaths
+from lightning_spectral.runs.references import loss_at
 from lightning_spectral.runs.run import Run
-from lightning_spectral.runs.settings import settings_of
 
-FRACTIONS = (0.1, 0.25, 0.5)
-"""Of the tokens that the fastest run of a family took: all its runs are measured at these counts, each long before it
-can have reached the target. A fraction of each run's own length would give its answer away."""
-
-TAIL_BANDS: tuple[Band, ...] = ((1 / 8, 1 / 4), (1 / 6, 1 / 3), (1 / 4, 1 / 2), (1 / 8, 1 / 2))
-"""Those of *Spectral Lens* at widths 768 to 1600, as fractions, and the callbacks' default."""
-
-
-class Measure(NamedTuple):
-    """An early number of a run."""
-
-    name: str
-    value: Callable[[Run, float], float]
-    """At some tokens, between the points at which it is known; NaN where it is not."""
-    known_at: Callable[[Run, float], Sequence[float]]
-    """Tokens at which it is known, up to a number of them."""
-
-    def latest(self, run: Run, tokens: float) -> float:
-        """Tokens at which it was known last of a run that has come so far; NaN where it was not known yet."""
-        return max((there for there in self.known_at(run, tokens) if there <= tokens), default=nan)
+By = Literal["stack", "tail", "head", "loss", "batch"]
+BY: dict[str, tuple[str, ...]] = {
+    "stack": tuple(PREDICTORS),
+    "loss": ("loss",),
+    "batch": ("batch law",),
+    "tail": (),
+    "head": (),
+}
+"""What forecasts can go by, with the predictors of a stack that are meant; lines on a spectrum's exponent have none."""
 
 
-class Predictor(NamedTuple):
-    """How well one early number goes with the tokens to the target, in one family at one number of tokens."""
-
-    name: str
-    rho: float
-    """Spearman's correlation of the number with tokens to the target, where all runs know it last."""
-    low: float
-    """95% bootstrap interval of it."""
-    high: float
-    partial_rho: float
-    """The same, given log batch size; NaN for log batch size itself."""
-    skill: float
-    """Rank correlation of forecasts with the truth, both relative to the mean of the other settings."""
-    median_error: float
-    """Median over settings of the mean relative error of their runs."""
-    num_forecasts: int
-    """Of how many runs there is one."""
-    forecasts: list[Forecast]
-    """Of each run from those of other settings."""
-
-    @property
-    def num_extrapolated(self) -> int:
-        """How many runs that have a forecast lie beyond those that it rests on."""
-        return sum(forecast.extrapolated and not isnan(forecast.value) for forecast in self.forecasts)
+BEYOND_EXPECTATION = 0.99
+"""A run that has taken more than so large a share of its forecast's distribution is not as its references are."""
 
 
-class Point(NamedTuple):
-    """All predictors at one number of tokens."""
+class RunForecast(NamedTuple):
+    """What an unfinished run will need."""
 
+    run: Run
+    step: float
+    """Optimizer steps at the forecast."""
     tokens: float
-    fraction: float
-    """Of the tokens of the fastest run."""
-    predictors: list[Predictor]
-    by_layer: dict[str, dict[str, float]]
-    """Spearman's correlation of the tail exponent, by layer and band."""
+    """Training tokens there: the last at which the run knows what the forecast goes by, and enough references do."""
+    loss: float
+    """There."""
+    batch_tokens: float
+    value: float
+    """Tokens to the target, the median; NaN with the reason. Where the run has come into the interval, this and its
+    ends are those of what is left of it."""
+    low: float
+    """Lower end of the 80% interval."""
+    high: float
+    relative: float
+    """Value over the fewest tokens that a reference took."""
+    extrapolated: bool
+    """Whether the run lies beyond its references."""
+    reason: str | None
+    """Why there is no number."""
+    num_references: int
+    """That are known at these tokens, and above the target yet."""
+    num_settings: int
+    skill: float = nan
+    """Rank correlation of forecasts of the references from each other, there."""
+    p_value: float = nan
+    """Of their being no better than without the predictor."""
+    median_error: float = nan
+    """Of the references, likewise."""
+    mean_log_error: float = nan
+    weights: dict[str, float] = {}
+    """What a stack goes by."""
+    uses_spectra: bool = False
+    spectral_gain: tuple[float, float, float] = (nan, nan, nan)
+    """What spectra take off its error, with the interval."""
 
 
 class FamilyForecast(NamedTuple):
-    """One family of runs that reached a target."""
+    """Forecasts of the unfinished runs of one family, and how well its finished ones could have been forecast."""
 
     family: str
-    runs: list[Run]
-    tokens_to_target: list[float]
-    batch_tokens: list[float]
-    layer: str
-    band: Band
-    points: list[Point]
-    skipped: dict[str, str]
-    """Runs of the family that do not serve, and why."""
-    unknown: dict[str, str]
-    """Runs whose tail has no exponent at a report that forecasts would go by, and why."""
-    settings: Sequence[int] = ()
-    """Of each run; equal for seeds of one (:func:`lightning_spectral.runs.settings.settings_of`)."""
-    series: tuple[str, ...] = ()
-    """Of runs with several series of activations, which is meant, in words."""
+    target: float
+    by: str
+    """What forecasts go by."""
+    forecasts: list[RunForecast]
+    backtest: FamilyBacktest | None
+    """None where there are too few references."""
+    reason: str | None
+    """Why there are no forecasts, where there are too few references."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs."""
         return {
-            **{
-                name: getattr(self, name)
-                for name in ("family", "tokens_to_target", "batch_tokens", "layer", "skipped", "unknown")
-            },
-            "settings": list(self.settings),
-            "band": list(self.band),
-            "runs": [str(run.path) for run in self.runs],
-            "series": {str(run.path): run.series(KIND) for run in self.runs},
-            "points": [
-                point._asdict()
-                | {
-                    "predictors": [
-                        p._asdict() | {"forecasts": [f._asdict() for f in p.forecasts]} for p in point.predictors
-                    ]
-                }
-                for point in self.points
-            ],
+            **{name: getattr(self, name) for name in ("family", "target", "by", "reason")},
+            "forecasts": [one._asdict() | {"run": str(one.run.path)} for one in self.forecasts],
+            "backtest": None if self.backtest is None else self.backtest.as_dict(),
         }
 
 
 def forecast(
-    paths: str | Path | Sequence[str | Path],
+    paths: RunPaths,
     target: float,
     layer: str | None = None,
     tail: Band | None = None,
     at: Sequence[float] | None = None,
+    by: By = "stack",
 ) -> list[FamilyForecast]:
-    """How well the runs of each family could have been forecast, each from those of other settings.
+    """Forecast the tokens that unfinished runs will need, from the finished runs of their families among them.
 
-    No forecast of a run sees anything of it beyond its own report at or before the number of tokens in question; the
-    others are finished runs, and are taken at the very tokens of that report.
+    A run is finished that came down to the target. Each unfinished one is forecast from its last losses and reports, by
+    what the finished ones showed at that very number of tokens, with an 80% interval; how well that would have gone
+    with the finished ones themselves is told beside it, as by :func:`backtest`.
 
     Args:
-        paths: Log directories, or glob patterns of them.
+        paths: Log directories, logs of other tools, glob patterns of them, or runs.
         target: The loss.
-        layer: Which; None for the deepest that was measured.
-        tail: Band of the exponent; None for that of the runs' callbacks.
-        at: Numbers of tokens at which to forecast; None for a tenth, a quarter and half of what the fastest run took.
+        layer: Whose spectra; None for the deepest that was measured.
+        tail: Band of the tail's exponent; None for that of the runs' callbacks.
+        at: Numbers of tokens at which to forecast the finished runs; None for a tenth, a quarter and half of what the
+            fastest took.
+        by: ``"stack"``, of predictors that go by loss, batch and loss curve, and by spectra where they help
+            (:func:`lightning_spectral.functional.stack`); or one alone: ``"tail"`` and ``"head"``, a line on that
+            exponent, ``"loss"``, a line on the log gap to the target, ``"batch"``, the batch law.
 
     Returns:
-        One entry for each family with four or more runs that reached the target.
+        One entry for each family. Of one with fewer than four finished runs, with the reason and no forecasts.
 
     Raises:
-        ValueError: If no family has, naming what is missing; if an argument is of another type, the tail reaches beyond
-            the width, or ``at`` beyond what the fastest run took or before any was measured.
+        ValueError: If all families have fewer than four, naming what is missing; otherwise as :func:`backtest`.
+
+    Example::
+
+        (family,) = forecast("references/*", target=2.0)
+        [(one.run.path, one.value, one.low, one.high) for one in family.forecasts]
     """
-    check_loss("target", target)
-    check_name("layer", layer)
-    check_tail(tail)
-    check_tokens("at", at)
-    families: dict[str, list[Run]] = {}
-    for run in longest_by_id(open_runs(paths, "runs")):
-        families.setdefault(run.family, []).append(run)
-    found, missing = [], []
-    for family, runs in families.items():
-        usable, skipped = _usable(runs, target, layer)
-        if len(usable) < MIN_REFERENCES:
-            reasons = "; ".join(dict.fromkeys(skipped.values()))
-            missing.append(f"{family} has {len(usable)}{f' ({reasons})' if reasons else ''}")
-            continue
-        check_comparable(usable)
-        found.append(_of_family(family, usable, skipped, target, layer, tail, at))
-    if not found:
-        raise ValueError(
-            f"runs must hold {MIN_REFERENCES} of one family that came down to {target:g}, with activation spectra: "
-            + ", ".join(missing)
-        )
-    return found
-
-
-def tail_course(family: FamilyForecast, num_points: int = 12) -> tuple[np.ndarray, list[list[Forecast]]]:
-    """Forecasts by the tail over training.
-
-    Returns:
-        Numbers of tokens, evenly in their logarithm from the first that all runs were measured at to those of the
-        fastest run, and at each the forecast of every run from those of other settings.
-    """
-    first = max(run.tokens_at(KIND, run.steps(KIND)[0]) for run in family.runs)
-    tokens = np.geomspace(first, max(min(family.tokens_to_target), first), num_points)
-    measure = _tail_of(family.layer, family.band)
-    truth, settings = _vector(family.tokens_to_target), torch.tensor(family.settings)
-    return tokens, [_forecasts(measure, family.runs, truth, settings, at) for at in tokens]
-
-
-def _usable(runs: Sequence[Run], target: float, layer: str | None) -> tuple[list[Run], dict[str, str]]:
-    usable, skipped = [], {}
-    for run in runs:
-        if isnan(run.tokens_to(target)):
-            skipped[str(run.path)] = f"never came down to {target:g}"
-        elif not run.steps(KIND):
-            skipped[str(run.path)] = "has no activation spectra"
-        elif layer is not None and not run.holds(KIND, layer):
-            skipped[str(run.path)] = f"did not measure {layer}"
-        else:
-            usable.append(run)
-    return usable, skipped
+    check_questions(target, layer, tail, at)
+    check_choice("by", by, tuple(BY))
+    families = families_of(paths, target, layer)
+    if all(family.too_few is not None for family in families):
+        raise ValueError(f"runs must be references enough: {why_none(families)}")
+    return [_of_family(family, layer, tail, at, by) for family in families]
 
 
 def _of_family(
-    family: str,
-    runs: list[Run],
-    skipped: dict[str, str],
-    target: float,
-    layer: str | None,
-    tail: Band | None,
-    at: Sequence[float] | None,
+    family: Family, layer: str | None, tail: Band | None, at: Sequence[float] | None, by: str
 ) -> FamilyForecast:
-    layer = layer or runs[0].names(KIND)[-1]
-    if tail is not None:
-        first = runs[0].steps(KIND)[0]
-        resolve_band(tail, len(runs[0].spectrum(KIND, layer, first).values), "tail")
-    band = tail or bands_of(runs[0], KIND)["tail"]
-    tokens = [run.tokens_to(target) for run in runs]
-    batches = [float(run.about.get("batch_tokens") or nan) for run in runs]
-    fastest = min(tokens)
-    if at is None:
-        at = [fraction * fastest for fraction in FRACTIONS]
+    if family.too_few is not None:
+        return FamilyForecast(family.name, family.target, by, [], None, family.too_few)
+    basis = basis_of(family, layer, tail)
+    forecasts = [_forecast(run, family, basis, by) for run in family.unfinished]
+    return FamilyForecast(family.name, family.target, by, forecasts, of_family(family, basis, at), None)
+
+
+def _forecast(run: Run, family: Family, basis: Basis, by: str) -> RunForecast:
+    spectral = [] if basis.band is None or not family.has_spectra(run) else spectral_measures(basis.layer, basis.band)
+    make: Callable[[float], RunForecast]
+    if by in ("tail", "head"):
+        if not spectral:
+            why = family.without_spectra.get(str(run.path), f"has not {MIN_REFERENCES} references with spectra")
+            return _nothing(run, nan, f"it {why}")
+        measure = spectral[by == "head"]
+        make = partial(_by_line, measure, run, basis)
     else:
-        _check_at(at, min(run.tokens_at(KIND, run.steps(KIND)[0]) for run in runs), fastest)
-    settings = settings_of(runs)
-    points = [_point(runs, tokens, batches, settings, layer, band, target, there) for there in at]
-    unknown = {str(run.path): why for run in runs if (why := _why_no_tail(run, layer, band, at)) is not None}
-    series = tuple(series_used(runs, KIND))
-    return FamilyForecast(family, runs, tokens, batches, layer, band, points, skipped, unknown, settings, series)
+        measure = EARLY_LOSS
+        make = partial(_by_stack, spectral, BY[by], run, basis, family.target)
+    points = [there for there in measure.known_at(run, inf) if there > 0]
+    if not points:
+        return _nothing(run, nan, "it is not known at any tokens yet")
+    found = make(points[-1])
+    earlier = [there for there in points if there < min(min(basis.tokens), points[-1])]
+    if isnan(found.value) and earlier:
+        # Where few references are above the target still: where all of them were.
+        before = make(earlier[-1])
+        found = found if isnan(before.value) else before
+    return found
 
 
-def _why_no_tail(run: Run, layer: str, band: Band, at: Sequence[float]) -> str | None:
-    """Why a report that forecasts go by gives no exponent; None if all do."""
-    whys = (run.course(KIND).why_unknown(layer, band, there) for there in at)
-    return next((why for why in whys if why is not None), None)
+def _nothing(run: Run, tokens: float, reason: str | None) -> RunForecast:
+    """What is known of a run without a forecast."""
+    history, batch = run.history, float(run.about.get("batch_tokens") or nan)
+    step = float(np.interp(tokens, history.tokens, history.step)) if isfinite(tokens) else nan
+    loss = loss_at(run, tokens) if isfinite(tokens) else nan
+    return RunForecast(run, step, tokens, loss, batch, nan, nan, nan, nan, False, reason, 0, 0)
 
 
-def _check_at(at: Sequence[float], first: float, fastest: float) -> None:
-    """Refuse numbers of tokens at which there is nothing to forecast by, or nothing left to forecast."""
-    for tokens in at:
-        if not first <= tokens <= fastest:
-            raise ValueError(
-                f"at must be from {first:,.0f} tokens, at which a run was measured first, to the {fastest:,.0f} that "
-                f"the fastest took, got {tokens:,.6g}: leave it out for 10, 25 and 50%"
-            )
-
-
-def _point(
-    runs: list[Run],
-    tokens: list[float],
-    batches: list[float],
-    settings: list[int],
-    layer: str,
-    band: Band,
-    target: float,
-    at: float,
-) -> Point:
-    heads = {run: bands_of(run, KIND)["head"] for run in runs}
-
-    def head(run: Run, there: float) -> float:
-        return run.course(KIND).exponent(layer, heads[run], there)
-
-    measures = [
-        _tail_of(layer, band),
-        Measure("alpha_head", head, _reported),
-        Measure("RankMe", lambda run, there: run.course(KIND).rankme(layer, there), _reported),
-        Measure("early loss", loss_at, _validated),
-        Measure("log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda *_: [at]),
-    ]
-    truth, log_batch, groups = _vector(tokens), _vector(batches).log(), torch.tensor(settings)
-    predictors = [_predictor(measure, runs, truth, log_batch, groups, at) for measure in measures]
-    predictors.append(_extrapolation(runs, truth, log_batch, groups, at, target))
-    by_layer = {
-        name: {
-            f"{low:.3g}-{high:.3g}": spearman(_matched(_tail_of(name, (low, high)), runs, at), truth)
-            for low, high in TAIL_BANDS
-        }
-        for name in runs[0].names(KIND)
-    }
-    return Point(at, at / min(tokens), predictors, by_layer)
-
-
-def _predictor(
-    measure: Measure, runs: list[Run], truth: Tensor, log_batch: Tensor, settings: Tensor, at: float
-) -> Predictor:
-    forecasts = _forecasts(measure, runs, truth, settings, at)
-    here = _matched(measure, runs, at)
-    interval = spearman_interval(here, truth)
-    partial = nan if measure.name == "log batch size" else partial_spearman(here, truth, log_batch)
-    skill, error, num_known = _skill(forecasts, truth, settings, is_relative=True)
-    return Predictor(measure.name, spearman(here, truth), *interval, partial, skill, error, num_known, forecasts)
-
-
-def _matched(measure: Measure, runs: list[Run], at: float) -> Tensor:
-    """Of all runs at one number of tokens: the latest at which each of them is known from nothing after `at`."""
-    latest = [measure.latest(run, at) for run in runs]
-    there = nan if any(map(isnan, latest)) else min(latest)
-    return _vector([measure.value(run, there) if isfinite(there) else nan for run in runs])
-
-
-def _forecasts(measure: Measure, runs: list[Run], truth: Tensor, settings: Tensor, at: float) -> list[Forecast]:
-    """Of each run from those of other settings, where it was measured last, of which nothing later is known."""
-    forecasts = []
-    for run, setting in zip(runs, settings, strict=True):
-        others = settings != setting
-        there = measure.latest(run, at)
-        known = isfinite(there)
-        values = _vector([measure.value(runs[i], there) if known else nan for i in others.nonzero().flatten().tolist()])
-        own = measure.value(run, there) if known else nan
-        forecasts.append(forecast_tokens(values, truth[others], own, settings=settings[others]))
-    return forecasts
-
-
-def _reported(run: Run, tokens: float) -> list[float]:
-    return run.course(KIND).tokens_until(tokens)
-
-
-def _validated(run: Run, tokens: float) -> list[float]:
-    return run.history.tokens[run.history.with_loss()[0]].tolist()
-
-
-def _tail_of(layer: str, band: Band) -> Measure:
-    return Measure("alpha_tail", lambda run, tokens: alpha_at(run, KIND, layer, band, tokens), _reported)
-
-
-def _extrapolation(
-    runs: list[Run], truth: Tensor, log_batch: Tensor, settings: Tensor, at: float, target: float
-) -> Predictor:
-    """The loss curve itself, which needs no other runs."""
-    values = []
-    for run in runs:
-        entries, losses = run.history.with_loss()
-        tokens = run.history.tokens[entries]
-        seen = (tokens <= at) & (tokens > 0)
-        values.append(extrapolate_loss(torch.from_numpy(tokens[seen]), torch.from_numpy(losses[seen]), target))
-    found = _vector(values)
-    forecasts = [Forecast(value, nan, nan) for value in values]
-    skill, error, num_known = _skill(forecasts, truth, settings, is_relative=False)
-    return Predictor(
-        "L(t) = a t^-b + c",
-        spearman(found, truth),
-        *spearman_interval(found, truth),
-        partial_spearman(found, truth, log_batch),
-        skill,
-        error,
-        num_known,
-        forecasts,
+def _filled(known: RunForecast, found: Forecast | StackedForecast, basis: Basis, **facts: Any) -> RunForecast:
+    """With a forecast, or why there is none."""
+    value, low, high = found[:3]
+    # By now, which may be later than the point that the forecast goes by.
+    taken = float(known.run.history.tokens[known.run.history.with_loss()[0][-1]])
+    if low < taken:
+        value, low, high = _given_above(taken, value, high)
+        if isnan(value):
+            facts["reason"] = f"it has taken more tokens than the {found.high:,.0f} that its references let expect"
+    return known._replace(
+        value=value, low=low, high=high, relative=value / min(basis.tokens), extrapolated=found.extrapolated, **facts
     )
 
 
-def _skill(
-    forecasts: Sequence[Forecast], truth: Tensor, settings: Tensor, is_relative: bool
-) -> tuple[float, float, int]:
-    """Rank correlation and relative error, over settings, of forecasts that were made without the run; their number."""
-    # A forecast of "never" is one, and as wrong as can be.
-    values = _vector([forecast.value for forecast in forecasts])
-    known = ~values.isnan()
-    logs, logs_of_truth = values.log(), truth.log()
-    if is_relative:
-        # Those that rest on other settings are taken relative to their mean, as in `backtest`, without which they would
-        # go against the truth.
-        of_setting = setting_means(logs_of_truth, settings)
-        own = of_setting[settings.unique(return_inverse=True)[1]]
-        means = (of_setting.sum() - own) / (len(of_setting) - 1)
-        logs, logs_of_truth = logs - means, logs_of_truth - means
-    errors = (values / truth - 1).abs()[known]
-    groups = settings[known]
-    median = float(np.median(setting_means(errors, groups))) if len(errors) else nan
-    rho = (
-        spearman(setting_means(logs[known], groups), setting_means(logs_of_truth[known], groups))
-        if len(errors)
-        else nan
+def _given_above(tokens: float, value: float, high: float) -> tuple[float, float, float]:
+    """Median and 80% interval of a log-normal, given that it is above some tokens; NaN for a case in a hundred."""
+    deviation = log(high / value) / float(ndtri(0.9))
+    below = float(ndtr(log(tokens / value) / deviation)) if deviation > 0 else 1.0
+    if not below < BEYOND_EXPECTATION:
+        return nan, nan, nan
+    middle, low, high = (value * exp(deviation * float(ndtri(below + (1 - below) * part))) for part in (0.5, 0.1, 0.9))
+    return middle, low, high
+
+
+def _by_line(measure: Measure, run: Run, basis: Basis, tokens: float) -> RunForecast:
+    """By a line on the exponent of a spectrum."""
+    has = torch.tensor(basis.spectral)
+    references = [one for one, has_spectra in zip(basis.runs, basis.spectral, strict=True) if has_spectra]
+    values = vector([measure.value(reference, tokens) for reference in references])
+    truth, settings = vector(basis.tokens)[has], torch.tensor(basis.settings)[has]
+    found, skill = (
+        forecast_tokens(values, truth, measure.value(run, tokens), settings=settings),
+        backtest(values, truth, settings),
     )
-    return rho, median, int(known.sum())
+    known, errors = values.isfinite(), (skill.predictions / truth).log().abs()
+    forecast_known = errors.isfinite()
+    return _filled(
+        _nothing(run, tokens, found.reason),
+        found,
+        basis,
+        num_references=int(known.sum()),
+        num_settings=len(settings[known].unique()),
+        skill=skill.rank_correlation,
+        p_value=skill.p_value,
+        median_error=skill.median_error,
+        mean_log_error=float(setting_means(errors[forecast_known], settings[forecast_known]).mean()),
+    )
 
 
-def _vector(values: Sequence[float]) -> Tensor:
-    return torch.as_tensor(np.asarray(values, dtype=np.float64))
+def _by_stack(
+    spectral: Sequence[Measure], predictors: tuple[str, ...], run: Run, basis: Basis, target: float, tokens: float
+) -> RunForecast:
+    """By a stack of predictors, or one of them."""
+    reported = spectral[0].latest(run, tokens) if spectral and all(basis.spectral) else nan
+    measures = spectral if isfinite(reported) and len(predictors) > 1 else ()
+    references, query = (early_of(runs, target, tokens, measures, reported) for runs in (basis.runs, [run]))
+    allowed = predictors_for(basis.settings)
+    found = stack(
+        references,
+        vector(basis.tokens),
+        query,
+        torch.tensor(basis.settings),
+        predictors=tuple(name for name in predictors if name in allowed),
+    )
+    return _filled(
+        _nothing(run, tokens, found.reason),
+        found,
+        basis,
+        num_references=found.num_references,
+        num_settings=found.num_settings,
+        skill=found.skill,
+        p_value=found.p_value,
+        median_error=found.median_error,
+        mean_log_error=found.mean_log_error,
+        weights=found.weights,
+        uses_spectra=found.uses_spectra,
+        spectral_gain=(found.spectral_gain, found.spectral_gain_low, found.spectral_gain_high),
+    )

@@ -8,10 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_spectral.functional.estimate import Spectrum, fit_all, rankme_all
-from lightning_spectral.functional.forecast import MIN_SETTINGS
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison, Gain, Shift
-from lightning_spectral.runs.forecasting import FamilyForecast, Point
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of, series_used
 from lightning_spectral.runs.noise import NoiseScale
@@ -251,78 +249,3 @@ def _noise(scale: NoiseScale | None) -> dict[str, float]:
     if scale is None:
         return {}
     return {"noise_scale": scale.value, "noise_scale_low": scale.low, "noise_scale_high": scale.high}
-
-
-def print_forecast(family: FamilyForecast) -> None:
-    """Print how well early numbers forecast the tokens of a family's runs."""
-    out = console()
-    fastest, slowest = min(family.tokens_to_target), max(family.tokens_to_target)
-    num_settings = len(set(family.settings))
-    out.print(
-        f"{family.family}: {len(family.runs)} runs took {fastest:,.0f} to {slowest:,.0f} tokens; "
-        f"tail of {family.layer}, band {family.band[0]:.3g} to {family.band[1]:.3g}"
-    )
-    if num_settings < len(family.runs):
-        out.print(
-            f"of {num_settings} settings: seeds of one count once, and each run is forecast from the other settings"
-        )
-    for line in family.series:
-        out.print(line)
-    for path, reason in family.skipped.items():
-        out.print(f"without {path}, which {reason}")
-    for path, reason in family.unknown.items():
-        out.print(f"no exponent of {path} at {reason}")
-    for point in family.points:
-        out.print(_predictors(point))
-    out.print(_layers(family))
-    out.print(_conclusion(family))
-    if num_settings <= MIN_SETTINGS:
-        more = MIN_SETTINGS + 1 - num_settings
-        out.print(
-            f"no run is forecast: that takes {MIN_SETTINGS} other settings, of batch size or learning rate, so train "
-            f"runs of {more} more"
-        )
-
-
-def _predictors(point: Point) -> Table:
-    title = f"at {point.tokens:,.0f} tokens, {point.fraction:.0%} of the fastest run"
-    numbers = ["Spearman", "95% interval", "given batch size", "leave-one-out rank", "median error"]
-    table = new_table(title, ["predictor"], numbers)
-    for predictor in point.predictors:
-        interval = "-" if isnan(predictor.low) else f"{predictor.low:+.2f} .. {predictor.high:+.2f}"
-        error = "-" if isnan(predictor.median_error) else f"{predictor.median_error:.0%}"
-        notes = []
-        if 0 < predictor.num_forecasts < len(predictor.forecasts):
-            notes.append(f"{predictor.num_forecasts} of {len(predictor.forecasts)}")
-        if predictor.num_extrapolated:
-            notes.append(f"{predictor.num_extrapolated} extrapolated")
-        error += f" ({', '.join(notes)})" if notes else ""
-        rho, partial, skill = (_signed(x, ".2f") for x in (predictor.rho, predictor.partial_rho, predictor.skill))
-        table.add_row(predictor.name, rho, interval, partial, skill, error)
-    return table
-
-
-def _layers(family: FamilyForecast) -> Table:
-    """Which layer and band carry it."""
-    bands = list(next(iter(family.points[0].by_layer.values())))
-    table = new_table(
-        "Spearman of the tail exponent, by layer and band (fractions of the width)", ["layer"], ["tokens", *bands]
-    )
-    for layer in family.points[0].by_layer:
-        for point in family.points:
-            cells = (_signed(rho, ".2f") for rho in point.by_layer[layer].values())
-            table.add_row(layer if point is family.points[0] else "", f"{point.tokens:,.0f}", *cells)
-    return table
-
-
-def _conclusion(family: FamilyForecast) -> str:
-    """Whether the tail earns its keep on these runs."""
-    lines = []
-    for point in family.points:
-        known = {p.name: p.median_error for p in point.predictors if not isnan(p.median_error)}
-        if "alpha_tail" in known:
-            # Half a percent is beneath notice.
-            beaten = [name for name, error in known.items() if error < known["alpha_tail"] - 0.005]
-            better = f"beaten by {', '.join(beaten)}" if beaten else "not beaten by any other"
-            lines.append(f"at {point.tokens:,.0f} tokens the tail errs by {known['alpha_tail']:.0%}, {better}")
-    return "\n".join(lines)

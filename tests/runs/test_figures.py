@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from scipy.spatial.distance import jensenshannon
 
 from lightning_spectral import Run, compare, forecast
-from lightning_spectral.runs.figures import COLORS, comparison_figure, evolution_figure, forecast_figure, save
+from lightning_spectral.runs.figures import COLORS, comparison_figure, evolution_figure, save
+from lightning_spectral.runs.forecast_figures import forecast_figure
 from tests.runs.made_up import LAYER, made_up
 
 
@@ -225,47 +226,50 @@ def family(tmp_path: Path) -> str:
     return f"{tmp_path}/runs/*"
 
 
-def test_a_law_is_drawn_as_a_line_through_its_runs(family: str) -> None:
+def test_loss_curves_are_drawn_with_the_forecasts_of_unfinished_runs(family: str, tmp_path: Path) -> None:
+    new = made_up(tmp_path / "new", law(1.1), 1.0, 1.1, batch_tokens=3.0)
+    history = new / "spectra/history.csv"
+    history.write_text("\n".join(history.read_text().splitlines()[:4]) + "\n")
+    (found,) = forecast([family, new], 1.0, by="tail")
+    figure = forecast_figure(found)
+    curves, truths = visible(figure)
+    (one,) = found.forecasts
+    assert one.value == pytest.approx(law(1.1), rel=1e-6)
+    lines = data_of(curves)
+    np.testing.assert_array_equal(lines[-3][:, 1], [2, 1.5, 1.2])  # its own losses
+    np.testing.assert_allclose(lines[-2][:, 0], [one.low, one.high])
+    np.testing.assert_allclose(lines[-1][:, 0], [one.value])
+    assert [text.get_text() for text in curves.get_legend().get_texts()] == ["finished (6)", "new"]
+    assert "tokens that it took" in truths.get_xlabel()
+    save(figure, tmp_path / "new.png")
+
+
+def test_forecasts_of_finished_runs_stand_on_what_they_took(family: str) -> None:
     (found,) = forecast(family, 1.0)
-    figure = forecast_figure(found)
-    points, course = visible(figure)
-    (dots,) = points.collections[:1]
-    np.testing.assert_allclose(dots.get_offsets(), [(alpha, law(alpha)) for alpha in ALPHAS], rtol=1e-6)
-    (line,) = data_of(points)
-    np.testing.assert_allclose(line[:, 1], [law(alpha) for alpha in line[:, 0]], rtol=1e-6)
-    assert (line[0, 0], line[-1, 0]) == (pytest.approx(0.8), pytest.approx(1.7))
-    assert len(course.lines) == len(ALPHAS) + 1
-    for forecasts in data_of(course)[:-1]:
-        # Each is right from the first on, for the law is exact.
-        np.testing.assert_allclose(forecasts[:, 1], 1, rtol=1e-6)
-        np.testing.assert_allclose(forecasts[[0, -1], 0], [1, law(0.8)])
-    assert len(course.collections) == 3  # bands of the fastest, the middle and the slowest
-    # The fast are dark and the slow bright, in both panels.
-    brightness = np.asarray(dots.get_facecolor())[:, :3].sum(1)
-    np.testing.assert_array_equal(np.argsort(brightness), np.argsort(ALPHAS))
-    np.testing.assert_allclose([sum(line.get_color()[:3]) for line in course.lines[:-1]], brightness)
-
-
-def test_a_family_whose_tail_is_not_known_yet_is_drawn_without_a_line(family: str, tmp_path: Path) -> None:
-    for number in range(1, len(ALPHAS)):
-        min((tmp_path / "runs" / str(number)).glob("spectra/activation-*.npz")).unlink()
-    (found,) = forecast(family, 1.0, at=[1.0])
-    figure = forecast_figure(found)
-    points, _ = visible(figure)
-    assert points.lines[:] == []
-    save(figure, tmp_path / "early.png")
+    _, truths = visible(forecast_figure(found))
+    drawn = {container.get_label(): container.lines[0].get_xydata() for container in truths.containers}
+    for point in found.backtest.points:
+        stack = next(one for one in point.predictors if one.name == "stack")
+        expected = [
+            (truth, one.value)
+            for truth, one in zip(found.backtest.tokens_to_target, stack.forecasts, strict=True)
+            if np.isfinite([one.value, one.high]).all()
+        ]
+        np.testing.assert_allclose(drawn[f"at {point.tokens:,.0f} tokens"], np.reshape(expected, (-1, 2)))
 
 
 def test_a_family_too_small_to_forecast_its_runs_is_drawn(family: str, tmp_path: Path) -> None:
-    """Each of four is to be forecast from three, which is one too few; the law is that of all four."""
     for number in (4, 5):
         shutil.rmtree(tmp_path / "runs" / str(number))
-    figure = forecast_figure(*forecast(family, 1.0))
-    points, course = visible(figure)
-    assert len(points.lines) == 1
-    assert all(np.isnan(forecasts[:, 1]).all() for forecasts in data_of(course)[:-1])
-    save(figure, tmp_path / "four.png")
-    assert course.get_xlim()[0] <= 1 < law(0.8) <= course.get_xlim()[1]
+    save(forecast_figure(*forecast(family, 1.0)), tmp_path / "four.png")
+
+
+def test_a_family_with_too_few_references_is_not_drawn(family: str, tmp_path: Path) -> None:
+    made_up(tmp_path / "other", 100, 1, family="G")
+    first, second = forecast([family, tmp_path / "other"], 1.0)
+    forecast_figure(first)
+    with pytest.raises(ValueError, match="plot must be of a family with references enough, got G: it needs 4 runs"):
+        forecast_figure(second)
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")])

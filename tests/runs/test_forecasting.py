@@ -1,4 +1,4 @@
-"""Offline forecasts of made-up families: a law that is known, one without relation, and nothing seen of the future."""
+"""Forecasts of unfinished runs: the law of the finished ones, nothing of their own future, records and logs alike."""
 
 import json
 import math
@@ -12,197 +12,200 @@ import torch
 from scipy import stats
 
 from lightning_spectral import Run, cli, forecast
-from lightning_spectral.functional import Forecast
-from lightning_spectral.runs.forecasting import _skill
+from lightning_spectral.functional import Early, stack
+from lightning_spectral.runs.forecasting import _given_above
+from lightning_spectral.runs.report_files import ReportFiles
 from tests.runs.made_up import LAYER, made_up
 
-ALPHAS = [0.8, 0.9, 1.0, 1.15, 1.3, 1.4, 1.5, 1.7]
-BATCHES = [512.0, 64.0, 128.0, 256.0, 32.0, 1024.0, 16.0, 2048.0]
+BATCHES = [2.0**number for number in range(4, 12)]
+NEW = 192.0
 
 
-def family(folder: Path, tokens: list[float], alphas: list[float] = ALPHAS, **kwargs) -> str:
-    """Runs whose exponent does not change, and that reach loss 1 after some tokens; the first report comes early."""
-    for number, (count, alpha, batch) in enumerate(zip(tokens, alphas, BATCHES, strict=True)):
-        path = made_up(folder / f"{number}", count, 1.0, alpha, batch_tokens=batch, **kwargs)
-        first = path / "spectra" / "activation-validate-000000100.npz"
-        arrays = dict(np.load(first))
-        np.savez(first.with_name("activation-validate-000000001.npz"), **(arrays | {"tokens": np.asarray(1.0)}))
-    return f"{folder}/*"
+def law(batch: float) -> float:
+    """Tokens to loss 1."""
+    return 20_000.0 * (1 + batch / 300)
 
 
-def law(alpha: float) -> float:
-    return 1000 * math.exp(0.8 * alpha)
+def cut(folder: Path, num: int) -> Path:
+    """Leave the first lines and reports of a run."""
+    history = folder / "spectra/history.csv"
+    history.write_text("\n".join(history.read_text().splitlines()[: num + 1]) + "\n")
+    for report in sorted(folder.glob("spectra/*.npz"))[num:]:
+        report.unlink()
+    return folder
 
 
-def test_a_law_is_found_and_forecasts_follow_it(tmp_path: Path) -> None:
-    tokens = [law(alpha) for alpha in ALPHAS]
-    (found,) = forecast(family(tmp_path, tokens), 1.0)
-    assert found.tokens_to_target == pytest.approx(tokens)
-    assert (found.layer, found.band) == (LAYER, (0.125, 0.5))
-    assert [point.tokens for point in found.points] == pytest.approx([f * min(tokens) for f in (0.1, 0.25, 0.5)])
-    for point in found.points:
-        tail = point.predictors[0]
-        assert tail.name == "alpha_tail"
-        assert tail.rho == pytest.approx(1)
-        assert tail.partial_rho == pytest.approx(1)
-        assert tail.skill == pytest.approx(1)
-        assert tail.median_error == pytest.approx(0, abs=1e-6)
-        assert [one.value for one in tail.forecasts] == pytest.approx(tokens)
-        batch = {predictor.name: predictor for predictor in point.predictors}["log batch size"]
-        assert batch.rho == pytest.approx(stats.spearmanr(BATCHES, tokens).statistic)
-        assert math.isnan(batch.partial_rho)
-        assert point.by_layer[LAYER]["0.125-0.5"] == pytest.approx(1)
+def family(folder: Path, **kwargs) -> str:
+    for number, batch in enumerate(BATCHES):
+        scatter = 1 + 0.02 * (-1) ** number
+        made_up(folder / f"done{number}", law(batch) * scatter, 1.0, 1 + number / 8, batch_tokens=batch, **kwargs)
+    return f"{folder}/done*"
 
 
-def test_a_family_without_relation_shows_none(tmp_path: Path) -> None:
-    generator = np.random.default_rng(3)
-    tokens = (2000 * np.exp(0.3 * generator.standard_normal(len(ALPHAS)))).tolist()
-    (found,) = forecast(family(tmp_path, tokens), 1.0)
-    tail = found.points[0].predictors[0]
-    assert tail.low < 0 < tail.high
-    assert tail.median_error > 0.1
+def csv_log(folder: Path, batch: float, num: int = 6) -> Path:
+    """What a CSVLogger left of a run of that batch."""
+    folder.mkdir(parents=True)
+    points = [(0.25, 2.0), (0.5, 1.5), (0.75, 1.2), (1.0, 1.0), (1.5, 0.7), (2.0, 0.5)][:num]
+    rows = [f"{share * law(batch) / batch:.0f},{loss}\n" for share, loss in points]
+    (folder / "metrics.csv").write_text("step,val_loss\n" + "".join(rows))
+    (folder / "hparams.yaml").write_text(f"batch_tokens: {batch}\n")
+    return folder
 
 
-def test_nothing_after_the_point_enters_a_forecast(tmp_path: Path) -> None:
-    """What a run shows later is shuffled: the others' forecasts change, for its truth does, but not its own."""
-    tokens = [law(alpha) for alpha in ALPHAS]
-    pattern = family(tmp_path, tokens)
-    before = forecast(pattern, 1.0)[0]
-    run = Run(tmp_path / "4")
-    later = [step for step in run.steps("activation") if run.tokens_at("activation", step) > before.points[1].tokens]
-    generator = np.random.default_rng(0)
-    for step in later:
-        path = run.folder / f"activation-validate-{step:09d}.npz"
-        arrays = dict(np.load(path))
-        arrays[f"activation/{LAYER}/eigenvalues"] = np.sort(generator.random(32))[::-1]
-        np.savez(path, **arrays)
-    history = run.folder / "history.csv"
+def test_an_unfinished_run_is_forecast_by_the_batch_law(tmp_path: Path) -> None:
+    pattern = family(tmp_path)
+    new = cut(made_up(tmp_path / "new", law(NEW), 1.0, batch_tokens=NEW), 3)
+    (found,) = forecast([pattern, new], 1.0, by="batch")
+    (one,) = found.forecasts
+    assert one.run.path == new
+    assert one.value == pytest.approx(law(NEW), rel=0.05)
+    assert one.low < law(NEW) < one.high
+    assert one.relative == pytest.approx(one.value / min(found.backtest.tokens_to_target))
+    assert (one.num_references, one.num_settings) == (8, 8)
+    assert one.tokens == 0.75 * law(NEW)
+    assert one.loss == pytest.approx(1.2)
+    assert one.weights == {"batch law": pytest.approx(1)}
+    assert len(found.backtest.runs) == len(BATCHES)
+
+
+def test_the_stack_is_that_of_the_losses_and_batches_at_its_tokens(tmp_path: Path) -> None:
+    """The forecast of the function from what the runs showed, put together by hand."""
+    pattern = family(tmp_path)
+    new = cut(made_up(tmp_path / "new", law(NEW), 1.0, batch_tokens=NEW), 2)
+    (found,) = forecast([pattern, new], 1.0)
+    (one,) = found.forecasts
+    at = 0.5 * law(NEW)
+    gaps = []
+    for run in found.backtest.runs:
+        tokens, losses = run.history.tokens, run.history.val_loss
+        inside = tokens[0] <= at <= tokens[-1]
+        loss = np.interp(np.log(at), np.log(tokens), losses) if inside else math.nan
+        gaps.append(math.log(loss - 1) if loss > 1 else math.nan)
+    references = Early(torch.tensor(gaps), torch.tensor(BATCHES).log())
+    query = Early(torch.tensor([math.log(0.5)]), torch.tensor([NEW]).log())
+    expected = stack(references, torch.tensor(found.backtest.tokens_to_target), query)
+    assert one.num_references == expected.num_references
+    # It also goes by its own loss curve, and by spectra if they help, which these do not.
+    assert not one.uses_spectra
+    assert one.value == pytest.approx(expected.value, rel=0.1)
+
+
+def test_a_run_within_its_interval_is_forecast_given_that(tmp_path: Path) -> None:
+    """The part of a log-normal above what was taken, beside draws from it."""
+    draws = np.exp(0.3 * np.random.default_rng(0).standard_normal(400_000)) * 1000
+    found = _given_above(1100.0, 1000.0, 1000 * math.exp(0.3 * float(stats.norm.ppf(0.9))))
+    expected = np.quantile(draws[draws > 1100], [0.5, 0.1, 0.9])
+    assert found == pytest.approx(expected, rel=0.005)
+
+
+def test_a_run_beyond_what_its_references_let_expect_has_no_forecast(tmp_path: Path) -> None:
+    pattern = family(tmp_path)
+    slow = cut(made_up(tmp_path / "slow", 3 * law(16.0), 1.0, batch_tokens=16.0), 3)
+    (found,) = forecast([pattern, slow], 1.0, by="batch")
+    (one,) = found.forecasts
+    assert math.isnan(one.value)
+    assert re.fullmatch(r"it has taken more tokens than the 2[12],\d{3} that its references let expect", one.reason)
+
+
+def test_a_run_that_has_come_beyond_most_references_is_forecast_from_before(tmp_path: Path) -> None:
+    """By the loss nothing is known where all references are below the target: the run's own point before is taken."""
+    pattern = family(tmp_path)
+    late = made_up(tmp_path / "late", 60_000.0, 1.0, batch_tokens=NEW)
+    history = late / "spectra/history.csv"
     lines = history.read_text().splitlines()
-    seen = sum(float(line.split(",")[1]) <= before.points[1].tokens for line in lines[1:])
-    shuffled = [
-        ",".join([*line.split(",")[:-1], repr(loss)])
-        for line, loss in zip(lines[1 + seen :], [1.9, 1.7, 1.3, 0.9, 0.8, 0.6][: len(lines) - 1 - seen], strict=True)
-    ]
-    history.write_text("\n".join([*lines[: 1 + seen], *shuffled]) + "\n")
-    after = forecast(pattern, 1.0)[0]
-    assert after.tokens_to_target[4] != before.tokens_to_target[4]
-    for first, second in zip(before.points[1].predictors, after.points[1].predictors, strict=True):
-        # Of the extrapolated curve, which sees no other run, all.
-        assert first.forecasts[4] == pytest.approx(second.forecasts[4], nan_ok=True), first.name
+    first, *rest = [line.split(",") for line in lines[1:4]]
+    first[1] = str(0.5 * law(16.0))
+    history.write_text("\n".join([lines[0], *(",".join(line) for line in (first, *rest))]) + "\n")
+    cut(late, 3)
+    (found,) = forecast([pattern, late], 1.0, by="loss")
+    (one,) = found.forecasts
+    assert one.tokens == pytest.approx(0.5 * law(16.0))
+    assert math.isfinite(one.value)
 
 
-def test_families_are_forecast_apart(tmp_path: Path) -> None:
-    tokens = [law(alpha) for alpha in ALPHAS]
-    family(tmp_path / "a", tokens)
-    family(tmp_path / "b", tokens[::-1], family="G")
-    made_up(tmp_path / "c" / "0", 100, 1, family="H")
-    first, second = forecast(f"{tmp_path}/*/*", 1.0)
-    assert (first.family, second.family) == ("F", "G")
-    assert second.points[0].predictors[0].rho == pytest.approx(-1)
+@pytest.mark.parametrize("by", ["tail", "head"])
+def test_a_line_on_an_exponent_forecasts_too(by: str, tmp_path: Path) -> None:
+    pattern = family(tmp_path)
+    new = cut(made_up(tmp_path / "new", law(BATCHES[0]), 1.0, 1.3, batch_tokens=NEW), 4 - 1)
+    (found,) = forecast([pattern, new], 1.0, by=by)
+    (one,) = found.forecasts
+    assert one.num_references >= 4
+    assert one.low <= one.value <= one.high
+    assert math.isfinite(one.skill)
 
 
-def test_command_prints_tables_json_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["forecast", family(tmp_path / "runs", [law(alpha) for alpha in ALPHAS]), "--target", "1.0"]
-    cli.main([*words, "--plot", str(tmp_path / "law.png")])
-    printed = capsys.readouterr().out
-    assert re.search(r"alpha_tail +\+1.00 +\+1.00 .. \+1.00 +\+1.00 +\+1.00 +0%", printed)
-    assert "the tail errs by 0%, not beaten by any other" in printed
-    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
-    cli.main([*words, "--json", "--tail", "4", "16"])
+def test_logs_are_references_by_loss_and_batch(tmp_path: Path) -> None:
+    """Records and logs of one family; of the logs a spectrum is not asked."""
+    pattern = family(tmp_path)
+    logs = [Run(csv_log(tmp_path / f"log{batch:.0f}", batch), family="F") for batch in (24.0, 96.0, 700.0)]
+    new = Run(csv_log(tmp_path / "new", NEW, num=3), family="F")
+    (found,) = forecast([pattern, *logs, new], 1.0)
+    assert len(found.backtest.runs) == 11
+    assert found.backtest.layer == LAYER
+    assert set(found.backtest.without_spectra.values()) == {"is read from CSVLogger"}
+    by_name = {one.name: one for one in found.backtest.points[1].predictors}
+    assert by_name["alpha_tail"].num_forecasts <= 8
+    assert by_name["log batch size"].num_forecasts == 11
+    (one,) = found.forecasts
+    assert one.value == pytest.approx(law(NEW), rel=0.1)
+    (by_tail,) = forecast([pattern, *logs, new], 1.0, by="tail")[0].forecasts
+    assert by_tail.reason == "it is read from CSVLogger"
+
+
+def test_logs_alone_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for batch in BATCHES:
+        csv_log(tmp_path / f"logs/{batch:.0f}", batch)
+    csv_log(tmp_path / "logs/new", NEW, num=3)
+    cli.main(["forecast", f"{tmp_path}/logs/*", "--target", "1.0", "--json"])
     (found,) = json.loads(capsys.readouterr().out)["families"]
-    assert found["band"] == [4, 16]
-    assert len(found["points"][0]["predictors"][0]["forecasts"]) == len(ALPHAS)
+    assert found["family"] == "logs without a family"
+    assert found["forecasts"][0]["value"] == pytest.approx(law(NEW), rel=0.1)
+    assert (found["backtest"]["layer"], found["backtest"]["band"]) == ("", None)
+    cli.main(["forecast", f"{tmp_path}/logs/*", "--target", "1.0", "--plot", str(tmp_path / "a.png")])
+    printed = capsys.readouterr().out
+    assert "8 runs came down to 1" in printed
+    assert "alpha_tail" not in printed
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["x*", "--target", "1"], "runs must name runs with a record, got 'x*': no folder with one matches"),
-        (
-            ["runs/*", "--target", "0.1"],
-            "runs must hold 4 of one family that came down to 0.1, with activation spectra: ",
-        ),
-        (["runs/*", "--target", "1", "--layer", "b"], "runs must hold 4 of one family that came down to 1, with"),
-        (["runs/*", "--target", "1", "--tail", "9", "2"], "tail must be two ascending ranks from 1, got (9, 2)"),
-        (["runs/*"], "the following arguments are required: --target: see lightning-spectral forecast --help"),
-    ],
-)
-def test_bad_input_is_one_line(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    family(tmp_path / "runs", [law(alpha) for alpha in ALPHAS])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main(["forecast", *words])
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"lightning-spectral: error: {message}")
-
-
-def test_validation_after_a_report_is_the_future(tmp_path: Path) -> None:
-    """Reports on training rows fall between validation runs: the next loss is not known yet."""
-    pattern = family(tmp_path, [law(alpha) for alpha in ALPHAS])
-    for run in tmp_path.iterdir():
-        history = run / "spectra" / "history.csv"
-        lines = history.read_text().splitlines()
-        history.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")  # no validation at the second report
-    at = [0.6 * law(ALPHAS[0])]
-    before = forecast(pattern, 1.0, at=at)[0].points[0]
-    path = tmp_path / "4" / "spectra" / "history.csv"
-    lines = path.read_text().splitlines()
-    lines[2] = lines[2].replace(",1.2", ",1.9")
-    path.write_text("\n".join(lines) + "\n")
-    after = forecast(pattern, 1.0, at=at)[0].points[0]
-    for first, second in zip(before.predictors, after.predictors, strict=True):
-        assert first.forecasts[4] == pytest.approx(second.forecasts[4], nan_ok=True), first.name
-        assert first.rho == pytest.approx(second.rho, nan_ok=True), first.name
-
-
-def test_a_run_in_two_directories_is_one(tmp_path: Path) -> None:
-    pattern = family(tmp_path, [law(alpha) for alpha in ALPHAS])
-    shutil.copytree(tmp_path / "4", tmp_path / "copy")
-    assert len(forecast(pattern, 1.0)[0].runs) == len(ALPHAS)
-
-
-def test_forecasts_that_rest_on_no_other_run_are_judged_as_they_are() -> None:
-    truth = torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0], dtype=torch.float64)
-    same = [Forecast(300.0, math.nan, math.nan)] * 6
-    assert math.isnan(_skill(same, truth, torch.arange(6), is_relative=False)[0])
-    never = [Forecast(float(value), math.nan, math.nan) for value in truth[:4]] + [Forecast(math.inf, 0, 0)] * 2
-    rho, error, num_known = _skill(never, truth, torch.arange(6), is_relative=False)
-    assert (num_known, error) == (6, 0.0)
-    assert rho == pytest.approx(stats.spearmanr([1, 2, 3, 4, 9, 9], truth).statistic)
-    assert (
-        _skill([*never[:3], *[Forecast(math.inf, 0, 0)] * 3], truth, torch.arange(6), is_relative=False)[1] == math.inf
-    )
-
-
-def test_each_run_is_forecast_from_other_settings(tmp_path: Path) -> None:
-    """Twins of each run among the references: forecasts are those of the family without them."""
-    tokens = [law(alpha) * (1 + 0.1 * (-1) ** number) for number, alpha in enumerate(ALPHAS)]
-    family(tmp_path / "runs", tokens)
-    (alone,) = forecast(f"{tmp_path}/runs/*", 1.0)
-    family(tmp_path / "twins", tokens)
-    (found,) = forecast(f"{tmp_path}/*/*", 1.0)
-    assert found.settings == [*alone.settings] * 2
-    for one, both in zip(alone.points, found.points, strict=True):
-        # Of so few early losses as are known, twins make enough references.
-        of_all = [index for index, predictor in enumerate(one.predictors[:5]) if predictor.name != "early loss"]
-        for first, second in ((one.predictors[index], both.predictors[index]) for index in of_all):
-            for left, right in zip([*first.forecasts] * 2, second.forecasts, strict=True):
-                assert right[:4] == pytest.approx(left[:4], rel=1e-6, nan_ok=True), first.name
-            assert second.skill == pytest.approx(first.skill, nan_ok=True), first.name
-            assert second.median_error == pytest.approx(first.median_error, rel=1e-6, nan_ok=True), first.name
-    facts = found.as_dict()
-    assert facts["settings"] == found.settings
-    assert {"extrapolated", "reason"} <= set(facts["points"][0]["predictors"][0]["forecasts"][0])
-
-
-def test_seeds_of_three_settings_are_too_few_to_forecast_each_other(
+def test_a_family_with_too_few_references_says_so_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(12):
-        made_up(tmp_path / f"{number}", 1000.0 + number, 1.0, 1 + number / 12, batch_tokens=2.0 ** (number % 3))
-    cli.main(["forecast", f"{tmp_path}/*", "--target", "1.0"])
-    printed = capsys.readouterr().out
-    assert "of 3 settings: seeds of one count once" in printed
-    assert "no run is forecast: that takes 3 other settings" in printed
+    pattern = family(tmp_path)
+    for number in range(3):
+        made_up(tmp_path / f"other{number}", 1000.0, 1.0, family="G")
+    cli.main(["forecast", pattern, f"{tmp_path}/other*", "--target", "1.0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "G: no forecast, it needs 4 runs that came down to 1, and has 3" in lines
+
+
+def test_each_report_and_history_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = family(tmp_path)
+    new = cut(made_up(tmp_path / "new", law(NEW), 1.0, batch_tokens=NEW), 3)
+    read: list[Path] = []
+    spectra = ReportFiles.spectra
+
+    def noted(self: ReportFiles, report, *args, **kwargs):
+        read.append(report.path)
+        return spectra(self, report, *args, **kwargs)
+
+    monkeypatch.setattr(ReportFiles, "spectra", noted)
+    forecast([pattern, new], 1.0)
+    assert len(read) == len(set(read))
+
+
+def test_a_run_below_the_target_from_the_first_is_neither(tmp_path: Path) -> None:
+    pattern = family(tmp_path)
+    shutil.copytree(tmp_path / "done0", tmp_path / "low")
+    about = tmp_path / "low/spectra/run.json"
+    about.write_text(about.read_text().replace("done0", "low"))
+    history = tmp_path / "low/spectra/history.csv"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join([lines[0], *lines[5:]]) + "\n")
+    (found,) = forecast([pattern, tmp_path / "low"], 1.0)
+    assert found.backtest.skipped == {str(tmp_path / "low"): "was below 1 from the first loss on"}
+
+
+def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="by must be one of stack, loss, batch, tail, head, got 'x'"):
+        forecast(tmp_path, 1.0, by="x")

@@ -10,11 +10,13 @@ import pytest
 
 from lightning_spectral import Run, compare
 from lightning_spectral.functional import Forecast
-from lightning_spectral.runs import Comparison, FamilyForecast, Gain, Shift
-from lightning_spectral.runs.forecasting import Point, Predictor, forecast
+from lightning_spectral.runs import Comparison, FamilyBacktest, FamilyForecast, Gain, Shift
+from lightning_spectral.runs.backtesting import Point, Predictor
+from lightning_spectral.runs.forecast_tables import print_forecast
+from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.spread import spread
-from lightning_spectral.runs.tables import evolution, print_comparison, print_forecast, print_run
+from lightning_spectral.runs.tables import evolution, print_comparison, print_run
 from lightning_spectral.runs.verdict import Verdict
 from tests.runs.made_up import LAYER, made_up
 
@@ -202,83 +204,104 @@ FAR, NEAR = Forecast(nan, nan, nan, True, "too far"), Forecast(1.0, 1.0, 1.0)
 
 
 def predictor(name: str, error: float, **changes) -> Predictor:
-    return Predictor(name, 0.9, 0.5, 0.99, 0.8, -0.25, error, 5, [Forecast(nan, nan, nan)] * 5)._replace(**changes)
+    known = Predictor(name, 0.9, 0.5, 0.99, 0.8, -0.25, error, 5, [Forecast(nan, nan, nan)] * 5, error, 2 * error)
+    return known._replace(**changes)
 
 
 def family(runs: list[Run], *predictors: Predictor, **changes) -> FamilyForecast:
     by_layer = {LAYER: {"0.125-0.5": 0.5, "0.25-0.5": nan}}
-    points = [Point(tokens, 0.25, list(predictors), by_layer) for tokens in (1234.0, 5678.0)]
-    known = FamilyForecast(
+    points = [Point(tokens, 0.25, list(predictors), by_layer, (3.0, 48.0)) for tokens in (1234.0, 5678.0)]
+    known = FamilyBacktest(
         "F", runs, [2000.0, 1500.0, 98765.0], [64.0] * 3, LAYER, (0.125, 0.5), points, {}, {}, range(4)
     )
-    return known._replace(**changes)
+    return FamilyForecast("F", 1.0, "stack", [], known._replace(**changes), None)
+
+
+def recorded(folder: Path, num: int) -> list[Run]:
+    return [Run(made_up(folder / str(number), 100, 1)) for number in range(num)]
 
 
 @pytest.mark.parametrize(
     ("row", "cells"),
     [
-        (predictor("alpha_tail", 0.126), ["alpha_tail", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "13%"]),
+        (
+            predictor("alpha_tail", 0.126),
+            ["alpha_tail", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "13%", "0.13", "0.25"],
+        ),
         (
             predictor("x", nan, rho=nan, low=nan, high=nan, partial_rho=nan, skill=nan, num_forecasts=0),
-            ["x", "-", "-", "-", "-", "-"],
+            ["x", "-", "-", "-", "-", "-", "-", "-"],
         ),
-        (predictor("x", inf, num_forecasts=3), ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "inf% (3 of 5)"]),
-        (
-            predictor("x", 0.2, num_forecasts=3, forecasts=[Forecast(1.0, 1.0, 1.0, True), *[FAR] * 2, *[NEAR] * 2]),
-            ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "20% (3 of 5, 1 extrapolated)"],
-        ),
+        (predictor("x", inf), ["x", "+0.90", "+0.50 .. +0.99", "+0.80", "-0.25", "inf%", "inf", "inf"]),
     ],
-    ids=["known", "not known", "some", "beyond"],
+    ids=["known", "not known", "some"],
 )
 def test_a_predictor_is_a_line(capsys: Printed, row: Predictor, cells: list[str]) -> None:
     print_forecast(family([], row))
     rows = rows_of(capsys.readouterr().out)
-    assert rows.count(cells) == 2
-    assert ["at 1,234 tokens, 25% of the fastest run"] in rows
+    assert ["1,234", *cells] in rows
+    assert ["5,678", *cells] in rows
     assert [LAYER, "1,234", "+0.50", "-"] in rows
     assert ["5,678", "+0.50", "-"] in rows
 
 
-def test_a_forecast_says_what_it_is_of_and_what_was_passed_over(capsys: Printed) -> None:
-    print_forecast(family([None] * 3, predictor("alpha_tail", 0.1), skipped={"logs/[a]": "never came down to 1"}))
+def test_how_many_runs_have_forecasts_is_told(capsys: Printed) -> None:
+    beyond = [Forecast(1.0, 1.0, 1.0, True), *[FAR] * 2, *[NEAR] * 2]
+    print_forecast(family([], predictor("x", 0.2, num_forecasts=3, forecasts=beyond), predictor("y", 0.2)))
     printed = capsys.readouterr().out
-    assert printed.startswith("F: 3 runs took 1,500 to 98,765 tokens; tail of gpt.blocks.3, band 0.125 to 0.5\n")
-    assert "without logs/[a], which never came down to 1\n" in printed
+    assert "at 1,234 tokens, not all of 5 runs have forecasts: 3 by x\n" in printed
+    assert "at 1,234 tokens, forecasts are extrapolated: 1 by x\n" in printed
+    assert "at 1,234 tokens, 25% of what the fastest took, runs have taken 3 to 48 steps\n" in printed
 
 
-def test_settings_are_told_where_runs_are_seeds_of_one(capsys: Printed) -> None:
-    row = predictor("alpha_tail", 0.1)
-    print_forecast(family([None] * 6, row, settings=[0, 1, 2, 3, 0, 1]))
+def test_a_forecast_says_what_it_is_of_and_what_was_passed_over(tmp_path: Path, capsys: Printed) -> None:
+    skipped = {"logs/[a]": "has no losses"}
+    print_forecast(family(recorded(tmp_path, 3), predictor("alpha_tail", 0.1), skipped=skipped))
     printed = capsys.readouterr().out
-    assert "\nof 4 settings: seeds of one count once, and each run is forecast from the other settings\n" in printed
+    assert printed.startswith("F: 3 runs came down to 1 in 1,500 to 98,765 tokens; none unfinished\n")
+    assert "spectra: tail of gpt.blocks.3, band 0.125 to 0.5\n" in printed
+    assert "without logs/[a], which has no losses\n" in printed
+
+
+def test_settings_are_told_where_runs_are_seeds_of_one(tmp_path: Path, capsys: Printed) -> None:
+    row, runs = predictor("alpha_tail", 0.1), recorded(tmp_path, 6)
+    print_forecast(family(runs, row, settings=[0, 1, 2, 3, 0, 1]))
+    printed = capsys.readouterr().out
+    assert "tokens, of 4 settings (seeds of one count once); none unfinished\n" in printed
     assert "no run is forecast" not in printed
-    print_forecast(family([None] * 6, row, settings=[0, 1, 0, 1, 0, 1]))
+    print_forecast(family(runs, row, settings=[0, 1, 0, 1, 0, 1]))
     told = " ".join(capsys.readouterr().out.split())
     assert "no run is forecast: that takes 3 other settings" in told
     assert told.endswith("so train runs of 2 more")
-    print_forecast(family([None] * 4, row))
-    assert "settings" not in capsys.readouterr().out
+    print_forecast(family(runs[:4], row))
+    assert "seeds of one" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("others", "conclusion"),
-    [
-        ({"RankMe": 0.2}, "errs by 10%, not beaten by any other"),
-        ({"RankMe": 0.096, "early loss": nan}, "errs by 10%, not beaten by any other"),  # half a percent is nothing
-        ({"RankMe": 0.09, "early loss": 0.05}, "errs by 10%, beaten by RankMe, early loss"),
-    ],
-    ids=["best", "hardly beaten", "beaten"],
-)
-def test_the_conclusion_is_by_the_median_error(capsys: Printed, others: dict[str, float], conclusion: str) -> None:
-    rest = [predictor(name, error) for name, error in others.items()]
-    print_forecast(family([], predictor("alpha_tail", 0.1), *rest))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == [f"at {tokens} tokens the tail {conclusion}" for tokens in ("1,234", "5,678")]
+def test_the_best_and_the_worst_are_marked_by_the_mean_error(capsys: Printed) -> None:
+    rows = [
+        predictor("alpha_tail", 0.1),
+        predictor("RankMe", 0.2, mean_log_error=0.05),
+        predictor("early loss", nan),
+        predictor("x", 0.01, mean_log_error=3.0),
+    ]
+    print_forecast(family([], *rows))
+    names = [row[1] if row[0] == "1,234" else row[0] for row in rows_of(capsys.readouterr().out)]
+    assert [name for name in names if "(" in name][:2] == ["RankMe (best)", "x (worst)"]
 
 
-def test_without_an_error_of_the_tail_there_is_no_conclusion(capsys: Printed) -> None:
+def test_one_predictor_is_neither_best_nor_worst(capsys: Printed) -> None:
     print_forecast(family([], predictor("alpha_tail", nan), predictor("RankMe", 0.1)))
-    assert "errs" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(best)" not in printed
+    assert "(worst)" not in printed
+
+
+def test_what_spectra_add_is_told(capsys: Printed) -> None:
+    found = family([], predictor("stack", 0.1))
+    points = [found.backtest.points[0]._replace(spectral_gain=(0.12, -0.03, 0.27))]
+    print_forecast(found._replace(backtest=found.backtest._replace(points=points)))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "spectra take +12% (-3% .. +27%) off the error of the stack: not used" in told
 
 
 @pytest.mark.parametrize("num", [0, 1, 5, 6, 7, 11, 40, 1000])
@@ -310,7 +333,7 @@ def test_a_band_that_is_not_whole_is_told_wherever_it_would_count(tmp_path: Path
     assert "".join(f"no alpha_tail of activation {LAYER}, in Run({str(part)!r}): {reason}".split()) in shown
 
     (family,) = forecast([*whole, part], 1.0)
-    assert family.as_dict()["unknown"] == {str(part): WholeReason(reason)}
+    assert family.as_dict()["backtest"]["unknown"] == {str(part): WholeReason(reason)}
     print_forecast(family)
     shown = "".join(capsys.readouterr().out.split())
     assert "".join(f"no exponent of {part} at step 100: {reason}".split()) in shown
