@@ -146,6 +146,7 @@ _OF_ROWS = {
     "batch_dim": None,
     "samples": None,
     "sums_device": "auto",
+    "overlap": True,
 }
 _BANDS = {"head": (1, 10), "tail": (0.125, 0.5)}
 _OF_GRADIENTS = {

@@ -86,6 +86,11 @@ class ActivationSpectrum(LayersCallback):
             rows to the report: on the model's ``"device"``, the ``"cpu"``, or by ``"auto"`` on the device if those of
             all layers take at most a quarter of its free memory, else on the CPU. Numbers are the same. Where several
             callbacks share a measurement, the first says it.
+        overlap: Solve for eigenvalues in a thread while training goes on; only with ``stage="train"``. A report is then
+            published with the step that it is of as soon as all ranks have solved their share, and before the next one,
+            a validation run, a checkpoint or the end of training at the latest; its sums are kept until then beside
+            those of the next. ``"auto"`` does so on a GPU, True on a CPU as well, where the thread needs a core that
+            training leaves to it. What monitors the reports of training step by step needs False.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -133,7 +138,12 @@ class ActivationSpectrum(LayersCallback):
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
         readout: str | None = None,
         sums_device: Literal["auto", "device", "cpu"] = "auto",
+        overlap: bool | Literal["auto"] = "auto",
     ) -> None:
+        if readout is not None and overlap is True:
+            raise ValueError(
+                "overlap must be False or 'auto' with readout=, got True: what is known of the head comes with the report"
+            )
         request = ActivationRequest(
             stage=stage,
             every_n_steps=every_n_steps,
@@ -147,6 +157,7 @@ class ActivationSpectrum(LayersCallback):
             batch_dim=batch_dim,
             samples=load_cutter(samples),
             sums_device=sums_device,
+            overlap=overlap if readout is None else False,
         )
         super().__init__(layers, request, prefix)
         self.bands = Bands.of(head, tail)

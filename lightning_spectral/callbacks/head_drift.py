@@ -55,9 +55,9 @@ class HeadDrift(LayersCallback):
     and angle are NaN, with a warning.
 
     Beside an :class:`ActivationSpectrum` with equal ``every_n_steps``, ``stage``, ``num_tokens``, ``num_groups``,
-    ``normalize``, ``dtype``, ``mask`` and ``dataloader_idx`` it sets no hooks and collects no rows of its own, and one
-    eigensolve, with vectors, serves both. The reference is kept in checkpoints: (num_groups + 1) x (rank + 1) x width
-    float64 numbers for each layer.
+    ``normalize``, ``dtype``, ``mask``, ``dataloader_idx`` and ``overlap`` it sets no hooks and collects no rows of its
+    own, and one eigensolve, with vectors, serves both. The reference is kept in checkpoints: (num_groups + 1) x
+    (rank + 1) x width float64 numbers for each layer.
 
     Args:
         layers: Glob patterns over module names, ``"all"`` for each block of the stack of equal blocks, None for five
@@ -87,6 +87,7 @@ class HeadDrift(LayersCallback):
         batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
         sums_device: Where the sums of a report are kept, see :class:`ActivationSpectrum`.
+        overlap: Solve while training goes on, see :class:`ActivationSpectrum`.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -124,6 +125,7 @@ class HeadDrift(LayersCallback):
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
         sums_device: Literal["auto", "device", "cpu"] = "auto",
+        overlap: bool | Literal["auto"] = "auto",
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -138,6 +140,7 @@ class HeadDrift(LayersCallback):
             batch_dim=batch_dim,
             samples=load_cutter(samples),
             sums_device=sums_device,
+            overlap=overlap,
         )
         super().__init__(layers, request, prefix)
         check_positive(rank=rank)

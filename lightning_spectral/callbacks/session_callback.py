@@ -1,10 +1,12 @@
 """The Trainer's events, handed on to its session by whichever callback joined first."""
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
@@ -67,10 +69,18 @@ class SessionCallback(Callback):
     def take_report(self, trainer: Trainer) -> None:
         """Log the report of the measurement if there is a new one."""
 
+    def publish_pending(self, trainer: Trainer) -> None:
+        """Log what is still being made beside training. All ranks come here together; the first of callbacks waits."""
+        if self.session is not None:
+            self.session.end_pending()
+            self.take_report(trainer)
+
     @property
     def tokens(self) -> float:
         """Training tokens at the latest report, over all ranks; NaN outside training."""
-        return torch.nan if self.session is None else self.session.recorder.tokens
+        if self.session is None or self.measurement is None:
+            return torch.nan
+        return self.session.recorder.tokens_at_report(self.measurement)
 
     def _led(self) -> Session[RunRecorder] | None:
         """The session, if this callback's events are those that count."""
@@ -119,6 +129,7 @@ class SessionCallback(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.publish_pending(trainer)
         # Without fit callbacks join as validation starts, just before, and it is always measured.
         if (session := self._led()) and not trainer.sanity_checking:
             session.start_validation(trainer.global_step, trainer.state.fn == "validate", _validation_passes(trainer))
@@ -159,7 +170,12 @@ class SessionCallback(Callback):
             session.end_validation(trainer.global_step, trainer.callback_metrics, len(trainer.num_val_batches))
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.publish_pending(trainer)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.publish_pending(trainer)
         if session := self._led():
             session.end_training(trainer.global_step)
 
@@ -169,10 +185,24 @@ class SessionCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._drop_or_publish(trainer)
         self.leave()  # Lightning calls no teardown then
+
+    def _drop_or_publish(self, trainer: Trainer) -> None:
+        """One process has the report that it was making; of several none can count on the others any more."""
+        if self.session is None:
+            return
+        if trainer.world_size == 1:
+            with suppress(Exception):  # what has stopped training is what should be seen
+                self.publish_pending(trainer)
+        elif steps := self.session.abandon():
+            rank_zero_info(
+                f"lightning-spectral drops the report of step {steps[0]}, which was not ready when training ended early"
+            )
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.publish_pending(trainer)
         run = self._run_kept if self.session is None else self.session.recorder.state_dict()
         if run is not None:
             checkpoint[RUN_STATE] = run

@@ -84,6 +84,7 @@ class TailForecaster(LayersCallback):
         batch_dim: Axis of the samples in the tensors of a batch, and where as long in outputs; None for 0.
         samples: ``samples(batch) -> list of batches of one``, or its import path, for batches without such an axis.
         sums_device: Where the sums of a report are kept, see :class:`ActivationSpectrum`.
+        overlap: Solve while training goes on, see :class:`ActivationSpectrum`.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` where no validation will run to give
@@ -135,6 +136,7 @@ class TailForecaster(LayersCallback):
         batch_dim: int | None = None,
         samples: str | Callable[[Any], Sequence[Any]] | None = None,
         sums_device: Literal["auto", "device", "cpu"] = "auto",
+        overlap: bool | Literal["auto"] = "auto",
     ) -> None:
         request = ActivationRequest(
             stage=stage,
@@ -149,6 +151,7 @@ class TailForecaster(LayersCallback):
             batch_dim=batch_dim,
             samples=load_cutter(samples),
             sums_device=sums_device,
+            overlap=overlap,
         )
         super().__init__(layer, request, prefix)
         if not is_finite_number(target_loss):
@@ -262,12 +265,10 @@ class TailForecaster(LayersCallback):
             rank_zero_info(f"TailForecaster uses {num_usable} references, and not: {self._found.reasons()}")
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def take_report(self, trainer: Trainer) -> None:
         # Without validation, the loss is looked at with each report.
         before = self._seen
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().take_report(trainer)
         if not trainer.enable_validation and self._seen is not before:
             self._watch_loss(trainer)
 
@@ -355,7 +356,7 @@ class TailForecaster(LayersCallback):
         # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
         seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
         loss = float(trainer.strategy.reduce(seen, reduce_op="mean"))
-        self._losses = [*self._losses[-1:], [float(trainer.global_step), self.tokens, loss]]
+        self._losses = [*self._losses[-1:], [float(trainer.global_step), self.session.recorder.tokens, loss]]
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
             self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)

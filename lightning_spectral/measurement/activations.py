@@ -28,6 +28,7 @@ from lightning_spectral.measurement.arguments import check_axis, check_choice, c
 from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import Decomposition, Pooled
 from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.pending import Pending
 from lightning_spectral.measurement.placement import KEEPS, Keep
 from lightning_spectral.measurement.same_rows import SameRows
 from lightning_spectral.measurement.stopwatch import settle
@@ -39,6 +40,8 @@ Dtype = Literal["auto", "float32", "float64"]
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
 """Types that products begin in."""
+
+JOINED = "it had not joined the model when the rows were read"
 
 ABSENT = "the model has no such layer any more"
 
@@ -58,10 +61,20 @@ class ActivationRequest(Request):
     channel_dim: int | None = None
     sums_device: Keep = field(default="auto", compare=False)
     """Where sums are kept. Those of equal rows are shared wherever that is: who joins first says it."""
+    overlap: bool | Literal["auto"] = "auto"
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.overlap, bool) and not (isinstance(self.overlap, str) and self.overlap == "auto"):
+            raise ValueError(f"overlap must be True, False or 'auto', got {describe(self.overlap)}")
+        if self.stage == "validate":
+            if self.overlap is True:
+                raise ValueError(
+                    "overlap must be False or 'auto' with stage='validate', got True: what monitors a validation run "
+                    "needs its report at once"
+                )
+            object.__setattr__(self, "overlap", False)  # with equal others it shares a measurement
         check_positive(num_tokens=self.num_tokens)
         check_flag(normalize=self.normalize)
         check_choice(dtype=(self.dtype, tuple(DTYPES)), sums_device=(self.sums_device, KEEPS))
@@ -72,6 +85,11 @@ class ActivationRequest(Request):
     @override
     def measure(self, scene: Scene) -> "ActivationMeasurement":
         return ActivationMeasurement(self, scene)
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        # When numbers come, and where sums are, does not change them: a record goes on whatever it was.
+        return {name: value for name, value in super().settings().items() if name not in ("overlap", "sums_device")}
 
     def collector(self, names: list[str], device: torch.device, layout: Layout | None = None) -> Collector:
         """What keeps the rows of layers on a device, or on the CPU where that has no float64."""
@@ -98,6 +116,7 @@ class ActivationMeasurement(Measurement):
     def __init__(self, request: ActivationRequest, scene: Scene) -> None:
         device = torch.device("cpu") if scene.device.type == "mps" else scene.device
         super().__init__(request, request.num_tokens, scene.stopwatch, device)
+        self.is_overlapped = device.type == "cuda" if request.overlap == "auto" else request.overlap
         self.request = request
         self.refusals: dict[str, str] = {}
         """Why layers cannot be read at all, by name, as an output has shown."""
@@ -117,6 +136,8 @@ class ActivationMeasurement(Measurement):
         """Layers of which the latest report has shown that they are to be measured in float64 from now on."""
         self.note: str | None = None
         """What is to be said of that, for a callback to take."""
+        self._to_widen: set[str] = set()
+        """Those of which rows were collected already when that was known."""
         self._has_seen_mask = False
         self._has_seen_square = False
         self._reader = ActivationReader(self._read, self._fail)
@@ -398,29 +419,48 @@ class ActivationMeasurement(Measurement):
                     pooled.append(found)
                 else:
                     spectra |= found
-            decomposition = Decomposition(pooled, step, self._num_vectors)
-            decomposition.solve()
-            spectra |= decomposition.spectra(self.together)
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
-            spectra = {name: replace(spectrum, rows=same) for name, spectrum in spectra.items()}
-            self.report = Report(step, {self.kind: spectra})
+            decomposition = Decomposition(pooled, step, self._num_vectors)
+
+            def end() -> Report:
+                return self._reported(step, spectra | decomposition.spectra(self.together), same)
+
+            if self.is_overlapped:
+                tensors = [part for one in pooled for part in one.parts]
+                self.pending = Pending(step, decomposition.steps(), end, self._collector.device, tensors)
+                self.reset()
+            else:
+                decomposition.solve()
+                self.report = end()
+
+    def _reported(self, step: int, spectra: dict[str, Spectrum], same: str) -> Report:
+        joined = {name: self._missing(name, step, JOINED) for name in self._reader.names if name not in spectra}
+        spectra = {name: replace(spectrum, rows=same) for name, spectrum in (spectra | joined).items()}
+        if not self.is_overlapped:
             self.reset()
-            self._widen(spectra, step)
+        self._widen(spectra, step)
+        return Report(step, {self.kind: spectra})
 
     def _widen(self, spectra: Mapping[str, Spectrum], step: int) -> None:
         """Measure in float64 from now on what float32 does not resolve; all ranks do, for all have these spectra."""
         cut: dict[str, list[Band]] = {}
         if self.request.dtype == "auto":
             cut = {name: [band for band in self._bands if one.is_cut_by_dtype(band)] for name, one in spectra.items()}
-        self.widened = {name for name, bands in cut.items() if bands} - self._collector.in_float64
-        self._collector.in_float64 |= self.widened
-        if self.widened:
-            bands = [band for band in self._bands if any(band in cut[name] for name in self.widened)]
+        self.widened = {name for name, bands in cut.items() if bands}
+        new = self.widened - self._to_widen - self._collector.in_float64
+        is_late = self.is_collecting or self.steps_collected > 0
+        if is_late:
+            self._to_widen |= new
+        else:
+            self._collector.in_float64 |= new
+        if new:
+            bands = [band for band in self._bands if any(band in cut[name] for name in new)]
+            which = "the one after the next" if is_late else "the next"
             self.note = (
                 f"at step {step}: float32 does not resolve all of band {' and '.join(map(str, bands))} in "
-                f"{', '.join(name for name in cut if name in self.widened)}: what needs it is NaN now, and is measured "
-                "in float64 from the next report on"
+                f"{', '.join(name for name in cut if name in new)}: what needs it is NaN now, and is measured "
+                f"in float64 from {which} report on"
             )
 
     def _pool_width(self, width: int, step: int) -> Pooled | dict[str, Spectrum]:
@@ -452,7 +492,11 @@ class ActivationMeasurement(Measurement):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rows": dict(self._rows), "in_float64": sorted(self._collector.in_float64)}
+        return {
+            **super().state_dict(),
+            "rows": dict(self._rows),
+            "in_float64": sorted(self._collector.in_float64 | self._to_widen),
+        }
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -471,3 +515,5 @@ class ActivationMeasurement(Measurement):
         self._same_rows.reset()
         self._whole.forget()
         self._collector.reset()
+        self._collector.in_float64 |= self._to_widen
+        self._to_widen.clear()

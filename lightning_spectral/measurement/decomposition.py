@@ -118,6 +118,11 @@ class Decomposition:
 
     def solve(self) -> None:
         """Solve this rank's share."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """Solve this rank's share, some matrices with each item."""
         for some in self._at_a_time():
             width = some[0].width
             try:
@@ -127,6 +132,7 @@ class Decomposition:
                 found = torch.full((len(some), self._shapes[width][-1]), torch.nan, dtype=torch.float64)
                 found[:, 0] = BROKEN
             self._found += zip(some, found, strict=True)
+            yield
 
     def _at_a_time(self) -> Iterator[list[Matrix]]:
         for width, one in enumerate(self.pooled):

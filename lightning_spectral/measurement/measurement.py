@@ -16,9 +16,10 @@ from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.measurement.arguments import MAX_GROUPS, check_at_most, check_axis, check_choice, check_positive
 from lightning_spectral.measurement.passes import Pass, Place
+from lightning_spectral.measurement.pending import Pending
 from lightning_spectral.measurement.schedule import TrainSchedule
 from lightning_spectral.measurement.stopwatch import Stopwatch
-from lightning_spectral.metrics.collectives import Together
+from lightning_spectral.metrics.collectives import Together, world_size
 from lightning_spectral.metrics.layout import Layout
 
 Stage = Literal["train", "validate"]
@@ -114,6 +115,8 @@ class Measurement:
         """Where the samples of batches are."""
         self.report: Report | None = None
         """The latest report."""
+        self.pending: Pending[Report] | None = None
+        """A report that is being made beside training."""
         self.schedule = TrainSchedule(request.every_n_steps, num_rows)
         self.last_validation: int | None = None
         """Step of the latest report from a validation run."""
@@ -124,6 +127,8 @@ class Measurement:
         self.stopwatch = stopwatch
         self.together = Together(device)
         """For parts of a report that may fail without the others."""
+        self.is_overlapped = False
+        """Whether reports are begun when they are due, and ended later: see ``pending``."""
         self._is_renewed = False
         self._failure: str | None = None
         self.validation: Pass | None = None
@@ -238,7 +243,42 @@ class Measurement:
                 self.schedule.rows_per_step = self.together.attempt(self.agree_on_rows)
                 self.trim(step - moved)
         if self.schedule.due():
+            self.end_pending()
             self._report(step)
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        """End the report that is being made beside training if no rank would have to wait for it.
+
+        Ranks ask each other after 1, 2, 4, 8, ... steps: it comes at most as late again, and few questions are asked.
+        """
+        if (pending := self.pending) is None:
+            return
+        pending.times_asked += 1
+        number = pending.times_asked
+        is_time = world_size() == 1 or number & (number - 1) == 0
+        if is_time and self.together.all(pending.is_done):
+            self.end_pending()
+
+    def end_pending(self) -> None:
+        """Have the report that is being made beside training, if there is one, now, and wait for it; a collective."""
+        if (pending := self.pending) is None:
+            return
+        with self.stopwatch.running():
+            try:
+                self.report = self.together.attempt(pending.result)
+            except Exception as error:  # on all ranks
+                self.report = self.missing_report(pending.step, reason_of(error))
+        self.pending = None
+
+    def abandon(self) -> int | None:
+        """Drop the report that is being made beside training; its step, if there was one."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        pending.abandon()
+        return pending.step
 
     def start_validation(self, step: int, always: bool = False, of: Pass | None = None) -> None:
         """A validation run begins, of a pass over the loader that is measured, None for one of unknown length.
@@ -285,7 +325,14 @@ class Measurement:
             self.together.attempt(lambda: self._make_report(step))
         except Exception as error:  # on all ranks
             self.load_state_dict(before)  # what some ranks have learnt is not what all know
-            self.report = self.missing_report(step, reason_of(error))
+            missing = self.missing_report(step, reason_of(error))
+            if self.pending is not None:  # begun on this rank
+                self.abandon()
+            if self.is_overlapped:
+                # As others, it comes with a later event: one event has one report.
+                self.pending = Pending(step, iter(()), lambda: missing, torch.device("cpu"))
+            else:
+                self.report = missing
             self.reset()
 
     def _make_report(self, step: int) -> None:

@@ -23,6 +23,9 @@ class Recorder(Protocol):
     def start_validation_batch(self, batch: Any, loader: int) -> None:
         """A batch of a validation run begins."""
 
+    def begin_report(self, measurement: Measurement, step: int) -> None:
+        """A measurement has begun a report, of this step, that it will make later."""
+
     def add_report(self, measurement: Measurement, report: Report) -> None:
         """A measurement has made a report."""
 
@@ -82,6 +85,7 @@ class Session(Generic[R]):
         self._owners = {key: ref for key, ref in self._owners.items() if ref() not in (None, member)}
         _, measurement = self._held.pop(id(member), (None, None))
         if measurement is not None and measurement not in self.measurements:
+            measurement.abandon()
             measurement.remove()
         if not self.members:
             self.recorder.end()
@@ -164,9 +168,22 @@ class Session(Generic[R]):
         """A training batch has ended; all reports that are due are made."""
         self.recorder.end_train_batch(batch, loss)
         for measurement in self.measurements:
-            before = measurement.report
+            before, pending = measurement.report, measurement.pending
             measurement.end_train_batch(step)
             self._record(measurement, before)
+            if measurement.pending is not None and measurement.pending is not pending:
+                self.recorder.begin_report(measurement, step)
+
+    def end_pending(self) -> None:
+        """Have all reports that are being made beside training, now; a collective."""
+        for measurement in self.measurements:
+            before = measurement.report
+            measurement.end_pending()
+            self._record(measurement, before)
+
+    def abandon(self) -> list[int]:
+        """Drop all reports that are being made beside training; their steps."""
+        return [step for measurement in self.measurements if (step := measurement.abandon()) is not None]
 
     def start_validation(self, step: int, always: bool, passes: Sequence[Pass | None] = ()) -> None:
         """A validation run begins, of these passes over its loaders; it is measured however early, if always."""

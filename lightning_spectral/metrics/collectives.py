@@ -157,6 +157,14 @@ class Together:
         if level:
             raise OtherRankError(reason, level)
 
+    def all(self, is_so: bool) -> bool:
+        """Whether it is so on all ranks; a collective."""
+        if self._world == 1:
+            return is_so
+        self._flag.fill_(not is_so)
+        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+        return not int(self._flag)
+
     def _tell(self, level: int, error: Exception | None) -> tuple[str, int]:
         """Tell the other ranks of a failure at a level, or of none; why, and at which level, the attempt is over."""
         self._flag.fill_(_DEEPEST - level if level else 0)

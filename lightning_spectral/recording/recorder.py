@@ -69,6 +69,8 @@ class RunRecorder:
         self._num_missing = 0
         self._late: dict[str, Any] = {}
         self._series: dict[Measurement, Series] = {}
+        self._begun: dict[Measurement, tuple[float, float]] = {}
+        self._tokens_of: dict[Measurement, float] = {}
         self._fingerprint: Fingerprint | None = None
         self._passes: Sequence[Pass | None] = ()
         self._device = torch.device("cpu")
@@ -276,16 +278,31 @@ class RunRecorder:
             self._clock.pause()
             self._leave_place()
 
+    def tokens_at_report(self, measurement: Measurement) -> float:
+        """Training tokens over all ranks at the latest report of a measurement; NaN outside training."""
+        return self._tokens_of.get(measurement, nan) if self._is_training else nan
+
+    def begin_report(self, measurement: Measurement, step: int) -> None:
+        """A report is being made of a step, and :meth:`add_report` will come later: count what it is counted at."""
+        if not self._is_training:
+            return
+        self.agree()
+        self._begun[measurement] = self.tokens, self._clock.seconds
+        self._add_row(step, nan)
+
     def add_report(self, measurement: Measurement, report: Report) -> None:
         """Write a report."""
         if not self._is_training:
             return
         self.agree()
-        meta = {"step": report.step, "tokens": self.tokens, "seconds": self._clock.seconds}
+        begun = self._begun.pop(measurement, None)
+        tokens, seconds = (self.tokens, self._clock.seconds) if begun is None else begun
+        self._tokens_of[measurement] = tokens
+        meta = {"step": report.step, "tokens": tokens, "seconds": seconds}
         series = self._series[measurement].text
         self._write(lambda record: record.write_report(series, report.step, self._arrays(report) | meta))
         self._note_rows(series, measurement.rows)
-        if not self._is_validating:  # the line of the validation run follows, with its loss
+        if not self._is_validating and begun is None:  # the line of the validation run follows, with its loss
             self._add_row(report.step, nan)
 
     def _note_rows(self, series: str, rows: Mapping[str, str]) -> None:
@@ -348,6 +365,8 @@ class RunRecorder:
         self._num_missing = 0
         self._leave_place()
         self._series.clear()
+        self._begun.clear()
+        self._tokens_of.clear()
         self._warner.clear()
 
     def state_dict(self) -> dict[str, Any] | None:

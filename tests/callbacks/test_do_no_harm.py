@@ -30,7 +30,7 @@ class Reports(ActivationSpectrum):
 
 def spectra() -> tuple[Reports, Reports, HeadDrift, HeadDrift, TailForecaster]:
     return (
-        Reports(layers="all", every_n_steps=7, num_tokens=96, prefix="train/"),
+        Reports(layers="all", every_n_steps=7, num_tokens=96, overlap=True, prefix="train/"),
         Reports(every_n_steps=10, num_tokens=96, stage="validate", dtype="float64", prefix="val/"),
         # One shares the measurement of the second, the other has one of its own.
         HeadDrift(rank=4, every_n_steps=10, num_tokens=96, dtype="float64"),

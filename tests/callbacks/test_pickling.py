@@ -12,6 +12,7 @@ from tests.models import LanguageModel, tiny_trainer, token_loader
 
 MAKERS = [
     pytest.param(lambda: ActivationSpectrum(every_n_steps=2), id="ActivationSpectrum"),
+    pytest.param(lambda: ActivationSpectrum(every_n_steps=2, overlap=True), id="overlap"),
     pytest.param(lambda: GradientSpectrum("*.mix.weight", 2, num_samples=8), id="GradientSpectrum"),
     pytest.param(lambda: GradientSpectrum("*.mix.weight", 2, num_samples=8, method="hooks"), id="hooks"),
     pytest.param(lambda: HeadDrift(every_n_steps=2, stage="train", rank=2), id="HeadDrift"),
