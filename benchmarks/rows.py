@@ -78,8 +78,8 @@ def of_solving(width: int, repeats: int) -> dict[str, Any]:
     contenders = {
         "solves": lambda: [torch.linalg.eigvalsh(matrix) for matrix in alone],
         "vectors": lambda: [torch.linalg.eigh(matrix) for matrix in alone],
-        "report": lambda: decompose(names, parts, {}),
-        "report_with_vectors": lambda: decompose(names, parts, {}, num_vectors=10),
+        "report": lambda: decompose(names, parts, {}, dtypes=["float32"] * NUM_LAYERS),
+        "report_with_vectors": lambda: decompose(names, parts, {}, num_vectors=10, dtypes=["float32"] * NUM_LAYERS),
     }
     return {"width": width, "seconds": in_turn(contenders, repeats, f"solving at width {width}")}
 

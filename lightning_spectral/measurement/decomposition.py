@@ -18,9 +18,10 @@ SOLVED, NOT_FINITE, BROKEN = 0.0, 1.0, 2.0
 """What came of a matrix, as ranks tell each other: eigenvalues, perhaps NaN; nothing, for its rows; an error."""
 
 SINGLE_FROM = {"cpu": 256}
-"""By type of device the least width at which what is left without a group is solved in float32, where its error bars
-allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer would save a sixth or less of
-a few milliseconds. Other devices were not measured, nor how their solvers round: there all is solved in float64."""
+"""By type of device the least width at which what is left without a group is solved in float32, if products were in it
+too and where error bars allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer would
+save a sixth or less of a few milliseconds. Other devices were not measured, nor how their solvers round: there all is
+solved in float64."""
 
 SINGLE_COST = 0.55
 """Of a solve in float32 beside one in float64."""
@@ -50,15 +51,15 @@ class Pooled:
         """Channels of a row."""
         return self.parts.mean.shape[-1]
 
-    @property
-    def is_single(self) -> bool:
-        """Whether what is left without a group is solved in float32, where its error bars allow that."""
+    def is_single(self, layer: int) -> bool:
+        """Whether what is left of a layer without a group is solved in float32, where its error bars allow that."""
+        assert self.dtypes is not None
         least = SINGLE_FROM.get(self.parts.scatter.device.type)
-        return least is not None and self.width >= least
+        return least is not None and self.width >= least and self.dtypes[layer] == "float32"
 
-    def cost(self, union: int) -> float:
+    def cost(self, layer: int, union: int) -> float:
         """Of solving a matrix, by its width and type."""
-        return self.width**3 * (SINGLE_COST if self.is_single and union > 0 else 1.0)
+        return self.width**3 * (SINGLE_COST if union > 0 and self.is_single(layer) else 1.0)
 
     @property
     def members(self) -> Tensor:
@@ -106,7 +107,7 @@ class Decomposition:
             for layer in range(len(one.names))
             for union in range(len(one.members))
         ]
-        mine = shares([pooled[matrix.width].cost(matrix.union) for matrix in matrices], self._world)[rank]
+        mine = shares([pooled[matrix.width].cost(matrix.layer, matrix.union) for matrix in matrices], self._world)[rank]
         self.share = [matrices[index] for index in mine]
         """What this rank solves."""
         self._num_vectors_of = [min(num_vectors, one.width) for one in pooled]
@@ -152,7 +153,7 @@ class Decomposition:
         sample = unions[0] if len(unions) == 1 else Moments(*map(torch.cat, zip(*unions, strict=True)))
         shares_of_largest = [[pooled.rounding(one.layer)] for one in some]
         rtol = torch.tensor(shares_of_largest, dtype=torch.float64, device=sample.scatter.device)
-        if pooled.is_single:
+        if any(pooled.is_single(one.layer) for one in some):
             values, vectors = self._eigen_of_parts(some, sample, num_vectors, rtol)
         else:
             values, vectors = _eigen(sample, num_vectors, rtol)
@@ -163,7 +164,10 @@ class Decomposition:
     def _eigen_of_parts(
         self, some: list[Matrix], sample: Moments, num_vectors: int, rtol: Tensor
     ) -> tuple[Tensor, Tensor]:
-        total = torch.stack([self.pooled[one.width].parts.num_rows[one.layer].sum() for one in some])
+        pooled = self.pooled[some[0].width]
+        total = torch.stack([pooled.parts.num_rows[one.layer].sum() for one in some])
+        is_single = torch.tensor([pooled.is_single(one.layer) for one in some], device=total.device)
+        total = torch.where(is_single, total, sample.num_rows)  # as of a part that is all there is
         layers = [(one.width, one.layer) for one in some]
         # What this rank has solved of these layers, with all groups or without another one, tells whether float32 does.
         before = torch.stack([self._before[layer] for layer in layers]) if set(layers) <= set(self._before) else None

@@ -117,8 +117,8 @@ def _seconds_to_solve(request: ActivationRequest, width: int, device: torch.devi
         collector.add("layer", rows)
         settle(device)
         start = perf_counter()
-        for names, parts, *_ in collector.pool():
-            decompose(names, parts, {})
+        for names, parts, _, dtypes in collector.pool():
+            decompose(names, parts, {}, dtypes=dtypes)
         settle(device)
         return perf_counter() - start
 
