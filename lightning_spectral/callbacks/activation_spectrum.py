@@ -62,9 +62,10 @@ class ActivationSpectrum(LayersCallback):
             118 MB at width 768, 512 MB at 1,600. Errors are those of other rows of the same population, not of other
             data or seeds (``docs/error-bars.md``).
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
-        dtype: Type of the products; sums and solves are in float64. ``"float32"`` is good to 1e-5 for eigenvalues above
-            1e-3 of the largest and resolves none below 1e-7 of it, ``"float64"`` is good to 1e-5 above 1e-6, at about
-            twice the cost of the products. A band of which some ranks lie below is NaN, with a warning. ``"auto"``
+        dtype: Type of the products; sums are in float64, and solves but some for error bars (``docs/error-bars.md``).
+            ``"float32"`` is good to 1e-5 for eigenvalues above 1e-3 of the largest and resolves none below 1e-7 of it,
+            ``"float64"`` is good to 1e-5 above 1e-6, at about twice the cost of the products, and all its solves are in
+            float64. A band of which some ranks lie below is NaN, with a warning. ``"auto"``
             measures in float32, and in float64, from the next report on, the layers of which a report has shown that
             float32 does not resolve head or tail; one warning says so. The record has the type of each spectrum.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative

@@ -171,8 +171,12 @@ def pooled() -> list[Pooled]:
     return found
 
 
-def solved(num_vectors: int, failing: bool = False) -> dict[str, Any]:
-    """A report's spectra as a record keeps them; and what was solved here."""
+def solved(num_vectors: int, failing: bool = False, single: bool = False) -> dict[str, Any]:
+    """A report's spectra as a record keeps them, without each group in float32 perhaps; and what was solved here."""
+    if single:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(SINGLE_FROM, "cpu", min(WIDTHS))
+            return solved(num_vectors, failing)
     whole = Decomposition(pooled(), 3, num_vectors)
     solver = decomposition._eigen
 
@@ -192,7 +196,12 @@ def solved(num_vectors: int, failing: bool = False) -> dict[str, Any]:
 
 def both(rank: int) -> dict[str, Any]:
     """With vectors and without, and where one of two ranks has no memory for a width."""
-    return {"plain": solved(0), "vectors": solved(NUM_VECTORS), "failing": solved(0, failing=rank == 1)}
+    return {
+        "plain": solved(0),
+        "vectors": solved(NUM_VECTORS),
+        "failing": solved(0, failing=rank == 1),
+        "single": solved(0, single=True),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +209,9 @@ def ranks() -> list[dict[str, Any]]:
     return run_distributed(both, 2)
 
 
-@pytest.mark.parametrize("way", ["plain", "vectors"])
+@pytest.mark.parametrize("way", ["plain", "vectors", "single"])
 def test_ranks_share_the_matrices_and_find_what_one_finds(ranks: list[dict[str, Any]], way: str) -> None:
-    alone = solved(0 if way == "plain" else NUM_VECTORS)
+    alone = solved(NUM_VECTORS if way == "vectors" else 0, single=way == "single")
     mine, theirs = (set(seen[way]["share"]) for seen in ranks)
     number = sum(WIDTHS.values()) * (1 + NUM_GROUPS)
     assert len(mine) + len(theirs) == len(mine | theirs) == number
@@ -212,6 +221,12 @@ def test_ranks_share_the_matrices_and_find_what_one_finds(ranks: list[dict[str, 
     for name, expected in alone["spectra"].items():
         for seen in ranks:
             np.testing.assert_equal(seen[way]["spectra"][name], expected)
+        if way == "single" and not expected["failure"]:
+            double = ranks[0]["plain"]["spectra"][name]
+            np.testing.assert_equal(expected["values"], double["values"])
+            is_same = expected["leave_one_out"] == double["leave_one_out"]
+            assert not is_same.any() if expected["dtype"] == "float32" else is_same.all()
+            np.testing.assert_allclose(expected["leave_one_out"], double["leave_one_out"], rtol=1e-5)
 
 
 def test_what_one_rank_cannot_solve_is_missing_on_both_with_its_reason(ranks: list[dict[str, Any]]) -> None:
