@@ -143,7 +143,7 @@ class ActivationSpectrum(LayersCallback):
     ) -> None:
         if readout is not None and overlap is True:
             raise ValueError(
-                "overlap must be False or 'auto' with readout=, got True: what is known of the head comes with the report"
+                "overlap must be False or 'auto' with readout=, got True: what is known of heads comes with the report"
             )
         request = ActivationRequest(
             stage=stage,
