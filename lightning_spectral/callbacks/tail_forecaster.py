@@ -1,4 +1,4 @@
-"""The callback that forecasts, from an early tail exponent, how many tokens a run will need."""
+"""The callback that forecasts, from what runs of a family showed early, how many tokens a run will need."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,75 +8,106 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spectral.boards import Board
+from lightning_spectral.callbacks.forecast_table import ForecastTable
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.functional.arguments import describe, is_finite_number
-from lightning_spectral.functional.forecast import MIN_REFERENCES, backtest, forecast_tokens
+from lightning_spectral.functional.early import PREDICTORS, Early
+from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
+from lightning_spectral.functional.stacking import StackedForecast, forecast_by_line, stack
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
 from lightning_spectral.runs.arguments import check_paths
-from lightning_spectral.runs.course import Course
+from lightning_spectral.runs.bundled import bundled
 from lightning_spectral.runs.history import History
-from lightning_spectral.runs.references import Reference, References, Wanted, find_references
+from lightning_spectral.runs.reference_numbers import ReferenceNumbers, Tails, curve_of, log_of, vector
+from lightning_spectral.runs.references import References, Wanted, find_references
 from lightning_spectral.runs.settings import settings_of
+
+MIN_STEPS = 32
+"""Optimizer steps before which no tail is gone by. In small GPTs its exponent rises to a peak at 32 to 128 steps and
+falls from there on: before, the steepest is the one that has come farthest."""
+
+NUM_LOSSES = 8
+"""Of a run's losses that are kept, those that say most of how it falls."""
+
+WAYS = ("stack", "tail", "head", "loss", "batch")
+"""What a forecast may go by."""
 
 NO_SKILL = 0.1
 """Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
 
 
 class TailForecaster(LayersCallback):
-    r"""Forecasts the training tokens until a loss is reached, from the tail of the deepest layer's spectrum.
+    r"""Forecasts the training tokens until a loss is reached, and says what the spectra add to it.
 
-    In *Spectral Lens* the tail exponent of the activation covariance, early in training, goes with the tokens that runs
-    of a family need: a steeper tail, more tokens. At each report the exponent of this run is set against those of
-    finished runs of its family *at the same number of tokens*, and the line of log tokens-to-target on the exponent
-    gives the forecast, with an 80% prediction interval. Nothing later than the report enters it.
+    At each report the loss, the batch, and the tail, head and RankMe of the deepest layer are set against those of
+    finished runs of the family *at the same number of tokens*, by a stack of simple predictors of ln tokens-to-target
+    (:func:`lightning_spectral.functional.stack`) with an 80% prediction interval. Nothing later enters it. Two stacks
+    are made, by loss and batch alone and with the spectra; which is used is decided by how well either forecasts the
+    references from each other.
+
+    In *Spectral Lens* a steeper early tail goes with more tokens. On 40 runs of a small GPT the sign of tail against
+    tokens depended on how far the target lay, and on the stage: the exponent rises to a peak at 32 to 128 optimizer
+    steps and falls from there on, so that runs of few steps and of many, at equal tokens, lie on both sides of it. By
+    itself (``predictor="tail"``) it was no match for loss and batch size (``benchmarks/README.md``).
 
     Values lie under ``forecast/``:
 
-    - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens.
+    - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens; no less than those so far.
+    - ``steps``: the same in optimizer steps, at this run's tokens a step.
     - ``relative``: the forecast over the fewest tokens that a reference needed; 1 is as good as the best.
     - ``num_references``, ``num_settings``: how many were usable here, and of how many settings (runs that differ by
       their seeds alone are of one, see :func:`lightning_spectral.runs.settings.settings_of`); with fewer than four, or
-      of fewer than three settings, all forecasts are NaN.
-    - ``extrapolated``: 1 where this run's exponent lies beyond those of the references, and the interval holds the
-      curvature that they do not exclude; 0 inside. Beyond them by more than half their range there is no forecast.
+      of fewer than three settings, all forecasts are NaN. References that have reached the target by now are none.
+    - ``extrapolated``: 1 where this run lies beyond the references in a number that is gone by, and the interval is the
+      wider; 0 inside. Beyond them by more than half their range there is no forecast.
     - ``skill``, ``median_error``: how well the references forecast each other at this point: rank correlation of
       forecasts from the other settings with the truth, and their median relative error. Where that skill is what runs
       without any relation show, or cannot be told, a warning says so.
+    - ``spectral_gain``, ``spectral_gain_low``, ``spectral_gain_high``: what the spectra take off the error of
+      forecasting the references from each other, as a share, with its 80% interval; NaN for predictors other than the
+      stack.
     - ``alpha_tail``: this run's exponent.
-    - ``actual``: the tokens it took, once the target is reached.
+    - ``actual``: the tokens it took, once the target is reached; from then on there are no forecasts.
     - ``failed``: measurements that came to nothing so far.
 
-    Forecasts and truth also go into the record of the run, and a finished run is a reference for the next. A reference
-    must be of the same family (see ``family``), have reached the target, and have measured the same layer on the same
-    stage, normalisation and number of rows; exponents are taken anew from its eigenvalues, whatever its bands.
+    A table of the forecasts closes the run. Forecasts and truth also go into its record, and a finished run is a
+    reference for the next. A reference must be of the same family and have reached the target; its spectra are used if
+    all references have them, of the same layer, stage, normalisation and number of rows. Exponents are taken anew from
+    its eigenvalues, whatever its bands. Forecasts are made at the end of a validation run: an EarlyStopping that
+    monitors them comes after this callback in the Trainer's list.
 
     Args:
         target_loss: Value of ``monitor`` to be reached from above.
         monitor: Key of the loss in ``trainer.callback_metrics``.
-        references: Log directories of finished runs, or glob patterns of them; all ranks must be able to read them.
+        references: Log directories of finished runs, or glob patterns of them, which all ranks must be able to read;
+            ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries.
         layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
         stage: ``"validate"`` reads rows spread over a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.
         every_n_steps: Optimizer steps between forecasts; between measured validation runs at the least.
         num_tokens: Rows per report over all ranks, after the mask; for the default see :class:`ActivationSpectrum`.
-        tail: Band of the exponent: two ints, 1-based inclusive ranks, or two fractions of the width. On 40 runs of a
-            small GPT none of two others forecast better than the default at each of three early points, and from the
-            second on the early loss did better than all (``benchmarks/findings``, study 3): ask ``skill`` of your runs.
+        tail: Band of the tail's exponent: two ints, 1-based inclusive ranks, or two fractions of the width.
+        head: Band of the head's exponent, likewise.
+        predictor: ``"stack"`` as above; ``"loss"``, ``"tail"`` or ``"head"`` for a line in the loss, or in that
+            exponent, alone; ``"batch"`` for the law of the batch size alone. By the tail there is no forecast before 32
+            optimizer steps, and a warning names references on the other side of their own tail's peak than this run.
         num_groups: Groups of whole samples for error bars; give that of an ActivationSpectrum to share its measurement.
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products, see :class:`ActivationSpectrum`; ``"auto"`` goes to float64 where float32 does not
             resolve the tail.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
-        stop_if_relative_above: End training where ``relative`` is larger, whatever the skill; None for never.
+        stop_if_relative_above: End training where even the interval's low end is more than so many times what the best
+            reference needed, and the references forecast each other better than chance (p <= 0.1); None for never.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
         channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
@@ -106,11 +137,15 @@ class TailForecaster(LayersCallback):
         "low",
         "high",
         "relative",
+        "steps",
         "num_references",
         "num_settings",
         "extrapolated",
         "skill",
         "median_error",
+        "spectral_gain",
+        "spectral_gain_low",
+        "spectral_gain_high",
         "alpha_tail",
         "actual",
     )
@@ -125,6 +160,8 @@ class TailForecaster(LayersCallback):
         every_n_steps: int = 100,
         num_tokens: int = 65536,
         tail: tuple[int, int] | tuple[float, float] = (0.125, 0.5),
+        head: tuple[int, int] | tuple[float, float] = (1, 10),
+        predictor: Literal["stack", "tail", "head", "loss", "batch"] = "stack",
         num_groups: int = 4,
         normalize: bool = True,
         dtype: Literal["auto", "float32", "float64"] = "auto",
@@ -164,19 +201,27 @@ class TailForecaster(LayersCallback):
         check_key(monitor=monitor)
         check_paths("references", references)
         check_band("tail", tail)
+        check_band("head", head)
+        if predictor not in WAYS:
+            raise ValueError(f"predictor must be one of {', '.join(WAYS)}, got {describe(predictor)}: try 'stack'")
         self.target_loss = float(target_loss)
         self.monitor = monitor
         self.references = tuple(references) if isinstance(references, (list, tuple)) else (references,)
-        self.tail = cast(Band, tuple(tail))
+        for reference in self.references:
+            bundled(reference)
+        self.tail, self.head = cast(Band, tuple(tail)), cast(Band, tuple(head))
+        self.predictor = predictor
         self.stop_if_relative_above = stop_if_relative_above
         self.actual = math.nan
         """Tokens that the target took; NaN until it is reached."""
         self._found = References([], {})
-        self._settings: list[int] = []
-        self._courses: dict[str, Course] = {}
+        self._settings = torch.zeros(0)
+        self._numbers = ReferenceNumbers([], "", self.target_loss, self.warn)
         self._losses: list[list[float]] = []
-        self._relative = math.nan
+        self._hopeless = [math.nan, math.nan]
         self._described: dict[str, Any] = {}
+        self._table = ForecastTable()
+        self._is_held = False
 
     @property
     @override
@@ -191,7 +236,7 @@ class TailForecaster(LayersCallback):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"tail": list(self.tail)}
+        return super().settings() | {"tail": list(self.tail), "head": list(self.head)}
 
     @override
     def looks_at(self) -> list[Band]:
@@ -217,15 +262,17 @@ class TailForecaster(LayersCallback):
     def check_widths(self, widths: dict[str, int]) -> None:
         for width in widths.values():
             resolve_band(self.tail, width, "tail")
+            resolve_band(self.head, width, "head")
 
     @override
     def summary(self) -> dict[str, Any]:
-        return {"losses": self._losses, "relative": self._relative, "actual": self.actual}
+        return {"losses": self._losses, "hopeless": self._hopeless, "actual": self.actual}
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
-        self._losses, self._relative = list(summary.get("losses", [])), summary.get("relative", math.nan)
+        self._losses, self._hopeless = list(summary.get("losses", [])), summary.get("hopeless", [math.nan, math.nan])
         self.actual = summary.get("actual", math.nan)
+        self._table = ForecastTable()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,17 +289,21 @@ class TailForecaster(LayersCallback):
         assert self.session is not None
         recorder = self.session.recorder
         (layer,) = self.names
-        self._courses, self._described = {}, {}
+        self._described = {}
         # The family of the run is known now.
         reached = (recorder.family, self.target_loss, self.monitor)
         names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx", "channel_dim")
-        wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names})
+        needs_spectra = self.predictor in ("tail", "head")
+        wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names}, needs_spectra)
         found = References([], {})
         if trainer.is_global_zero:
             found = find_references(self.references, wanted, recorder.run_id)
         # Ranks that look by themselves, while other runs come to their end, might find different ones.
         self._found = trainer.strategy.broadcast(found)
-        self._settings = settings_of([reference.run for reference in self._found.usable])
+        usable = self._found.usable
+        self._settings = torch.tensor(settings_of([reference.run for reference in usable]))
+        self._numbers = ReferenceNumbers(usable, layer, self.target_loss, self.warn)
+        num_without = sum(not reference.series for reference in usable)
         if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
             reasons = self._found.reasons()
             self.warn(
@@ -263,91 +314,169 @@ class TailForecaster(LayersCallback):
             )
         elif self._found.skipped:
             rank_zero_info(f"TailForecaster uses {num_usable} references, and not: {self._found.reasons()}")
+        if num_without and self.predictor == "stack" and num_usable >= MIN_REFERENCES:
+            rank_zero_info(
+                f"TailForecaster goes by loss and batch alone: {num_without} references have no such spectra"
+            )
 
     @override
     def take_report(self, trainer: Trainer) -> None:
-        # Without validation, the loss is looked at with each report.
-        before = self._seen
+        if self._is_held:
+            return
+        is_new = self.measurement is not None and self.measurement.report is not self._seen
+        if is_new and trainer.state.fn == "fit" and not trainer.enable_validation:
+            self._take_loss(trainer)
         super().take_report(trainer)
-        if not trainer.enable_validation and self._seen is not before:
-            self._watch_loss(trainer)
+        if is_new and trainer.state.fn == "fit" and not trainer.enable_validation:
+            self._stop_if_hopeless(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The loss of this validation run is known at its end.
+        self._is_held = trainer.state.fn == "fit"
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._is_held = False
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit":
-            self._watch_loss(trainer)
+            self._take_loss(trainer)
+            if not trainer.sanity_checking:
+                self.take_report(trainer)
+                self._stop_if_hopeless(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        try:
+            self._table.print(f"{self.prefix}{self._title()}", self.actual)
+        except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
+            self.warn(f"could not print its table: {error!r}")
+
+    def _title(self) -> str:
+        by = {"stack": "loss, batch and spectra", "loss": "the loss", "batch": "the batch size"}
+        of = f" of {self.names[0]}" if self.names else ""
+        return (
+            f"Tokens to {self.monitor} {self.target_loss:g}, by {by.get(self.predictor, f'the {self.predictor}{of}')}"
+        )
 
     @override
     def measured(self, report: Report) -> dict[str, float]:
-        ((name, spectrum),) = self.spectra(report).items()
+        (spectrum,) = self.spectra(report).values()
         values = dict.fromkeys(self.quantities, math.nan)
         exponent = spectrum.exponent(self.tail)
-        values |= self._forecast(name, exponent.value) | {"alpha_tail": exponent.value, "actual": self.actual}
         if math.isnan(exponent.value):
             self.warn_of(spectrum, self.tail)
-        self._relative = values["relative"]
+        values |= self._forecast(spectrum, report.step) | {"alpha_tail": exponent.value, "actual": self.actual}
         self._record_forecast(report.step, values)
+        self._table.note(report.step, self.tokens, values)
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
 
-    def _forecast(self, layer: str, alpha: float) -> dict[str, float]:
-        """What the references make of this run's exponent, at its tokens."""
-        here = [self._alpha_of(reference, layer) for reference in self._found.usable]
-        known = [index for index, value in enumerate(here) if math.isfinite(value)]
-        settings = torch.tensor([self._settings[index] for index in known])
-        num_settings = len(settings.unique())
-        values = {"num_references": float(len(known)), "num_settings": float(num_settings)}
-        if len(known) < MIN_REFERENCES:
-            if len(self._found.usable) >= MIN_REFERENCES:
-                self.warn(f"makes no forecast where fewer than {MIN_REFERENCES} references have reports on both sides")
+    def _forecast(self, spectrum: Spectrum, step: int) -> dict[str, float]:
+        """What the references make of what this run shows, at its tokens."""
+        self._hopeless = [math.nan, math.nan]
+        is_there = bool(self._losses) and self._losses[-1][2] <= self.target_loss
+        if is_there or len(self._found.usable) < MIN_REFERENCES:
+            return {"num_references": float(len(self._found.usable))}
+        if self.predictor == "tail" and step < MIN_STEPS:
+            self.warn(f"makes no forecast by the tail before {MIN_STEPS} optimizer steps, which still rises: at {step}")
+            return {}
+        found = self._found_by(spectrum, step)
+        values = {"num_references": float(found.num_references), "num_settings": float(found.num_settings)}
+        if found.num_references < MIN_REFERENCES:
+            is_spectral = self.predictor in ("tail", "head")
+            what = "have reports on both sides" if is_spectral else "were measured and still above the target"
+            self.warn(f"makes no forecast where fewer than {MIN_REFERENCES} references {what}")
             return values
-        alphas = torch.tensor([here[index] for index in known], dtype=torch.float64)
-        tokens = torch.tensor([self._found.usable[index].tokens_to_target for index in known], dtype=torch.float64)
-        forecast, skill = forecast_tokens(alphas, tokens, alpha, settings=settings), backtest(alphas, tokens, settings)
-        if forecast.reason is not None and math.isfinite(alpha):
-            self.warn(f"makes no forecast at {self.tokens:,.0f} tokens: {forecast.reason}")
-        elif forecast.extrapolated:
-            self.warn(
-                f"forecasts beyond its references at {self.tokens:,.0f} tokens: with a tail exponent of {alpha:.3f}, "
-                f"and theirs from {float(alphas.min()):.3f} to {float(alphas.max()):.3f}, the interval is the wider"
-            )
-        if math.isnan(skill.p_value):
-            self.warn(
-                f"cannot tell its skill at {self.tokens:,.0f} tokens: its references are of {num_settings} settings, "
-                "or alike in their exponents or their tokens. Train references of other batch sizes or learning rates"
-            )
-        elif skill.p_value > NO_SKILL:
-            self.warn(
-                f"has no skill at {self.tokens:,.0f} tokens: its references forecast each other with a rank "
-                f"correlation of {skill.rank_correlation:.2f} (p = {skill.p_value:.2f}), as runs without a relation do"
-            )
-        is_known = math.isfinite(forecast.value)
+        self._warn_of(found)
+        value, low, high = (max(tokens, self.tokens) for tokens in (found.value, found.low, found.high))
+        if math.isnan(found.value):
+            value = low = high = math.nan
+        self._hopeless = [low / self._found.best, found.p_value]
         return values | {
-            "tokens_to_target": forecast.value,
-            "low": forecast.low,
-            "high": forecast.high,
-            "relative": forecast.value / self._found.best,
-            "extrapolated": float(forecast.extrapolated) if is_known else math.nan,
-            "skill": skill.rank_correlation,
-            "median_error": skill.median_error,
+            "tokens_to_target": value,
+            "low": low,
+            "high": high,
+            "relative": value / self._found.best,
+            "steps": value / self.tokens * step if self.tokens > 0 else math.nan,
+            "extrapolated": math.nan if math.isnan(value) else float(found.extrapolated),
+            "skill": found.skill,
+            "median_error": found.median_error,
+            "spectral_gain": found.spectral_gain,
+            "spectral_gain_low": found.spectral_gain_low,
+            "spectral_gain_high": found.spectral_gain_high,
         }
 
-    def _alpha_of(self, reference: Reference, layer: str) -> float:
-        """A reference's exponent at this run's tokens; NaN for one that cannot be read."""
-        try:
-            key = str(reference.run.folder)
-            if key not in self._courses:  # training moves on, and what lies behind is not asked for again
-                self._courses[key] = Course(reference.run, reference.series, keep=2)
-            course = self._courses[key]
-            exponent = course.exponent(layer, self.tail, self.tokens)
-            if math.isnan(exponent) and (why := course.why_unknown(layer, self.tail, self.tokens)) is not None:
-                self.warn(f"goes without {reference.run.path} at {self.tokens:,.0f} tokens, because at {why}")
-            return exponent
-        except ValueError as error:
-            self.warn(f"goes without {reference.run.path}: {error}", on_this_rank=True)
-            return math.nan
+    def _found_by(self, spectrum: Spectrum, step: int) -> StackedForecast:
+        """The forecast of the predictor that was asked for."""
+        numbers = self._numbers
+        if self.predictor in ("tail", "head"):
+            band = self.tail if self.predictor == "tail" else self.head
+            own = spectrum.exponent(band).value
+            tails = numbers.tails(band, self.tokens)
+            if self.predictor == "tail":
+                self._warn_of_peaks(tails)
+            return forecast_by_line(tails.values, numbers.tokens, own, self._settings)
+        _, at, loss = self._losses[-1] if self._losses else (math.nan,) * 3
+        gap, gaps = log_of(loss - self.target_loss), numbers.log_gap(at)
+        # Those that have reached the target by now say nothing of a run that has not.
+        tokens = torch.where(gaps.isfinite(), numbers.tokens, math.nan)
+        if self.predictor == "loss":
+            return forecast_by_line(gaps, tokens, gap, self._settings)
+        own_batch = vector([log_of(self.tokens / step) if step else math.nan])
+        if self.predictor == "batch":
+            query, references = Early(vector([gap]), own_batch), Early(gaps, numbers.log_batch)
+            return stack(references, tokens, query, self._settings, predictors=("batch law",))
+        spectral, own_spectral = self._spectral(spectrum, step)
+        points = np.asarray(self._losses, dtype=np.float64).reshape(-1, 3)
+        curve = vector([curve_of(points[:, 1], points[:, 2], self.target_loss)])
+        query = Early(vector([gap]), own_batch, curve, own_spectral)
+        references = Early(gaps, numbers.log_batch, numbers.log_curve(at), spectral)
+        return stack(references, tokens, query, self._settings, predictors=tuple(PREDICTORS))
 
-    def _watch_loss(self, trainer: Trainer) -> None:
+    def _spectral(self, spectrum: Spectrum, step: int) -> tuple[Tensor, Tensor]:
+        """Head, RankMe and, once it may be gone by, tail: of the references, and of this run."""
+        columns = [self._numbers.exponents(self.head, self.tokens), self._numbers.log_rankme(self.tokens)]
+        own = [spectrum.exponent(self.head).value, log_of(spectrum.rankme().value)]
+        if step >= MIN_STEPS:
+            tails = self._numbers.tails(self.tail, self.tokens)
+            self._warn_of_peaks(tails)
+            columns.append(tails.values)
+            own.append(spectrum.exponent(self.tail).value)
+        return torch.stack(columns, 1), vector(own)[None]
+
+    def _warn_of_peaks(self, tails: Tails) -> None:
+        """Name the references whose tails still rise where those of others fall."""
+        paths = [str(reference.run.path) for reference in self._found.usable]
+        rising = [path for path, is_past in zip(paths, tails.is_past_peak, strict=True) if is_past is False]
+        if rising and any(tails.is_past_peak):
+            shown = ", ".join(rising[:3]) + (", ..." if len(rising) > 3 else "")
+            self.warn(
+                f"at {self.tokens:,.0f} tokens goes by tails on both sides of their own peaks, where the sign of tail "
+                f"against tokens changes: those of {len(rising)} references still rise ({shown})"
+            )
+
+    def _warn_of(self, found: StackedForecast) -> None:
+        at = f"at {self.tokens:,.0f} tokens"
+        if found.reason is not None:
+            self.warn(f"makes no forecast {at}: {found.reason}")
+        elif found.extrapolated:
+            self.warn(f"forecasts beyond its references {at}, where the interval is the wider")
+        if math.isnan(found.p_value):
+            self.warn(
+                f"cannot tell its skill {at}: its references are of {found.num_settings} settings, "
+                "or alike in what they show or in their tokens. Train references of other batch sizes or learning rates"
+            )
+        elif found.p_value > NO_SKILL:
+            self.warn(
+                f"has no skill {at}: its references forecast each other with a rank "
+                f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"
+            )
+
+    def _take_loss(self, trainer: Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(key for key in trainer.callback_metrics if "loss" in key) or "no losses"
             raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
@@ -356,7 +485,9 @@ class TailForecaster(LayersCallback):
         # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
         seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
         loss = float(trainer.strategy.reduce(seen, reduce_op="mean"))
-        self._losses = [*self._losses[-1:], [float(trainer.global_step), self.session.recorder.tokens, loss]]
+        self._losses = thinned(
+            [*self._losses, [float(trainer.global_step), self.session.recorder.tokens, loss]], NUM_LOSSES
+        )
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
             self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
@@ -365,7 +496,6 @@ class TailForecaster(LayersCallback):
         if facts != self._described:
             self._described, recorder = facts, self.session.recorder
             recorder.describe(forecast=recorder.described("forecast") | {self.prefix: facts})
-        self._stop_if_hopeless(trainer, loss)
 
     def _crossing(self) -> float:
         """Tokens at which the target was crossed since the look at the loss before; NaN if this is the first."""
@@ -378,16 +508,18 @@ class TailForecaster(LayersCallback):
             known = {key: _known(value) for key, value in ({"tokens": self.tokens} | values).items()}
             self.session.recorder.add_forecast({"prefix": self.prefix, "step": step, **known})
 
-    def _stop_if_hopeless(self, trainer: Trainer, loss: float) -> None:
+    def _stop_if_hopeless(self, trainer: Trainer) -> None:
         if self.stop_if_relative_above is None:
             return
-        relative = self._relative
-        is_hopeless = loss > self.target_loss and relative > self.stop_if_relative_above
+        low, p_value = self._hopeless
+        is_hopeless = low > self.stop_if_relative_above and p_value <= NO_SKILL
         if trainer.strategy.reduce_boolean_decision(is_hopeless, all=False):
             trainer.should_stop = True
             rank_zero_info(
-                f"TailForecaster ends training: it forecasts {relative:.2f} times the tokens of the family's best run, "
-                f"more than stop_if_relative_above={self.stop_if_relative_above:g}"
+                f"TailForecaster ends training: it is to take at least {low:.2f} times the tokens of the family's best "
+                f"run, the low end of its interval, which is more than stop_if_relative_above="
+                f"{self.stop_if_relative_above:g}; its references forecast each other better than chance "
+                f"(p = {p_value:.3f}, {NO_SKILL:g} at most)"
             )
 
     @override
@@ -395,7 +527,8 @@ class TailForecaster(LayersCallback):
         start = f"{self.prefix}forecast"
         tokens = [f"{start}/{quantity}" for quantity in ("tokens_to_target", "low", "high", "actual")]
         trust = [f"{start}/{quantity}" for quantity in ("skill", "median_error", "extrapolated")]
-        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": trust}
+        gain = [f"{start}/spectral_gain{end}" for end in ("", "_low", "_high")]
+        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": trust, f"{start}/spectral_gain": gain}
         for board in boards:
             board.charts("forecast", charts)
 
@@ -403,3 +536,13 @@ class TailForecaster(LayersCallback):
 def _known(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
+
+
+def thinned(points: list[list[float]], most: int) -> list[list[float]]:
+    """The last points of a curve and, of those before, the ones that lie farthest apart in ln tokens."""
+    while len(points) > most:
+        # Neither the last two, between which a crossing is, nor the first go.
+        at = [math.log(max(tokens, 1.0)) for _, tokens, _ in points]
+        gaps = [at[index + 1] - at[index - 1] for index in range(1, len(points) - 2)]
+        del points[1 + gaps.index(min(gaps))]
+    return points

@@ -14,7 +14,7 @@ from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from lightning_spectral.functional.early import PREDICTORS, Early, known_of
-from lightning_spectral.functional.forecast import MIN_REFERENCES, MIN_SETTINGS
+from lightning_spectral.functional.forecast import MIN_REFERENCES, MIN_SETTINGS, backtest, forecast_tokens
 from lightning_spectral.functional.line import setting_means
 from lightning_spectral.functional.nested_stack import fit_stack
 from lightning_spectral.functional.rank_correlation import check_level, spearman
@@ -187,6 +187,53 @@ def stack(
         lows=lows,
         highs=highs,
         **skill,
+    )
+
+
+def forecast_by_line(
+    x: Tensor, tokens: Tensor, at: float, settings: Tensor | None = None, level: float = 0.8
+) -> StackedForecast:
+    """The same by one number alone: :func:`forecast_tokens` and :func:`backtest` in one.
+
+    Args:
+        x: ``(n,)`` the number of the references.
+        tokens: ``(n,)`` they took to the target.
+        at: That of the run to forecast.
+        settings: ``(n,)``, as for :func:`stack`.
+        level: Share of new runs within the interval.
+
+    Returns:
+        The forecast, without intervals of the references.
+
+    Raises:
+        ValueError: As :func:`forecast_tokens`.
+    """
+    found = forecast_tokens(x, tokens, at, level, settings)
+    skill = backtest(x, tokens, settings)
+    known = x.isfinite()
+    groups = torch.arange(len(x)) if settings is None else settings
+    errors = (skill.predictions / tokens).log().abs()[known]
+    nothing = torch.full((len(tokens),), math.nan, dtype=torch.float64)
+    return StackedForecast(
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        extrapolated=found.extrapolated,
+        reason=found.reason,
+        weights={},
+        uses_spectra=False,
+        num_references=int(known.sum()),
+        num_settings=len(groups[known].unique()),
+        skill=skill.rank_correlation,
+        p_value=skill.p_value,
+        median_error=skill.median_error,
+        mean_log_error=float(setting_means(errors, groups[known]).nanmean()) if len(errors) else math.nan,
+        spectral_gain=math.nan,
+        spectral_gain_low=math.nan,
+        spectral_gain_high=math.nan,
+        predictions=skill.predictions,
+        lows=nothing,
+        highs=nothing,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.runs.bundled import bundled
 from lightning_spectral.runs.finding import folders_of_runs
 from lightning_spectral.runs.run import Run
 
@@ -20,7 +21,7 @@ class Reference(NamedTuple):
     run: Run
     tokens_to_target: float
     series: str
-    """The measurement that fits."""
+    """The measurement that fits; empty for a run that serves by its loss and batch alone."""
 
 
 class References(NamedTuple):
@@ -58,6 +59,8 @@ class Wanted(NamedTuple):
     layer: str
     settings: dict[str, Any]
     """Of the measurement: stage, normalisation, rows and whatever else must be the same."""
+    needs_spectra: bool = True
+    """Whether a run without such a measurement is of no use."""
 
     def series_of(self, run: Run) -> tuple[str, str | None]:
         """The measurement of a run that serves.
@@ -88,8 +91,8 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
     """The runs among those at some paths that a forecast can rest on.
 
     Args:
-        paths: Log directories, or glob patterns of them. A pattern that matches nothing is no error: the first run of
-            a family has no references.
+        paths: Log directories, glob patterns of them, or ``"bundled:NAME"``. A pattern that matches nothing is no
+            error: the first run of a family has no references.
         wanted: What they must have reached and measured.
         own_id: Of the run that is forecast, which is no reference for itself.
 
@@ -100,7 +103,7 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
     skipped: dict[str, str] = {}
     for pattern in map(str, paths):
         try:
-            folders = folders_of_runs(pattern)
+            folders = bundled(pattern) or folders_of_runs(pattern)
         except OSError as error:
             folders, skipped[pattern] = [], f"that cannot be read ({error})"
         else:
@@ -116,9 +119,10 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
             elif found is not None:
                 before = usable.setdefault(found.run.id, found)
                 usable[found.run.id] = max(before, found, key=lambda one: _last_step(one.run))
-    data = [reference.run.about.get("validation_data") for reference in usable.values()]
+    data = [data for reference in usable.values() if (data := reference.run.about.get("validation_data"))]
     for run_id, reference in list(usable.items()):
-        if reference.run.about.get("validation_data") != max(data, key=data.count):
+        # Logs of other tools do not say.
+        if reference.run.about.get("validation_data") not in (None, {}, max(data, key=data.count, default=None)):
             skipped[str(usable.pop(run_id).run.path)] = "of other validation data than most"
     return References(list(usable.values()), skipped)
 
@@ -140,7 +144,7 @@ def _judge(run: Run, wanted: Wanted, own_id: str | None) -> Reference | str | No
     if isnan(tokens):
         return f"that never came down to {wanted.target:g}"
     series, reason = wanted.series_of(run)
-    return reason or Reference(run, tokens, series)
+    return reason if reason and wanted.needs_spectra else Reference(run, tokens, series)
 
 
 def _noted(run: Run, wanted: Wanted) -> float | None:

@@ -1,4 +1,4 @@
-"""TailForecaster in real runs: a law that is known, references that do not serve, targets that are reached."""
+"""TailForecaster by the tail in real runs: a known law, references that do not serve, targets that are reached."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import ActivationSpectrum, Run, RunRecord, TailForecaster
+from lightning_spectral.callbacks import tail_forecaster
 from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
 from tests.models import LENGTH, LanguageModel, tiny_trainer, token_loader
@@ -22,8 +23,8 @@ from tests.runs.made_up import made_up
 LAYER = "network.blocks.5"
 QUANTITIES = {
     *("tokens_to_target", "low", "high", "relative", "num_references", "num_settings"),
-    *("extrapolated", "skill", "median_error", "alpha_tail"),
-    *("actual", "failed"),
+    *("extrapolated", "skill", "median_error", "alpha_tail", "steps"),
+    *("spectral_gain", "spectral_gain_low", "spectral_gain_high", "actual", "failed"),
 }
 ALPHAS = [0.8, 1.0, 1.1, 1.3, 1.5, 1.6]
 
@@ -46,6 +47,7 @@ class Kept(TailForecaster):
 
     def __init__(self, references: Any = (), **kwargs: Any) -> None:
         defaults = {"target_loss": 1.0, "monitor": "falling_loss", "every_n_steps": 4, "num_tokens": 512}
+        defaults |= {"predictor": "tail", "head": (1, 4)}
         super().__init__(references=references, **(defaults | {"num_groups": 2} | kwargs))
         self.logged: dict[int, dict[str, float]] = {}
         self.reports: list[Report] = []
@@ -57,6 +59,12 @@ class Kept(TailForecaster):
 
     def values(self, quantity: str) -> list[float]:
         return [values[f"forecast/{quantity}"] for values in self.logged.values()]
+
+
+@pytest.fixture(autouse=True)
+def tails_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are short here."""
+    monkeypatch.setattr(tail_forecaster, "MIN_STEPS", 0)
 
 
 def fit(folder: Path, *callbacks: Callback, ckpt_path: Any = None, family: str | None = "F", **kwargs: Any) -> Trainer:
@@ -364,7 +372,7 @@ def test_an_exponent_beyond_the_references_is_told(
 def test_what_a_report_adds_does_not_grow_with_those_before(tmp_path: Path) -> None:
     """Neither the description nor what a checkpoint keeps does: forecasts are appended."""
     sizes, kept = [], []
-    for steps in (8, 24):
+    for steps in (40, 80):
         forecaster = Kept(target_loss=-9.0)
         fit(tmp_path / str(steps), forecaster, max_steps=steps, max_epochs=-1)
         assert len(Run(tmp_path / str(steps)).forecasts) == steps // 4
