@@ -1,8 +1,7 @@
 """A spectrum as one report knows it, with and without each group of rows, and what is estimated from it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import nan
 from typing import Any, NamedTuple, cast
 
@@ -140,9 +139,7 @@ class Spectrum:
             self._fits[band] = self._fit(band)
         return self._fits[band]
 
-    def _fit(
-        self, band: Band, fit: Callable[[Tensor, Band], PowerLaw] = power_law, with_error: bool = True
-    ) -> Exponent:
+    def _fit(self, band: Band, fits: "_Fits | None" = None, index: int = 0, with_error: bool = True) -> Exponent:
         ranks = None
         reason = self.failure
         if reason is None:
@@ -156,39 +153,36 @@ class Spectrum:
         if hi - lo + 1 < MIN_VALUES:
             reason = f"band {band} of {len(self.values)} values spans {max(hi - lo + 1, 0)}, and a line needs"
             return Exponent(nan, nan, nan, nan, 0, None, f"{reason} {MIN_VALUES}: widen it")
-        plain = fit(self.values, ranks)
-        num_values = int(plain.num_values)
-        reason = self._why_no_value(band, ranks, num_values)
+        fits = _Fits([self]) if fits is None else fits
+        value, r2, num_values, is_finite = fits.plain(index, ranks)
+        reason = self._why_no_value(band, ranks, num_values, is_finite)
         if reason is not None:
             return Exponent(nan, nan, nan, nan, num_values, None, reason)
         reason = self._why_no_error(hi) if with_error else "no error bar: none was asked for"
-        corrected = stderr = torch.tensor(nan)
+        corrected = stderr = nan
         if reason is None:
-            without = fit(self.leave_one_out, ranks)
-            if bool((without.num_values != plain.num_values).any()):
+            corrected, stderr, is_whole = fits.errors(index, ranks)
+            if not is_whole:
                 rows_without = self.count if self.count_without is None else self.count_without
                 remedy = self._remedy(hi, self.leave_one_out, rows_without)
                 reason = f"no error bar: without one group band {band} loses positive values: {remedy}"
-            else:
-                corrected, stderr = jackknife(plain.exponent, without.exponent)
-                if is_of_copies(stderr, plain.exponent):
-                    stderr, reason = torch.tensor(nan), f"no error bar: {COPIES}"
+                corrected = stderr = nan
+            elif stderr <= COPIES_AGREE * abs(value):
+                stderr, reason = nan, f"no error bar: {COPIES}"
         if not self.corrects_bias:
-            corrected = torch.tensor(nan)
-        return Exponent(
-            float(plain.exponent), float(stderr), float(corrected), float(plain.r2), num_values, ranks, reason
-        )
+            corrected = nan
+        return Exponent(value, stderr, corrected, r2, num_values, ranks, reason)
 
-    def _why_no_value(self, band: Band, ranks: tuple[int, int], num_values: int) -> str | None:
-        if not bool(self.values.isfinite().all()):
+    def _why_no_value(self, band: Band, ranks: tuple[int, int], num_values: int, is_finite: bool) -> str | None:
+        lo, hi = ranks
+        if not is_finite:
             return "its values are not finite"
+        if num_values == hi - lo + 1:
+            return None
         if self.is_zero:
             return "all its values are exactly zero, as those of gradients behind a zero-initialised layer are at first"
-        lo, hi = ranks
-        if num_values < hi - lo + 1:
-            held = f"band {band}, ranks {lo} to {hi}, holds {num_values} positive values of {hi - lo + 1}"
-            return f"{held}: {self._remedy(hi, self.values, self.count)}"
-        return None
+        held = f"band {band}, ranks {lo} to {hi}, holds {num_values} positive values of {hi - lo + 1}"
+        return f"{held}: {self._remedy(hi, self.values, self.count)}"
 
     def _why_no_error(self, hi: int) -> str | None:
         """Why estimates without each group are none, or are of another stretch of the spectrum."""
@@ -317,9 +311,42 @@ class Spectrum:
         )
 
 
+COPIES_AGREE = 1e-12
+"""Relative size of a standard error that is zero but for rounding: groups of different rows never agree so well."""
+
+
 def is_of_copies(stderr: Tensor, value: Tensor) -> bool:
-    """Whether a standard error is zero, but for rounding: groups of different rows never agree so well."""
-    return bool(stderr <= 1e-12 * value.abs())
+    """Whether a standard error is zero, but for rounding."""
+    return bool(stderr <= COPIES_AGREE * value.abs())
+
+
+class _Fits:
+    """Power laws through spectra of one shape over one band, made for all of them when the first is asked for."""
+
+    def __init__(self, spectra: Sequence[Spectrum]) -> None:
+        self._spectra = spectra
+        self._laws: PowerLaw | None = None
+        self._plain: list[tuple[float, float, int, bool]] = []
+        self._errors: list[tuple[float, float, bool]] = []
+
+    def plain(self, index: int, ranks: tuple[int, int]) -> tuple[float, float, int, bool]:
+        """Exponent, r2 and number of values of one, and whether all its values are finite."""
+        if not self._plain:
+            values = torch.stack([spectrum.values for spectrum in self._spectra])
+            self._laws = power_law(values, ranks)
+            parts = (*self._laws, values.isfinite().all(-1))
+            self._plain = list(zip(*(part.tolist() for part in parts), strict=True))
+        return self._plain[index]
+
+    def errors(self, index: int, ranks: tuple[int, int]) -> tuple[float, float, bool]:
+        """Corrected exponent and standard error of one, and whether the band is whole without each group."""
+        if not self._errors:
+            assert self._laws is not None
+            without = power_law(torch.stack([spectrum.leave_one_out for spectrum in self._spectra]), ranks)
+            is_whole = (without.num_values == self._laws.num_values[:, None]).all(-1)
+            parts = (*jackknife(self._laws.exponent, without.exponent), is_whole)
+            self._errors = list(zip(*(part.tolist() for part in parts), strict=True))
+        return self._errors[index]
 
 
 def fit_all(spectra: Sequence[Spectrum], band: Band, with_errors: bool = True) -> list[Exponent]:
@@ -339,9 +366,9 @@ def fit_all(spectra: Sequence[Spectrum], band: Band, with_errors: bool = True) -
         if band not in spectrum._fits and spectrum.failure is None:
             alike.setdefault((spectrum.values.shape, spectrum.leave_one_out.shape), []).append(spectrum)
     for same in alike.values():
-        parts: dict[str, PowerLaw] = {}
+        together = _Fits(same)
         for index, spectrum in enumerate(same):
-            fits[id(spectrum)] = spectrum._fit(band, partial(_fit_one, same, parts, index), with_errors)
+            fits[id(spectrum)] = spectrum._fit(band, together, index, with_errors)
             if with_errors:
                 spectrum._fits[band] = fits[id(spectrum)]
     return [fits.get(id(spectrum)) or spectrum.exponent(band) for spectrum in spectra]
@@ -359,11 +386,3 @@ def rankme_all(spectra: Sequence[Spectrum]) -> list[float]:
         for index, value in zip(same, values, strict=True):
             found[index] = value
     return found
-
-
-def _fit_one(same: list[Spectrum], fits: dict[str, PowerLaw], index: int, values: Tensor, ranks: Band) -> PowerLaw:
-    """The fit of one of many spectra, which is made for all of them when the first asks for it."""
-    part = "values" if values is same[index].values else "leave_one_out"
-    if part not in fits:
-        fits[part] = power_law(torch.stack([getattr(spectrum, part) for spectrum in same]), ranks)
-    return PowerLaw(*(field[index] for field in fits[part]))

@@ -17,6 +17,8 @@ def to_json_line(facts: Mapping[str, Any]) -> str:
 
 
 def _without_nan(value: Any) -> Any:
+    if type(value) is float:  # most of what there is
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
