@@ -210,7 +210,7 @@ def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: py
     [
         readme_command("lightning-spectral compare"),
         readme_command("lightning-spectral show"),
-        readme_command("lightning-spectral forecast"),
+        readme_command("--plot forecast.png"),
     ],
 )
 def test_runs_are_read_as_the_readme_says(
@@ -221,7 +221,7 @@ def test_runs_are_read_as_the_readme_says(
             path = Path("runs", name, f"version_{number}")
             made_up(path, tokens + number, 1.0, exponent + 0.01 * number, about=when(number))
         for batch_size in (8, 64):  # of a loss that was above 2 and came below
-            path = Path("references", f"batch_{batch_size}-seed_{number}")
+            path = Path("sweep", f"batch_{batch_size}-seed_{number}")
             made_up(path, 10 * batch_size + number, 1.0, exponent=1 + batch_size / 100)
             history = path / "spectra" / "history.csv"
             history.write_text(history.read_text().replace(",2.0\n", ",2.1\n"))
@@ -232,6 +232,26 @@ def test_runs_are_read_as_the_readme_says(
     assert ("verdict  both: learning-side gain (activation-led" in printed) == ("compare" in words)
     assert ("alpha_tail    " in printed) == ("forecast" in words)
     assert list(user_folder.glob("*.png"))
+
+
+def test_logs_of_other_tools_are_read_as_the_readme_says(user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family = "NanoGPT-3f9a01c2"
+    for batch in (4.0, 8.0, 16.0):
+        made_up(Path("sweep", f"{batch:.0f}"), 3000 * batch, 1.0, family=family, batch_tokens=256 * batch)
+        history = Path("sweep", f"{batch:.0f}", "spectra/history.csv")
+        history.write_text(history.read_text().replace(",2.0\n", ",2.1\n"))
+    for batch, num in ((32, 3), (64, 3), (24, 2)):
+        folder = Path("csv_logs", f"version_{batch}")
+        folder.mkdir(parents=True)
+        losses = ((2, 3.0), (4, 2.2), (9, 1.9))[:num]
+        (folder / "metrics.csv").write_text("step,val_loss\n" + "".join(f"{step},{loss}\n" for step, loss in losses))
+        (folder / "hparams.yaml").write_text(f"batch_size: {batch}\n")
+    _, *words = shlex.split(" ".join(readme_command("csv_logs")))
+    cli.main(words)
+    printed = capsys.readouterr().out
+    assert f"{family}: 5 runs came down to 2 in" in printed
+    assert "csv_logs/version_24 has no spectra: read from CSVLogger" in printed
+    assert "tokens: batch_size*256 = 6,144 a step" in " ".join(printed.split())
 
 
 def test_console_scripts_and_module_are_one_command() -> None:
