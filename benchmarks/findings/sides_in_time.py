@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.findings.forecasts import Row
-from lightning_spectral.runs.comparison import TIMES, _gain, _Sides
+from lightning_spectral.runs.gains import TIMES, gain_in
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import Measured
+from lightning_spectral.runs.sides import Sides
 from lightning_spectral.runs.statistics import scatter
 from lightning_spectral.runs.timing import time_sides
 
@@ -53,7 +54,7 @@ def _compared(rng: np.random.Generator, days: Sequence[str], expected: str, gain
     both = list(sides.values())
     timing, timed = time_sides([*both, []], scatter(both), None)
     assert timing.compared_by == expected, timing
-    return bool(expected) and _gain("throughput", _Sides(timed.base, timed.variant, timed.floor)).is_detected
+    return bool(expected) and gain_in("throughput", Sides(timed.base, timed.variant, timed.floor)).is_detected
 
 
 def _measured(name: str, log_pace: float, start: datetime) -> Measured:

@@ -1,6 +1,6 @@
 """The commands that read runs: show, compare, forecast."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,11 +86,16 @@ def _compare(words: Sequence[str]) -> None:
     parser.add_argument(
         "--floor", metavar="PATH", help="seeds of the base's family, or an earlier comparison's JSON, for the run floor"
     )
+    parser.add_argument(
+        "--paired",
+        action=BooleanOptionalAction,
+        help="compare runs of one seed with each other; default: three seeds or more that both sides have",
+    )
     _add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
     base, variant = (open_runs(getattr(args, side), side, _columns(args)) for side in ("base", "variant"))
-    comparison = compare(base, variant, at_loss=args.at_loss, floor=args.floor)
+    comparison = compare(base, variant, args.at_loss, args.floor, args.paired)
     if args.plot is not None:
         from lightning_spectral.runs.figures import comparison_figure, save
 

@@ -171,8 +171,10 @@ def _draw_matched_spectra(
     )
     _log_log(axes)
     axes.set(xlabel="rank", ylabel=f"share of the sum of {KINDS[kind].value}s")
+    found = comparison.movements[kind].ratios[0]
+    ratio = "" if isnan(found) else f", R of all layers {found:.1f}"
     (shift,) = (one for one in comparison.shifts if (one.kind, one.name, one.quantity) == (kind, name, "js"))
-    axes.set_title(plain(f"{name} at the matched loss: JS {shift.shift:.2g} nats"), fontsize="small")
+    axes.set_title(plain(f"{name} at the matched loss: JS {shift.shift:.2g} nats{ratio}"), fontsize="small")
     axes.legend(fontsize="small", loc="lower left")
 
 

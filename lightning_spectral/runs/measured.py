@@ -1,7 +1,7 @@
 """What a comparison takes from each run at the loss that all are matched at."""
 
 from collections.abc import Mapping, Sequence
-from math import isnan, log, nan
+from math import inf, isnan, log, nan
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -182,16 +182,10 @@ def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
     """
     reached: dict[Run, tuple[float, float]] = {}
     for run in runs:
-        entries, losses = run.history.with_loss()
-        tokens = run.history.tokens[entries]
-        inside = np.ones(len(entries), dtype=bool)
-        for kind in kinds:
-            steps = run.steps(kind)
-            first, last = (run.tokens_at(kind, step) for step in (steps[0], steps[-1]))
-            inside &= (tokens >= first) & (tokens <= last)
-        if not inside.any():
+        losses = _losses_inside(run, kinds)
+        if not len(losses):
             raise ValueError(f"runs must have losses between their first report and their last, got none in {run}")
-        reached[run] = float(losses[inside].max()), float(losses[inside].min())
+        reached[run] = float(losses.max()), float(losses.min())
     lowest = max(low for _, low in reached.values())
     for run, (high, _) in reached.items():
         if high < lowest:
@@ -201,6 +195,23 @@ def lowest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
                 f"highest in {run}: validate earlier, or train longer"
             )
     return lowest
+
+
+def highest_common_loss(runs: Sequence[Run], kinds: Sequence[str]) -> float:
+    """The highest loss that all runs had while spectra of some kinds were measured; minus infinity if one had none."""
+    return min(float(_losses_inside(run, kinds).max(initial=-inf)) for run in runs)
+
+
+def _losses_inside(run: Run, kinds: Sequence[str]) -> np.ndarray:
+    """Losses between the first report and the last."""
+    entries, losses = run.history.with_loss()
+    tokens = run.history.tokens[entries]
+    inside = np.ones(len(entries), dtype=bool)
+    for kind in kinds:
+        steps = run.steps(kind)
+        first, last = (run.tokens_at(kind, step) for step in (steps[0], steps[-1]))
+        inside &= (tokens >= first) & (tokens <= last)
+    return np.asarray(losses[inside])
 
 
 def measure(run: Run, loss: float, kinds: Sequence[str], bands: dict[str, dict[str, Band]]) -> Measured:

@@ -29,6 +29,23 @@ class Variance(NamedTuple):
     """Degrees of freedom behind it: runs less sides."""
 
 
+class Error(NamedTuple):
+    """Of the difference between the means of two sides."""
+
+    stderr: float
+    """Standard error; for spectra the root of a divergence. NaN where it is not known."""
+    degrees: int
+    """Degrees of freedom behind it."""
+
+    def quantile(self, level: float) -> float:
+        """Of Student's t, for a two-sided interval; NaN without degrees of freedom."""
+        return float(stdtrit(self.degrees, (1 + level) / 2)) if self.degrees else nan
+
+    def reach(self, level: float) -> float:
+        """Half the width of a two-sided interval."""
+        return self.quantile(level) * self.stderr
+
+
 class Scatter(NamedTuple):
     """How runs that should be alike differ, quantity by quantity."""
 
@@ -45,12 +62,15 @@ class Scatter(NamedTuple):
         t quantile times standard error, of logarithms for tokens, throughput and seconds; of spectra its square, a
         divergence. NaN where no side has two runs and no scatter is on record.
         """
+        reach = self.error(key, num_base, num_variant).reach(LEVEL)
+        return reach * reach if key.quantity == "js" else reach
+
+    def error(self, key: Key, num_base: int, num_variant: int) -> Error:
+        """Standard error of the difference between two sides of so many runs, by their seeds."""
         if key not in self.variances:
-            return nan
+            return Error(nan, 0)
         variance, degrees = self.variances[key]
-        t = float(stdtrit(degrees, (1 + LEVEL) / 2))
-        squared = t * t * variance * (1 / num_base + 1 / num_variant)
-        return squared if key.quantity == "js" else sqrt(squared)
+        return Error(sqrt(variance * (1 / num_base + 1 / num_variant)), degrees)
 
     def and_of(self, other: "Scatter") -> "Scatter":
         """Pooled with that of other runs, variances weighted by their degrees of freedom."""

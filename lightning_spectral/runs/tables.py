@@ -9,12 +9,15 @@ from rich.text import Text
 
 from lightning_spectral.functional.estimate import Spectrum, fit_all, rankme_all
 from lightning_spectral.functional.subspace import subspace_overlap
-from lightning_spectral.runs.comparison import Comparison, Gain, Shift
+from lightning_spectral.runs.comparison import Comparison
+from lightning_spectral.runs.gains import Gain
 from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.measured import bands_of, series_used
+from lightning_spectral.runs.movement import P_VALUE, Movement
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.run_spectra import kind_of
+from lightning_spectral.runs.shifts import Shift
 from lightning_spectral.runs.spread import spread
 from lightning_spectral.terminal import console, new_table, show_interval, show_number
 
@@ -43,11 +46,16 @@ def print_comparison(comparison: Comparison) -> None:
         for line in series_used([*comparison.base, *comparison.variant], kind):
             out.print(line)
     out.print(_gains(comparison.gains.values()))
+    for line in _power(comparison):
+        out.print(line)
     if comparison.timing.reason:
         done = "compared day by day" if comparison.timing.compared_by else "left out"
-        out.print(f"tokens a second and seconds are {done}: {comparison.timing.reason}\n")
+        out.print(f"tokens a second and seconds are {done}: {comparison.timing.reason}")
+    out.print()
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         out.print(_shifts(kind, [shift for shift in comparison.shifts if shift.kind == kind]))
+        if kind in comparison.movements:
+            out.print(f"{_moved(comparison.movements[kind], comparison.loss_name)}\n")
     for key, reason in comparison.left_out.items():
         out.print(f"without {key.kind} {key.name}, in {reason}")
     for key, reason in comparison.unknown.items():
@@ -57,7 +65,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def _gains(gains: Any) -> Table:
-    numbers = ["base", "variant", "gain", "interval", "run floor"]
+    numbers = ["base", "variant", "gain", "interval", "run\nfloor"]
     table = new_table("gains of the variant (* beyond its floor)", [""], numbers)
     for gain in gains:
         table.add_row(*_gain_cells(gain))
@@ -65,14 +73,36 @@ def _gains(gains: Any) -> Table:
 
 
 def _gain_cells(gain: Gain) -> Iterator[str]:
-    yield {"tokens": "tokens to the loss", "throughput": "tokens a second", "seconds": "seconds to the loss"}[
-        gain.quantity
-    ]
+    yield {"tokens": "tokens to loss", "throughput": "tokens a second", "seconds": "seconds to loss"}[gain.quantity]
     digits = 1 if gain.quantity == "seconds" else 0
     yield from (show_number(number, digits) for number in (gain.base, gain.variant))
     yield f"{'* ' if gain.is_detected else ''}{_signed(gain.gain, '.1%')}"
-    yield "-" if isnan(gain.low) else f"{gain.low:+.1%} .. {gain.high:+.1%}"
+    yield "-" if isnan(gain.low) else f"{gain.low:+.1%}..{gain.high:+.1%}"
     yield _signed(gain.run_floor, ".1%")
+
+
+def _power(comparison: Comparison) -> Iterator[str]:
+    """What the seeds of a comparison could have shown, and which of them are pairs."""
+    tokens, pairs = comparison.gains.get("tokens"), comparison.pairs
+    if tokens is not None and not isnan(tokens.detectable):
+        yield f"a gain in tokens of {tokens.detectable:.1%} or more would be found in 80 of 100 such comparisons"
+    if pairs.seeds:
+        yield f"tokens, seconds and exponents are compared pair by pair, of seeds {', '.join(map(str, pairs.seeds))}"
+    elif pairs.reason:
+        yield f"runs of equal seeds are not compared pair by pair: {pairs.reason}"
+
+
+def _moved(movement: Movement, loss_name: str) -> str:
+    """Whether spectra moved, and by what that was found."""
+    ratios, losses = (", ".join(show_number(one, 2) for one in row) for row in (movement.ratios, movement.losses))
+    p_values = ", ".join(show_number(one, 3) for one in movement.p_values)
+    tested = f"p {p_values} of {movement.num_ways:,} {movement.tested_by}"
+    if movement.tested_by == "floors":
+        tested = f"{movement.num_ways} splits give no p of {P_VALUE:g}, as four seeds a side do: floors stand for it"
+    return (
+        f"{movement.kind} spectra {'moved' if movement.has_moved else 'did not move'}: between sides {ratios} times as "
+        f"far apart as between seeds (R), at {loss_name} {losses}; {tested}"
+    )
 
 
 def _signed(number: float, form: str) -> str:
@@ -81,17 +111,19 @@ def _signed(number: float, form: str) -> str:
 
 
 def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
-    numbers = ["base", "variant", "shift", "interval", "sampling floor", "run floor"]
-    table = new_table(f"{kind} spectra at the matched loss (* beyond its floors)", ["", "quantity"], numbers)
+    # With headings of two lines, and names on lines of their own, it fits into 80 columns.
+    numbers = ["base", "variant", "shift", "interval", "sampling\nfloor", "run\nfloor"]
+    table = new_table(f"{kind} spectra at the matched loss (* beyond its floors)", [""], numbers)
     before = None
     for shift in shifts:
-        name = shift.name.removesuffix(".weight") or "mean over all"
+        name = shift.name.removesuffix(".weight") or "mean of all"
         label, digits = QUANTITIES[shift.quantity]
-        interval = "-" if isnan(shift.low) else f"{shift.low:+.{digits}f} .. {shift.high:+.{digits}f}"
+        interval = "-" if isnan(shift.low) else f"{shift.low:+.{digits}f}..{shift.high:+.{digits}f}"
         moved = f"{shift.shift:.{digits}f}" if shift.quantity == "js" else _signed(shift.shift, f".{digits}f")
+        if name != before:
+            table.add_row(name)
         table.add_row(
-            "" if name == before else name,
-            label,
+            f"  {label}",
             *(show_number(number, digits) for number in (shift.base, shift.variant)),
             f"* {moved}" if shift.is_detected else moved,
             interval,

@@ -16,9 +16,12 @@ from scipy import stats
 from lightning_spectral import Run, cli, compare
 from lightning_spectral.functional import js_divergence, normalize
 from lightning_spectral.measurement import stopwatch
+from lightning_spectral.runs.gains import BETTER, gain_in
 from lightning_spectral.runs.kinds import Key
+from lightning_spectral.runs.measured import Measured
+from lightning_spectral.runs.sides import Sides
+from lightning_spectral.runs.statistics import scatter
 from lightning_spectral.runs.to_json import to_json
-from lightning_spectral.runs.verdict import decide
 from tests.runs import planted
 from tests.runs.made_up import LAYER, made_up, when
 
@@ -191,10 +194,6 @@ def test_numbers_are_those_of_scipy(tmp_path: Path) -> None:
 
 def test_seeds_alone_raise_few_alarms() -> None:
     """Of 2000 comparisons of three seeds a side that differ by chance alone, five percent may find a difference."""
-    from lightning_spectral.runs.comparison import BETTER, _gain, _Sides
-    from lightning_spectral.runs.measured import Measured
-    from lightning_spectral.runs.statistics import scatter
-
     generator = np.random.default_rng(0)
     alarms = 0
     for _ in range(2000):
@@ -206,8 +205,8 @@ def test_seeds_alone_raise_few_alarms() -> None:
             ]
             for side in logs
         ]
-        both = _Sides(*sides, scatter(sides))
-        alarms += any(_gain(quantity, both).is_detected for quantity in ("tokens", "throughput"))
+        both = Sides(*sides, scatter(sides))
+        alarms += any(gain_in(quantity, both).is_detected for quantity in ("tokens", "throughput"))
     assert 0.03 < alarms / 2000 < 0.06
 
 
@@ -317,24 +316,3 @@ def test_runs_without_a_loss_in_common_are_refused(tmp_path: Path) -> None:
     history.write_text("\n".join(map(",".join, lines)) + "\n")
     with pytest.raises(ValueError, match=r"must have a loss in common, got 0.5 at the lowest in .*a'\) and 0.2 at"):
         compare(first, second)
-
-
-@pytest.mark.parametrize(
-    ("moved", "led_by", "text"),
-    [
-        (
-            {"activation": True, "gradient": False},
-            "activation-led",
-            "learning-side gain (activation-led, +50.0% tokens)",
-        ),
-        ({"activation": False, "gradient": True}, "gradient-led", "learning-side gain (gradient-led, +50.0% tokens)"),
-        ({"activation": True, "gradient": True}, "mixed", "learning-side gain (mixed, +50.0% tokens)"),
-        ({"activation": False, "gradient": False}, "", "(no spectra moved beyond their floors, +50.0% tokens)"),
-        ({"activation": True}, "activation-led", "(activation-led; no gradient spectra to compare, +50.0% tokens)"),
-        ({}, "", "(no spectra to compare, +50.0% tokens)"),
-    ],
-)
-def test_what_leads_a_gain_is_named(moved: dict[str, bool], led_by: str, text: str) -> None:
-    verdict = decide(0.5, 0.0, moved)
-    assert (verdict.kind, verdict.led_by) == ("learning-side", led_by)
-    assert text in verdict.text

@@ -9,9 +9,10 @@ from scipy.stats import t
 
 from lightning_spectral.functional import Spectrum, power_law
 from lightning_spectral.functional.estimate import Estimate
-from lightning_spectral.runs.comparison import _js_shift, _sampling_floor, _Sides
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import Measured
+from lightning_spectral.runs.shifts import js_shift, sampling_floor_of
+from lightning_spectral.runs.sides import Sides
 from lightning_spectral.runs.statistics import Scatter
 
 BAND = (1, 8)
@@ -34,19 +35,19 @@ def measured(exponent: float, rows: str) -> Measured:
     )
 
 
-def sides(rows: str, second_exponent: float = 1.3, num_runs: int = 1) -> _Sides:
+def sides(rows: str, second_exponent: float = 1.3, num_runs: int = 1) -> Sides:
     first, second = ([measured(exponent, rows)] * num_runs for exponent in (1.0, second_exponent))
-    return _Sides(first, second, Scatter({}, [], []))
+    return Sides(first, second, Scatter({}, [], []))
 
 
 @pytest.mark.parametrize("num_runs", [1, 3])
 def test_scatter_that_both_sides_share_goes_out(num_runs: int) -> None:
     same = sides("same", num_runs=num_runs)
-    assert _sampling_floor(ALPHA, same, 0.3) == pytest.approx(0, abs=1e-12)
-    assert _js_shift("activation", "layer", sides("same", 1.0, num_runs)).sampling_floor == pytest.approx(0, abs=1e-15)
+    assert sampling_floor_of(ALPHA, same, 0.3) == pytest.approx(0, abs=1e-12)
+    assert js_shift("activation", "layer", sides("same", 1.0, num_runs)).sampling_floor == pytest.approx(0, abs=1e-15)
     apart = sides("", num_runs=num_runs)
-    assert _sampling_floor(ALPHA, apart, 0.3) > 0.01
-    assert _js_shift("activation", "layer", apart).sampling_floor > 1e-6
+    assert sampling_floor_of(ALPHA, apart, 0.3) > 0.01
+    assert js_shift("activation", "layer", apart).sampling_floor > 1e-6
 
 
 def test_what_they_do_not_share_is_the_jackknife_of_the_difference() -> None:
@@ -55,7 +56,7 @@ def test_what_they_do_not_share_is_the_jackknife_of_the_difference() -> None:
     moved = torch.tensor([0.01, -0.02, 0.0, 0.01], dtype=torch.float64)
     changed = other._replace(without={ALPHA: other.without[ALPHA] + moved})
     stderr = float((3 / 4 * (moved - moved.mean()).square().sum()).sqrt())
-    found = _sampling_floor(ALPHA, same._replace(variant=[changed]), 0.3)
+    found = sampling_floor_of(ALPHA, same._replace(variant=[changed]), 0.3)
     assert found == pytest.approx(float(t.ppf(0.975, 3)) * stderr)
 
 
@@ -69,4 +70,4 @@ def test_one_group_has_no_floor() -> None:
         ]
         for run, s in ((side[0], side[0].spectra[JS]) for side in same.both)
     ]
-    assert torch.tensor(_sampling_floor(ALPHA, same._replace(base=lone[0], variant=lone[1]), 0.3)).isnan()
+    assert torch.tensor(sampling_floor_of(ALPHA, same._replace(base=lone[0], variant=lone[1]), 0.3)).isnan()

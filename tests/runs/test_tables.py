@@ -15,6 +15,8 @@ from lightning_spectral.runs.backtesting import Point, Predictor
 from lightning_spectral.runs.forecast_tables import print_forecast
 from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.kinds import Key
+from lightning_spectral.runs.movement import Movement
+from lightning_spectral.runs.pairs import Pairs
 from lightning_spectral.runs.spread import spread
 from lightning_spectral.runs.tables import evolution, print_comparison, print_run
 from lightning_spectral.runs.verdict import Verdict
@@ -35,7 +37,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def gain(quantity: str = "tokens", **changes) -> Gain:
-    known = Gain(quantity, 2e6, 1234567.0, 0.62, 0.5, 0.75, 0.08, True)
+    known = Gain(quantity, 2e6, 1234567.0, 0.62, 0.5, 0.75, 0.08, True, 0.1, 0.7)
     return known._replace(**changes)
 
 
@@ -49,15 +51,15 @@ def shift(quantity: str = "rankme", name: str = "b.0.weight", **changes) -> Shif
     [
         (
             gain(),
-            ["tokens to the loss", "2,000,000", "1,234,567", "* +62.0%", "+50.0% .. +75.0%", "+8.0%"],
+            ["tokens to loss", "2,000,000", "1,234,567", "* +62.0%", "+50.0%..+75.0%", "+8.0%"],
         ),
         (
             gain("throughput", base=10.4, variant=9.6, gain=-0.08, low=-0.2, high=0.05, run_floor=-0.1, is_detected=0),
-            ["tokens a second", "10", "10", "-8.0%", "-20.0% .. +5.0%", "-10.0%"],
+            ["tokens a second", "10", "10", "-8.0%", "-20.0%..+5.0%", "-10.0%"],
         ),
         (
             gain("seconds", base=1234.56, variant=0.04, low=nan, high=nan, run_floor=nan, is_detected=False),
-            ["seconds to the loss", "1,234.6", "0.0", "+62.0%", "-", "-"],
+            ["seconds to loss", "1,234.6", "0.0", "+62.0%", "-", "-"],
         ),
         (
             gain("throughput", base=nan, variant=nan, gain=nan, low=nan, high=nan, run_floor=nan, is_detected=False),
@@ -74,37 +76,70 @@ def test_a_gain_is_a_line(comparison: Comparison, capsys: Printed, row: Gain, ce
 @pytest.mark.parametrize(
     ("row", "cells"),
     [
-        (shift(), ["b.0", "RankMe", "1,234.5", "1,200.0", "* -34.5", "-40.0 .. -29.0", "2.0", "5.5"]),
+        (shift(), ["RankMe", "1,234.5", "1,200.0", "* -34.5", "-40.0..-29.0", "2.0", "5.5"]),
         (
             shift("alpha_tail", "c", base=1.0, variant=1.25, shift=0.25, low=nan, run_floor=nan, is_detected=False),
-            ["c", "alpha_tail", "1.000", "1.250", "+0.250", "-", "2.000", "-"],
+            ["alpha_tail", "1.000", "1.250", "+0.250", "-", "2.000", "-"],
         ),
         (
             shift("alpha_head", "c", base=nan, variant=nan, shift=nan, low=nan, run_floor=nan, is_detected=False),
-            ["c", "alpha_head", "-", "-", "-", "-", "2.000", "-"],
+            ["alpha_head", "-", "-", "-", "-", "2.000", "-"],
         ),
         (
             shift("js", "", base=nan, variant=nan, shift=0.012, low=nan, high=nan, sampling_floor=0.001, run_floor=0.0),
-            ["mean over all", "JS", "-", "-", "* 0.01200", "-", "0.00100", "0.00000"],
+            ["JS", "-", "-", "* 0.01200", "-", "0.00100", "0.00000"],
         ),
     ],
     ids=["detected", "no floor", "not known", "mean"],
 )
 def test_a_shift_is_a_line(comparison: Comparison, capsys: Printed, row: Shift, cells: list[str]) -> None:
     print_comparison(comparison._replace(shifts=[row]))
-    assert cells in rows_of(capsys.readouterr().out)
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[rows.index(cells) - 1] == [row.name.removesuffix(".weight") or "mean of all"]
 
 
-def test_a_name_stands_in_the_first_of_its_lines_and_each_kind_has_a_table(
-    comparison: Comparison, capsys: Printed
-) -> None:
+def test_a_name_stands_above_its_lines_and_each_kind_has_a_table(comparison: Comparison, capsys: Printed) -> None:
     shifts = [shift(name=""), shift(name="b.0"), shift("alpha_tail", "b.0"), shift(name="c"), shift(kind="gradient")]
     print_comparison(comparison._replace(shifts=shifts))
     printed = capsys.readouterr().out
-    shown = [row[0] for row in rows_of(printed) if "RankMe" in row or "alpha_tail" in row]
-    assert shown == ["mean over all", "b.0", "alpha_tail", "c", "b.0"]
+    shown = [row[0] for row in rows_of(printed) if row[0] in ("mean of all", "b.0", "c", "RankMe", "alpha_tail")]
+    assert shown == ["mean of all", "RankMe", "b.0", "RankMe", "alpha_tail", "c", "RankMe", "b.0", "RankMe"]
     for kind in ("activation", "gradient"):
         assert printed.count(f"{kind} spectra at the matched loss (* beyond its floors)") == 1
+
+
+def test_a_terminal_of_80_columns_shows_all_of_it(
+    comparison: Comparison, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_spectral.terminal.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    print_comparison(comparison)
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    labels = [row[0] for row in rows_of(printed)]
+    for label in ("tokens to loss", "tokens a second", "seconds to loss", "JS", "alpha_head", "alpha_tail", "RankMe"):
+        assert label in labels
+    assert LAYER in labels
+
+
+def test_what_seeds_could_have_shown_and_what_moved_is_said(comparison: Comparison, capsys: Printed) -> None:
+    print_comparison(comparison)
+    words = " ".join(capsys.readouterr().out.split())
+    detectable = comparison.gains["tokens"].detectable
+    assert f"a gain in tokens of {detectable:.1%} or more would be found in 80 of 100 such comparisons" in words
+    assert "3 splits give no p of 0.025, as four seeds a side do: floors stand for it" in words
+    assert "activation spectra did not move: between sides " in words
+    known = Movement("activation", [1.0, 1.25, 2.0], [3.0, 2.25, nan], [0.002, 0.01, nan], "splits", 462, True)
+    pairs = Pairs([1, 2, 30], "")
+    print_comparison(comparison._replace(movements={"activation": known}, pairs=pairs))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "activation spectra moved: between sides 3.00, 2.25, - times as far apart as between seeds (R)" in words
+    assert "at val_loss 1.00, 1.25, 2.00; p 0.002, 0.010, - of 462 splits" in words
+    assert "compared pair by pair, of seeds 1, 2, 30" in words
+    print_comparison(comparison._replace(pairs=Pairs([], "that takes 3 of them")))
+    assert "not compared pair by pair: that takes 3 of them" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +163,7 @@ def test_brackets_and_colons_are_shown_as_they_are(comparison: Comparison, capsy
     print_comparison(comparison._replace(shifts=[shift(name=odd)], left_out=left_out, verdict=verdict))
     printed = capsys.readouterr().out
     assert f"without activation {odd}, in {odd}: no values" in printed
-    assert [odd, "RankMe"] in [row[:2] for row in rows_of(printed)]
+    assert [odd] in rows_of(printed)
     assert f"verdict  nothing in {odd}" in printed
 
 
