@@ -130,6 +130,24 @@ def alarms(name: str, facts: Sequence[Fact]) -> dict[str, str]:
     }
 
 
+COLUMNS = "verdict, led by, kinds that moved, geometric means of R of activations and gradients"
+
+
+def in_columns(facts: Sequence[Fact]) -> list[str]:
+    """Each comparison as one word, so that a file of hundreds stays small."""
+    return [
+        ",".join(
+            [
+                fact["kind"],
+                fact["led_by"] or "-",
+                "+".join(kind for kind, moved in fact["moved"].items() if moved) or "-",
+                *(f"{ratio:.3g}" for ratio in fact["ratios"].values()),
+            ]
+        )
+        for fact in facts
+    ]
+
+
 def _those(facts: Sequence[Fact], chosen: Sequence[bool]) -> list[Fact]:
     return [fact for fact, is_chosen in zip(facts, chosen, strict=True) if is_chosen]
 
@@ -239,10 +257,9 @@ def main() -> None:
         ("What a permutation can show", possible()),
     ]
     show_and_write(sections, "", arguments.folder / "verdicts.md")
-    numbers = {
-        "environment": environment(),
-        "null": null,
-        "planted": {f"{name}, {num_seeds} seeds a side": facts for (name, num_seeds), facts in planted.items()},
+    every = null | {f"{name}, {num_seeds} seeds a side": facts for (name, num_seeds), facts in planted.items()}
+    numbers = {"environment": environment(), "columns": COLUMNS} | {
+        name: in_columns(one) for name, one in every.items()
     }
     (arguments.folder / "verdicts.json").write_text(compact(to_json(numbers)) + "\n")
     wrong = np.mean([_judge(name, fact) == "wrong" for (name, _), facts in planted.items() for fact in facts])
