@@ -9,7 +9,7 @@ from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.statistics import number
 
 MIN_PAIRS = 3
-"""Two pairs leave one degree of freedom, whose interval is four times as wide as that of two seeds a side."""
+"""Two pairs leave one degree of freedom, whose interval is three times as wide as that of two seeds a side."""
 
 SAME_ORDER = ("batch_tokens", "accumulate_grad_batches", "world_size")
 """What must agree, where both recorded it, for runs of one seed to have read their data in one order."""
