@@ -19,9 +19,8 @@ SOLVED, NOT_FINITE, BROKEN = 0.0, 1.0, 2.0
 
 SINGLE_FROM = {"cpu": 256}
 """By type of device the least width at which what is left without a group is solved in float32, if products were in it
-too and where error bars allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer would
-save a sixth or less of a few milliseconds. Other devices were not measured, nor how their solvers round: there all is
-solved in float64."""
+too and where error bars allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer takes
+a few milliseconds in all. Other devices were not measured, nor how their solvers round: there all is in float64."""
 
 SINGLE_COST = 0.55
 """Of a solve in float32 beside one in float64."""
