@@ -1,6 +1,7 @@
 """``overlap``: solved beside training, published with its own step, never later than said, with the same numbers."""
 
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -292,7 +293,26 @@ def on_rank(rank: int, folder: str) -> dict[str, Any]:
         found[overlap] = {"values": seen.values, "came": seen.came, "step": trainer.global_step}
         metrics = trainer.callback_metrics
         found[overlap]["metrics"] = {k: float(v) for k, v in metrics.items() if k.startswith("activation")}
-    return found
+    return found | {"broken": broken(Path(folder) / "broken", solver)}
+
+
+def broken(folder: Path, solver: Callable[..., Any]) -> tuple[list[str], str, int]:
+    """What is said, raised and recorded where all ranks fail while a report is being made."""
+    gate, said = Gate(), []
+    decomposition._eigen = gate.solve(solver)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+
+    def stop(trainer: Trainer) -> None:
+        raise RuntimeError("broken")
+
+    callback = spectrum()
+    with pytest.raises(RuntimeError) as raised:
+        fit(folder, callback, At(5, stop), strategy="ddp", devices=2, **NO_VALIDATION)
+    gate.opened.set()
+    dropped = [one for one in said if "drops" in one]
+    return dropped, str(raised.value), len(list(folder.rglob("*.npz")))
 
 
 def test_on_two_ranks_no_thread_meets_the_other_and_numbers_are_the_same(tmp_path: Path) -> None:
@@ -304,6 +324,9 @@ def test_on_two_ranks_no_thread_meets_the_other_and_numbers_are_the_same(tmp_pat
     assert ranks[0][True]["values"] == ranks[0][False]["values"]
     assert list(ranks[0][True]["values"]) == [4, 8, 12]
     assert ranks[0][False]["came"] == {4: 4, 8: 8, 12: 12}
+    dropped = "lightning-spectral drops the report of step 4, which was not ready when training ended early"
+    assert ranks[0]["broken"] == ([dropped], "broken", 0)
+    assert ranks[1]["broken"][1:] == ("broken", 0)
     # Before the validation run after step 6.
     assert ranks[0][True]["came"][4] <= 6
 
