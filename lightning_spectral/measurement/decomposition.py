@@ -14,8 +14,9 @@ from lightning_spectral.functional.single_precision import spectra_of_parts
 from lightning_spectral.functional.spectrum import beyond_rank, eigenvectors, spectrum
 from lightning_spectral.metrics.collectives import Together, all_reduce, rank_and_world
 
-SOLVED, NOT_FINITE, BROKEN = 0.0, 1.0, 2.0
-"""What came of a matrix, as ranks tell each other: eigenvalues, perhaps NaN; nothing, for its rows; an error."""
+SOLVED, NOT_FINITE, BROKEN = 1.0, 2.0, 3.0
+"""What came of a matrix, as ranks tell each other: eigenvalues, perhaps NaN; nothing, for its rows; an error. Zero is
+what nobody has solved."""
 
 SINGLE_FROM = {"cpu": 256}
 """By type of device the least width at which what is left without a group is solved in float32, if products were in it
@@ -50,15 +51,20 @@ class Pooled:
         """Channels of a row."""
         return self.parts.mean.shape[-1]
 
-    def is_single(self, layer: int) -> bool:
+    @property
+    def home(self) -> torch.device:
+        """Where the moments are, on this rank."""
+        return self.parts.scatter.device
+
+    def is_single(self, layer: int, device: torch.device) -> bool:
         """Whether what is left of a layer without a group is solved in float32, where its error bars allow that."""
         assert self.dtypes is not None
-        least = SINGLE_FROM.get(self.parts.scatter.device.type)
+        least = SINGLE_FROM.get(device.type)
         return least is not None and self.width >= least and self.dtypes[layer] == "float32"
 
-    def cost(self, layer: int, union: int) -> float:
+    def cost(self, layer: int, union: int, device: torch.device) -> float:
         """Of solving a matrix, by its width and type."""
-        return self.width**3 * (SINGLE_COST if union > 0 and self.is_single(layer) else 1.0)
+        return self.width**3 * (SINGLE_COST if union > 0 and self.is_single(layer, device) else 1.0)
 
     @property
     def members(self) -> Tensor:
@@ -94,10 +100,18 @@ class Decomposition:
         pooled: Moments by width.
         step: Optimizer steps so far.
         num_vectors: How many leading eigenvectors to keep, 0 for none.
+        device: Where the process group can reduce, of one type on all ranks; None for that of the moments.
     """
 
-    def __init__(self, pooled: Sequence[Pooled], step: float = torch.nan, num_vectors: int = 0) -> None:
+    def __init__(
+        self,
+        pooled: Sequence[Pooled],
+        step: float = torch.nan,
+        num_vectors: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self.pooled = pooled
+        self._device = pooled[0].home if device is None and pooled else device or torch.device("cpu")
         self._step, self._num_vectors = step, num_vectors
         rank, self._world = rank_and_world()
         matrices = [
@@ -106,8 +120,9 @@ class Decomposition:
             for layer in range(len(one.names))
             for union in range(len(one.members))
         ]
-        mine = shares([pooled[matrix.width].cost(matrix.layer, matrix.union) for matrix in matrices], self._world)[rank]
-        self.share = [matrices[index] for index in mine]
+        # Not by where moments are: one rank may keep them on its GPU, and another, short of memory, on the CPU.
+        costs = [pooled[one.width].cost(one.layer, one.union, self._device) for one in matrices]
+        self.share = [matrices[index] for index in shares(costs, self._world)[rank]]
         """What this rank solves."""
         self._num_vectors_of = [min(num_vectors, one.width) for one in pooled]
         sizes = [1 + one.width * (1 + k) for one, k in zip(pooled, self._num_vectors_of, strict=True)]
@@ -138,7 +153,7 @@ class Decomposition:
         for width, one in enumerate(self.pooled):
             share = [matrix for matrix in self.share if matrix.width == width]
             # A CPU's solver takes one matrix after the other anyway: there one at a time is all the memory.
-            size = 1 if one.parts.scatter.device.type == "cpu" else max(len(share), 1)
+            size = 1 if one.home.type == "cpu" else max(len(share), 1)
             yield from (share[start : start + size] for start in range(0, len(share), size))
 
     def _solve(self, some: list[Matrix]) -> Tensor:
@@ -152,7 +167,7 @@ class Decomposition:
         sample = unions[0] if len(unions) == 1 else Moments(*map(torch.cat, zip(*unions, strict=True)))
         shares_of_largest = [[pooled.rounding(one.layer)] for one in some]
         rtol = torch.tensor(shares_of_largest, dtype=torch.float64, device=sample.scatter.device)
-        if any(pooled.is_single(one.layer) for one in some):
+        if any(pooled.is_single(one.layer, pooled.home) for one in some):
             values, vectors = self._eigen_of_parts(some, sample, num_vectors, rtol)
         else:
             values, vectors = _eigen(sample, num_vectors, rtol)
@@ -165,7 +180,7 @@ class Decomposition:
     ) -> tuple[Tensor, Tensor]:
         pooled = self.pooled[some[0].width]
         total = torch.stack([pooled.parts.num_rows[one.layer].sum() for one in some])
-        is_single = torch.tensor([pooled.is_single(one.layer) for one in some], device=total.device)
+        is_single = torch.tensor([pooled.is_single(one.layer, pooled.home) for one in some], device=total.device)
         total = torch.where(is_single, total, sample.num_rows)  # as of a part that is all there is
         layers = [(one.width, one.layer) for one in some]
         # What this rank has solved of these layers, with all groups or without another one, tells whether float32 does.
@@ -185,18 +200,17 @@ class Decomposition:
         """
         if not self.pooled:
             return {}
-        device = self.pooled[0].parts.scatter.device
         found = [torch.zeros(shape, dtype=torch.float64) for shape in self._shapes]
         for (width, layer, union), numbers in self._found:
             found[width][layer, union] = numbers
         if self._world > 1:
-            flat = torch.cat([slots.flatten() for slots in found]).to(device)
+            flat = torch.cat([slots.flatten() for slots in found]).to(self._device)
             all_reduce(flat)
             sizes = [slots.numel() for slots in found]
             found = [part.view(shape) for part, shape in zip(flat.cpu().split(sizes), self._shapes, strict=True)]
         reason = self._reason
         if self._world > 1 and any(bool((slots[..., 0] == BROKEN).any()) for slots in found):
-            reason = (Together(device) if together is None else together).reasons(reason)
+            reason = (Together(self._device) if together is None else together).reasons(reason)
         spectra: dict[str, Spectrum] = {}
         for one, slots, num_vectors in zip(self.pooled, found, self._num_vectors_of, strict=True):
             spectra |= self._of_width(one, slots, num_vectors, reason or "")
@@ -213,8 +227,10 @@ class Decomposition:
             failure = pooled.failures.get(name)
             if failure is None and bool(count.isnan().any()):
                 failure = pooled.elsewhere.get(name) or "another rank could not measure it"
-            if failure is None and bool((flags[layer] == BROKEN).any()):
-                spectra[name] = Spectrum.missing(reason, name=name, step=self._step, count_without=0)
+            if failure is None and not bool(((flags[layer] == SOLVED) | (flags[layer] == NOT_FINITE)).all()):
+                spectra[name] = Spectrum.missing(
+                    reason or "no rank has solved it", name=name, step=self._step, count_without=0
+                )
                 continue
             failure = failure or _why_no_spectrum(flags[layer, 0], values[layer, 0], count)
             kept = slice(1, None if bool((count > 0).all()) else 1)

@@ -28,7 +28,7 @@ class Pending(Generic[T]):
         work: Gives a part of the work with each item, on ``device``; it may be left unfinished. No collectives.
         end: Makes the result, on the main thread, when all work is done; it may hold collectives.
         device: Where it works: on a GPU in a stream of its own, after what the current one has to do.
-        tensors: On a GPU, what it reads.
+        tensors: What it reads, so that the memory of what lies on a GPU is not given to others before.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class Pending(Generic[T]):
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             for tensor in tensors:
-                tensor.record_stream(self._stream)
+                if tensor.is_cuda:  # sums may be kept on the CPU
+                    tensor.record_stream(self._stream)
         # No daemon, which would be torn out of a solver: a process that exits waits for the part of the work under way.
         self._thread = threading.Thread(target=self._run, name="lightning-spectral")
         self._thread.start()

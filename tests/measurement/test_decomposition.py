@@ -177,7 +177,7 @@ def solved(num_vectors: int, failing: bool = False, single: bool = False) -> dic
         with pytest.MonkeyPatch.context() as patched:
             patched.setitem(SINGLE_FROM, "cpu", min(WIDTHS))
             return solved(num_vectors, failing)
-    whole = Decomposition(pooled(), 3, num_vectors)
+    whole = Decomposition(pooled(), 3, num_vectors, torch.device("cpu"))
     solver = decomposition._eigen
 
     def solve(sample: Moments, *args: Any) -> Any:
@@ -201,7 +201,15 @@ def both(rank: int) -> dict[str, Any]:
         "vectors": solved(NUM_VECTORS),
         "failing": solved(0, failing=rank == 1),
         "single": solved(0, single=True),
+        "homes": of_homes("cuda" if rank == 1 else "cpu"),
     }
+
+
+def of_homes(kind: str) -> dict[str, Any]:
+    """With moments that lie, for all that is told of them, on another kind of device on one of the ranks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pooled, "home", torch.device(kind))
+        return solved(0, single=True)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +235,21 @@ def test_ranks_share_the_matrices_and_find_what_one_finds(ranks: list[dict[str, 
             is_same = expected["leave_one_out"] == double["leave_one_out"]
             assert not is_same.any() if expected["dtype"] == "float32" else is_same.all()
             np.testing.assert_allclose(expected["leave_one_out"], double["leave_one_out"], rtol=1e-5)
+
+
+def test_ranks_share_alike_wherever_each_keeps_its_moments(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["homes"]["share"] == seen["single"]["share"]
+        assert seen["homes"]["spectra"].keys() == seen["single"]["spectra"].keys()
+        for name, arrays in seen["homes"]["spectra"].items():
+            np.testing.assert_equal(arrays["values"], seen["single"]["spectra"][name]["values"])
+
+
+def test_what_nobody_has_solved_is_no_spectrum_of_zeros() -> None:
+    found = Decomposition(pooled()).spectra()
+    reasons = {name: one.failure for name, one in found.items()}
+    assert reasons == dict.fromkeys(reasons, "no rank has solved it")
+    assert len(reasons) == sum(WIDTHS.values())
 
 
 def test_what_one_rank_cannot_solve_is_missing_on_both_with_its_reason(ranks: list[dict[str, Any]]) -> None:
