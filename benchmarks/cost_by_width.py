@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.harness import Target, console, in_fresh_process, main
 from benchmarks.one_report import GROUPS
 from benchmarks.published_runs import RUNS, PublishedRun
+from lightning_spectral.probing.cost import sums_bytes as of_layer
 
 EVERY_N_STEPS = 100
 LAYERS = 5
@@ -65,8 +66,8 @@ def of_width(width: int, layers: int, arguments: argparse.Namespace) -> dict[str
 
 
 def sums_bytes(width: int) -> int:
-    """What is kept between reports: a float64 square for each group and layer."""
-    return LAYERS * GROUPS * 8 * width**2
+    """What is kept while rows are collected, of all layers, counted from shapes."""
+    return LAYERS * of_layer(GROUPS, width)
 
 
 def computed(width: int, widest: dict[str, Any]) -> dict[str, Any]:
