@@ -54,7 +54,10 @@ class Gate:
     def result(self, result: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def waited_for(pending: Any) -> Any:
             self.opened.set()
-            return result(pending)
+            try:
+                return result(pending)
+            finally:
+                self.opened.clear()  # before the next is begun
 
         return waited_for
 
@@ -70,27 +73,22 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 class Seen(CSVLogger):
     """Notes at which step of training each report came."""
 
-    def __init__(self, folder: Path, gate: Gate | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder, version=0)
         self.came: dict[int, int] = {}
         self.values: dict[int, dict[str, float]] = {}
         self.trainer: Trainer | None = None
-        self.gate = gate
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if KEY in metrics:
             self.came[step] = self.trainer.global_step
             self.values[step] = {key: value for key, value in metrics.items() if "seconds" not in key}
-            if self.gate is not None:
-                self.gate.opened.clear()
         super().log_metrics(metrics, step)
 
 
-def fit(
-    folder: Path, *callbacks: Callback, gate: Gate | None = None, resume: str | None = None, **kwargs: Any
-) -> tuple[Seen, Trainer]:
+def fit(folder: Path, *callbacks: Callback, resume: str | None = None, **kwargs: Any) -> tuple[Seen, Trainer]:
     torch.manual_seed(0)
-    logger = Seen(folder, gate)
+    logger = Seen(folder)
     trainer = tiny_trainer(folder, callbacks=list(callbacks), logger=logger, **({"max_steps": 12} | kwargs))
     logger.trainer = trainer
     trainer.fit(LanguageModel(), token_loader(64), token_loader(8), ckpt_path=resume)
@@ -117,7 +115,7 @@ def test_a_report_that_is_ready_comes_with_the_next_step(tmp_path: Path, gate: G
         callback.measurement.pending._thread.join(LIMIT)
 
     callback = spectrum()
-    seen, _ = fit(tmp_path, callback, At(6, ready), gate=gate, **NO_VALIDATION)
+    seen, _ = fit(tmp_path, callback, At(6, ready), **NO_VALIDATION)
     assert seen.came == {4: 7, 8: 12, 12: 12}
 
 
@@ -131,7 +129,7 @@ def test_a_report_that_is_ready_comes_with_the_next_step(tmp_path: Path, gate: G
 )
 def test_a_report_comes_before(tmp_path: Path, gate: Gate, kwargs: dict[str, Any], came: dict[int, int]) -> None:
     kwargs = kwargs if "val_check_interval" in kwargs else kwargs | NO_VALIDATION
-    seen, trainer = fit(tmp_path, spectrum(), gate=gate, **kwargs)
+    seen, trainer = fit(tmp_path, spectrum(), **kwargs)
     assert seen.came == came
     assert float(trainer.callback_metrics[KEY]) == seen.values[12][KEY]
 
@@ -140,7 +138,7 @@ def test_a_report_comes_before_a_checkpoint_and_is_in_it(tmp_path: Path, gate: G
     checkpoints = [ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=6, save_top_k=-1)]
     callback = spectrum()
     more = {"limit_train_batches": 6, **NO_VALIDATION}
-    seen, _ = fit(tmp_path, callback, *checkpoints, gate=gate, max_steps=13, enable_checkpointing=True, **more)
+    seen, _ = fit(tmp_path, callback, *checkpoints, max_steps=13, enable_checkpointing=True, **more)
     assert seen.came == {4: 6, 8: 12, 12: 12}
     saved = torch.load(tmp_path / "saved" / "step=6.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert saved["summary"]["num_reports"] == 1
@@ -148,7 +146,7 @@ def test_a_report_comes_before_a_checkpoint_and_is_in_it(tmp_path: Path, gate: G
     resumed = []
     for overlap in (True, False):
         resume = str(tmp_path / "saved" / "step=6.ckpt")
-        resumed.append(fit(tmp_path / f"{overlap}", spectrum(overlap), gate=gate, resume=resume, **more)[0].values)
+        resumed.append(fit(tmp_path / f"{overlap}", spectrum(overlap), resume=resume, **more)[0].values)
     assert resumed[0] == resumed[1]
     assert resumed[0].keys() == {8, 12}
     assert resumed[0][12] == seen.values[12]
@@ -160,9 +158,7 @@ def test_all_callbacks_and_the_record_have_the_same_numbers_as_without(tmp_path:
         shared = {"every_n_steps": EVERY, "stage": "train", "overlap": overlap}
         drift = HeadDrift("network.blocks.0", 3, **shared)
         forecaster = TailForecaster(0.0, layer="network.blocks.0", **shared)
-        logger, trainer = fit(
-            tmp_path / str(overlap), spectrum(overlap), drift, forecaster, gate=gate, val_check_interval=6
-        )
+        logger, trainer = fit(tmp_path / str(overlap), spectrum(overlap), drift, forecaster, val_check_interval=6)
         run = Run(tmp_path / str(overlap) / "lightning_logs" / "version_0")
         assert list(run.about["series"]) == ["activation-train"]
         name = "network.blocks.0"
@@ -229,16 +225,14 @@ def test_an_interrupted_run_has_the_report_it_was_making(tmp_path: Path, gate: G
     callback = spectrum()
     # Of an interrupt Lightning makes an exit.
     with pytest.raises(SystemExit if error is KeyboardInterrupt else RuntimeError):
-        fit(tmp_path, callback, At(6, stop), gate=gate, **NO_VALIDATION)
+        fit(tmp_path, callback, At(6, stop), **NO_VALIDATION)
     assert Run(tmp_path / "lightning_logs" / "version_0").steps("activation") == [4]
     assert callback.session is None
 
 
 def test_rows_of_the_next_report_are_its_own(tmp_path: Path, gate: Gate) -> None:
     # All steps are collected, those of the next report while the sums of the last are being solved.
-    found = [
-        fit(tmp_path / str(overlap), spectrum(overlap), gate=gate, **NO_VALIDATION)[0] for overlap in (True, False)
-    ]
+    found = [fit(tmp_path / str(overlap), spectrum(overlap), **NO_VALIDATION)[0] for overlap in (True, False)]
     assert found[0].came != found[1].came
     assert found[0].values == found[1].values
 
@@ -254,7 +248,7 @@ class Steep(LanguageModel):
 
 def test_a_layer_is_measured_in_float64_from_the_next_whole_window_on(tmp_path: Path, gate: Gate) -> None:
     callback = spectrum(normalize=False, tail=(20, 31), num_tokens=10**6)
-    logger = Seen(tmp_path, gate)
+    logger = Seen(tmp_path)
     trainer = tiny_trainer(tmp_path, callbacks=[callback], logger=logger, max_steps=16, **NO_VALIDATION)
     logger.trainer = trainer
     with warnings.catch_warnings(record=True) as said:
