@@ -58,9 +58,9 @@ class ActivationSpectrum(LayersCallback):
         tail: Band of the tail exponent, likewise. An eighth to a half of the width holds the bands of *Spectral Lens*
             at widths 768 to 1600; (30, 150) is that of its released scripts.
         num_groups: Groups of whole samples, neighbours together, for the delete-a-group jackknife; 1 for no error bars.
-            Each, and one more, takes 8 d^2 bytes for a layer of width d, on the model's device: four of five layers
-            118 MB at width 768, 512 MB at 1,600. Errors are those of other rows of the same population, not of other
-            data or seeds (``docs/error-bars.md``).
+            Each, and one more, takes about 4 d^2 bytes for a layer of width d until the report: four of five layers 69
+            MB at width 768, 276 MB at 1,600 (``docs/memory.md``). Errors are those of other rows of the same
+            population, not of other data or seeds (``docs/error-bars.md``).
         normalize: Apply a parameter-free RMSNorm to each row first, as in *Spectral Lens*.
         dtype: Type of the products; sums are in float64, and solves but some for error bars (``docs/error-bars.md``).
             ``"float32"`` is good to 1e-5 for eigenvalues above 1e-3 of the largest and resolves none below 1e-7 of it,
@@ -83,15 +83,15 @@ class ActivationSpectrum(LayersCallback):
             record (:meth:`lightning_spectral.Run.readout`). Read in training's own passes, ``stage="train"``, of the
             rows as the layer takes them, in all of the window's steps. Loss: a mean cross-entropy with a label a row,
             which is checked. Takes 8 d (d + classes) bytes, and 8 bytes more a class while a batch is read.
-        sums_device: Where the sums of a report are kept, about 4 (``num_groups`` + 1) d^2 bytes a layer from its first
-            rows to the report: on the model's ``"device"``, the ``"cpu"``, or by ``"auto"`` on the device if those of
-            all layers take at most a quarter of its free memory, else on the CPU. Numbers are the same. Where several
-            callbacks share a measurement, the first says it.
+        sums_device: Where the sums of a report are kept from the first rows to it: on the model's ``"device"``, the
+            ``"cpu"``, or by ``"auto"`` on the device if those of all layers take at most a quarter of its free memory,
+            else on the CPU. Numbers are the same. Where several callbacks share a measurement, the first says it.
         overlap: Solve for eigenvalues in a thread while training goes on; only with ``stage="train"``. A report is then
             published with the step that it is of as soon as all ranks have solved their share, and before the next one,
             a validation run, a checkpoint or the end of training at the latest; its sums are kept until then beside
             those of the next. ``"auto"`` does so on a GPU, True on a CPU as well, where the thread needs a core that
-            training leaves to it. What monitors the reports of training step by step needs False.
+            training leaves to it. What monitors the reports of training step by step needs False; with ``readout`` it
+            is False.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that

@@ -472,7 +472,7 @@ class ActivationMeasurement(Measurement):
             failures = dict(self._collector.failures)
             is_bad = zip(names, parts.num_rows.isnan().any(-1).tolist(), strict=True)
             elsewhere = {name: self.together.reasons(failures.get(name)) for name, bad in is_bad if bad}
-            return Pooled(list(names), parts, failures, dtypes, elsewhere), offered
+            return Pooled(list(names), parts, failures, dtypes, elsewhere, self._collector.device), offered
 
         try:
             found, offered = self.together.attempt(pooled)

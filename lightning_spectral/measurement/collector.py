@@ -109,7 +109,8 @@ class Collector:
         self._keep = keep
         self._home: torch.device | None = None
         """Where sums of products are kept; None until it is settled."""
-        self._behind = Behind()
+        self._behind: Behind | None = None
+        """Through which a GPU's products come to sums on the CPU; None where there are none."""
         self._of_width: dict[int, list[str]] = {}
         """Names of the layers of each width, in an order that all ranks share."""
         self._sums: dict[str, Sums] = {}
@@ -171,12 +172,19 @@ class Collector:
             needed = sum(len(names) * sums_bytes(self.num_groups, width, self.device) for width, names in known.items())
             self._home = placed(self._keep, needed, self.device).device
         try:
-            return Sums(num_groups, width, self.device, self._home)
+            sums = Sums(num_groups, width, self.device, self._home)
         except torch.OutOfMemoryError:
             if self._keep != "auto" or self._home == CPU:
                 raise
             self._home = CPU
-            return Sums(num_groups, width, self.device, self._home)
+            sums = Sums(num_groups, width, self.device, self._home)
+        if self._home != self.device and self._behind is None:
+            self._behind = Behind()
+        return sums
+
+    def _settle(self) -> None:
+        if self._behind is not None:
+            self._behind.settle()
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float64 if name in self.in_float64 else self.dtype
@@ -249,7 +257,7 @@ class Collector:
     def _join(self, name: str, joins: Sequence[int]) -> None:
         """Carry out joins of slots, see :class:`Stretches`; all sums of a layer are about one pivot."""
         if joins:
-            self._behind.settle()
+            self._settle()
         for first in joins:
             for mine, theirs in zip(self._slot(name, first), self._slot(name, first + 1), strict=True):
                 mine.add_(theirs)
@@ -262,7 +270,7 @@ class Collector:
     def _finish(self, name: str) -> None:
         """Bring what slots hold into the groups' own."""
         stretches = self._progress[name].stretches
-        self._behind.settle()
+        self._settle()
         self._join(name, stretches.finish())
         # From the last on, for none moves to an earlier one.
         for slot, group in reversed(list(enumerate(stretches.groups(self._rank, self._world)))):
@@ -292,7 +300,7 @@ class Collector:
         centred = self._centred(samples, scale, sums.pivot.to(samples.device, dtype), keep)
         slot.num_rows.add_(num_rows)
         slot.total.add_(centred.sum(0).to(slot.total))
-        sums.panels.add_products(slot.outer, centred, self._behind)
+        sums.panels.add_products(slot.outer, centred, self._behind if slot.outer.device.type == "cpu" else None)
 
     @staticmethod
     def _centred(samples: Tensor, scale: Tensor | None, pivot: Tensor, keep: Tensor | None) -> Tensor:
@@ -308,7 +316,7 @@ class Collector:
 
     def drop(self, names: Collection[str]) -> None:
         """Forget the rows of some layers."""
-        self._behind.settle()
+        self._settle()
         for name in names:
             self._sums.pop(name, None)
             self._spare.pop(name, None)
@@ -384,7 +392,7 @@ class Collector:
         is_double = [self._dtype_of(name) == torch.float64 for name in names]
         numbers = [[self.offered(name) for name in names], [self.offered(name) > 0 for name in names], is_double]
         riders = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self._behind.settle()
+        self._settle()
         moments, totals = pooled(parts, riders.flatten(), self.device)
         offered, num_ranks, num_double = totals.chunk(3)
         dtypes = ["float64" if number == self._num_ranks else "float32" for number in num_double.tolist()]
@@ -404,7 +412,7 @@ class Collector:
 
     def release(self) -> None:
         """Give all memory back."""
-        self._behind.settle()
+        self._settle()
         self._sums.clear()
         self._spare.clear()
 

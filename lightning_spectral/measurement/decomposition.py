@@ -42,6 +42,8 @@ class Pooled:
     are zero."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What is known of failures on other ranks."""
+    device: torch.device | None = None
+    """Where matrices are solved and the process group can reduce; None for where the moments are."""
 
     def __post_init__(self) -> None:
         self.dtypes = ["float64"] * len(self.names) if self.dtypes is None else self.dtypes
@@ -53,8 +55,12 @@ class Pooled:
 
     @property
     def home(self) -> torch.device:
-        """Where the moments are, on this rank."""
-        return self.parts.scatter.device
+        """Where matrices are solved, on this rank."""
+        return self.parts.scatter.device if self.device is None else self.device
+
+    def moments(self, layer: int) -> Moments:
+        """Those of one layer's groups."""
+        return Moments(*(part[layer].to(self.home) for part in self.parts))
 
     def is_single(self, layer: int, device: torch.device) -> bool:
         """Whether what is left of a layer without a group is solved in float32, where its error bars allow that."""
@@ -160,10 +166,7 @@ class Decomposition:
         """``(M, 1 + d + d k)`` what came of matrices of one width, their eigenvalues and leading eigenvectors."""
         pooled, num_vectors = self.pooled[some[0].width], self._num_vectors_of[some[0].width]
         members = pooled.members
-        unions = [
-            pool(Moments(*(part[one.layer] for part in pooled.parts)), members[one.union : one.union + 1])
-            for one in some
-        ]
+        unions = [pool(pooled.moments(one.layer), members[one.union : one.union + 1]) for one in some]
         sample = unions[0] if len(unions) == 1 else Moments(*map(torch.cat, zip(*unions, strict=True)))
         shares_of_largest = [[pooled.rounding(one.layer)] for one in some]
         rtol = torch.tensor(shares_of_largest, dtype=torch.float64, device=sample.scatter.device)
@@ -179,7 +182,7 @@ class Decomposition:
         self, some: list[Matrix], sample: Moments, num_vectors: int, rtol: Tensor
     ) -> tuple[Tensor, Tensor]:
         pooled = self.pooled[some[0].width]
-        total = torch.stack([pooled.parts.num_rows[one.layer].sum() for one in some])
+        total = torch.stack([pooled.parts.num_rows[one.layer].sum() for one in some]).to(pooled.home)
         is_single = torch.tensor([pooled.is_single(one.layer, pooled.home) for one in some], device=total.device)
         total = torch.where(is_single, total, sample.num_rows)  # as of a part that is all there is
         layers = [(one.width, one.layer) for one in some]

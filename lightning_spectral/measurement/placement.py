@@ -28,11 +28,6 @@ class Placement(NamedTuple):
     budget: int
     """Bytes that it may take by ``"auto"`` where it is made."""
 
-    @property
-    def fits(self) -> bool:
-        """Whether it is within the budget."""
-        return self.needed <= self.budget
-
 
 def placed(
     keep: Keep, needed: int, device: torch.device, free: Callable[[torch.device], int] = free_bytes

@@ -54,14 +54,17 @@ class Panels:
             shape = (panel.stop - panel.start, self.width - panel.start)
             yield panel, packed[..., panel.first : panel.last].unflatten(-1, shape)
 
-    def add_products(self, packed: Tensor, rows: Tensor, behind: Behind) -> None:
-        r"""Add :math:`X^\top X` of ``(n, d)`` rows; panel by panel, which saves up to half of the work."""
+    def add_products(self, packed: Tensor, rows: Tensor, behind: Behind | None = None) -> None:
+        r"""Add :math:`X^\top X` of ``(n, d)`` rows, at once or ``behind``.
+
+        Panel by panel, which saves up to half of the work.
+        """
         for panel, total in self.of(packed):
             part = rows[:, panel.start : panel.stop].mT @ rows[:, panel.start :]
-            if total.device.type == "cpu" and part.device.type == "cuda":
-                behind.add(total, part)
-            else:
+            if behind is None:
                 total.add_(part.to(total.device))
+            else:
+                behind.add(total, part)
 
     def add_outer(self, packed: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
         r"""Add :math:`l r^\top` of vectors ``(..., d)`` for which that is symmetric."""

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_spectral.functional.moments import moments, pool
-from lightning_spectral.measurement.placement import Behind
 from lightning_spectral.measurement.sums import Panels, Sums, pooled, sums_bytes
 from tests.distributed import run_distributed
 
@@ -30,7 +29,7 @@ def test_panels_hold_a_symmetric_matrix(width: int, step: int, num_rows: int, se
     panels = Panels(width, step)
     assert panels.numbers <= width * (width + step) / 2 or step > width
     packed = torch.zeros(2, panels.numbers, dtype=torch.float64)
-    panels.add_products(packed[0], rows, Behind())
+    panels.add_products(packed[0], rows)
     panels.add_outer(packed, left, left, -0.5)
     found = unpacked(panels, packed)
     assert torch.equal(found, found.mT)
@@ -61,7 +60,7 @@ def sums_of(rank: int, layer: int) -> Sums:
         slot, rows = sums.slot(group), rows_of(rank, layer, group) - sums.pivot
         slot.num_rows.add_(len(rows))
         slot.total.add_(rows.sum(0))
-        sums.panels.add_products(slot.outer, rows, Behind())
+        sums.panels.add_products(slot.outer, rows)
     return sums
 
 
