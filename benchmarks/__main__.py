@@ -9,7 +9,17 @@ from pathlib import Path
 
 from benchmarks import report
 
-BENCHMARKS = ("imports", "rows", "watching", "activation_protocol", "per_sample", "growth", "records", "training")
+BENCHMARKS = (
+    "imports",
+    "rows",
+    "watching",
+    "activation_protocol",
+    "per_sample",
+    "growth",
+    "memory",
+    "records",
+    "training",
+)
 PICTURES = {"growth": "growth.png"}
 
 NUMPY_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")

@@ -254,6 +254,16 @@ def test_binned_counts_every_finite_value() -> None:
     assert binned(torch.full((2,), torch.nan)) == ([], [])
 
 
+def test_memory_is_that_of_the_formula(tmp_path: Path) -> None:
+    printed, found = run(tmp_path, "memory", "--widths 512 --layers 5 --groups 4 --rows 128")
+    assert "formula, MiB" in printed
+    points = {point["part"]: point for point in found["result"]["points"]}
+    assert points.keys() == {"collecting", "report", "gradients"}
+    # At this width what is held of a batch is not little beside it.
+    assert all(0.85 < point["measured"] / point["formula"] < 1.2 for point in points.values()), points
+    assert [target["limit"] for target in found["targets"]] == [0.15] * 3
+
+
 def test_growth_fits_an_exponent_to_every_part(tmp_path: Path) -> None:
     sizes = "--layers 1 2 --width 8 16 --tokens 64 128 --samples 8 16 --numbers 64 128 --matrices 1 2 --ranks 1 2"
     ranks = "--rank-layers 2 --rank-width 8 --rank-tokens 64 --rank-samples 8 --rank-numbers 64"
