@@ -134,12 +134,56 @@ def judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def explored(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was looked at after the tests were seen; no test of the plan's.
+
+    Args:
+        runs: Of :func:`measured`.
+
+    Returns:
+        Runs whose lead is positive, among all; median correlation with the loss, from RankMe's least look on, and in
+        how many runs it is negative; runs in which the head's share of task power falls from the second step on; the
+        largest part that task power ever was of the loss that was still to be lost, the last three looks aside.
+    """
+    later: dict[str, list[float]] = {}
+    for run in runs:
+        start = int(np.argmin(run["rankme"]))
+        for name in ("h_s", "rankme", "alpha_head", "alpha_tail"):
+            rho = rank_correlation(np.asarray(run[name][start:]), np.asarray(run["loss"][start:]))[0]
+            later.setdefault(name, []).append(float(rho))
+    second = [next(index for index, step in enumerate(run["steps"]) if step > 1) for run in runs]
+    shares = [
+        max(power / (loss - run["loss"][-1]) for power, loss in zip(run["task_power"][:-3], run["loss"], strict=False))
+        for run in runs
+    ]
+    return {
+        "leads_before": sum(run["lead"] > 0 for run in runs),
+        "median_lead": float(np.median([run["lead"] for run in runs])),
+        "later": {
+            name: {"median": float(np.median(rhos)), "negative": sum(rho < 0 for rho in rhos)}
+            for name, rhos in later.items()
+        },
+        "head_share_falls": sum(
+            run["task_head_share"][-1] < run["task_head_share"][index] for run, index in zip(runs, second, strict=True)
+        ),
+        "head_share_second": float(
+            np.median([run["task_head_share"][index] for run, index in zip(runs, second, strict=True)])
+        ),
+        "least_rankme": float(np.median([min(run["rankme"]) for run in runs])),
+        "loss_there": float(np.median([run["loss"][int(np.argmin(run["rankme"]))] for run in runs])),
+        "head_share_begun": float(np.median([run["head_share_begun"] for run in runs])),
+        "head_share_last": float(np.median([run["task_head_share"][-1] for run in runs])),
+        "most_of_loss": max(shares),
+    }
+
+
 def agreement(values: Sequence[float]) -> dict[str, Any]:
     """Whether correlations within runs agree in sign and are strong."""
     positive, negative = sum(value > 0 for value in values), sum(value < 0 for value in values)
-    median = float(np.median(values))
+    known = [value for value in values if not math.isnan(value)]
+    median = float(np.median(known)) if known else math.nan
     holds = max(positive, negative) >= AGREE and abs(median) >= STRONG
-    return {"positive": positive, "negative": negative, "median": median, "holds": holds}
+    return {"positive": positive, "negative": negative, "median": median, "known": len(known), "holds": holds}
 
 
 def main() -> None:
@@ -156,6 +200,7 @@ def main() -> None:
         "head": HEAD[1],
         "runs": {},
         "tests": {},
+        "explored": {},
     }
     for task in TASKS:
         if not arguments.no_training:
@@ -164,6 +209,7 @@ def main() -> None:
         found["runs"][task] = [measured(setting, looks) for setting, looks in kept.items() if looks is not None]
         is_whole = all(looks is not None for looks in kept.values())
         found["tests"][task] = judged(found["runs"][task]) if is_whole else None
+        found["explored"][task] = explored(found["runs"][task]) if is_whole else None
     write_report(found, environment(), arguments.folder)
 
 

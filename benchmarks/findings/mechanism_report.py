@@ -54,6 +54,9 @@ def write_report(found: Found, environment: dict[str, Any], folder: Path) -> Non
                     _with(found["tests"][task]),
                 )
             )
+            sections.append(
+                (f"Explored after the {task} set was seen, no test", _explored(found["explored"][task], runs))
+            )
         sections.append((f"Runs of the {task} set", _runs(runs)))
     picture = "![Steps of the linear model by exponent; loss, harmonics, spectra and task power over training]"
     show_and_write(sections, f"{picture}(mechanism.png)", folder / "mechanism.md")
@@ -126,13 +129,33 @@ def _linear(linear: list[Found]) -> list[dict[str, str]]:
     return rows
 
 
+def _explored(explored: Found, runs: list[Found]) -> str:
+    later, num = explored["later"], len(runs)
+    told = "; ".join(
+        f"{label} {later[name]['median']:+.2f}, negative in {later[name]['negative']}"
+        for name, label in {"h_s": "H_S", **NAMES}.items()
+        if name in later
+    )
+    return (
+        "Undefined above is what goes one way at every look, as log steps do: nothing is left to correlate. "
+        f"H_S is half way before the loss in {explored['leads_before']} of {num} runs, moved or not (median "
+        f"{explored['median_lead']:+.2f} octaves). RankMe is least, {explored['least_rankme']:.1f}, at a loss of "
+        f"{explored['loss_there']:.2f}, medians; from there on rank correlations with the loss, median: {told}. The "
+        f"head's share of task power falls from the second step to the last look in {explored['head_share_falls']} of "
+        f"{num} runs (medians {explored['head_share_second']:.2f}, {explored['head_share_begun']:.2f} with a tenth of "
+        f"the loss's way gone, {explored['head_share_last']:.2f} at last). All task power, of which the readout alone "
+        f"could take away half or more, is at most {explored['most_of_loss']:.0%} of the loss that is still to be "
+        "lost, the last three looks aside."
+    )
+
+
 def _with(tests: Found) -> list[dict[str, str]]:
     rows = []
     for name, label in NAMES.items():
         row = {"number": label}
         for what, key in (("H_S", "with_h_s"), ("loss", "with_loss")):
             one = tests[key][name]
-            row[f"median with {what}"] = f"{one['median']:+.2f}"
+            row[f"median with {what}"] = f"{one['median']:+.2f}" if one["known"] else "undefined"
             row[f"signs +, - ({what})"] = f"{one['positive']}, {one['negative']}"
             row[f"goes with {what}"] = "yes" if one["holds"] else "no"
         rows.append(row)
@@ -158,8 +181,8 @@ def _runs(runs: list[Found]) -> list[dict[str, str]]:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Steps of the linear model by exponent; below, for the longest set of runs there is, courses against tokens."""
-    task = next((task for task in reversed(list(found["runs"])) if found["runs"][task]), None)
+    """Steps of the linear model by exponent; beside and below, for the longest whole set of runs, courses by steps."""
+    task = next((task for task in reversed(list(found["runs"])) if found["tests"][task] is not None), None)
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.6), layout="constrained")
     for axis, beta in zip(axes[0, :2], (1.5, 1.1), strict=True):
         _draw_linear(axis, found["linear"], beta)

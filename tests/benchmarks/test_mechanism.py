@@ -130,6 +130,7 @@ def test_runs_are_made_once_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "chance": 0.26,
         "runs": {"tiny": runs},
         "tests": {"tiny": judged(runs)},
+        "explored": {"tiny": mechanism.explored(runs)},
     }
     mechanism_report.write_report(found, {"date": "today"}, tmp_path / "results")
     text = (tmp_path / "results" / "mechanism.md").read_text()
