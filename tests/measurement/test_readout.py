@@ -1,5 +1,6 @@
 """The readout on two processes: rows of all ranks, however they are dealt, and one failure for all."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_spectral.measurement import Scene
+from lightning_spectral.callbacks.readout import ReadoutMember
+from lightning_spectral.measurement import Scene, Session
 from lightning_spectral.measurement.readout import ReadoutMeasurement, ReadoutReport, ReadoutRequest
 from lightning_spectral.measurement.stopwatch import Stopwatch
 from lightning_spectral.metrics.layout import Layout
@@ -102,3 +104,61 @@ def test_rows_that_are_not_finite_are_said_to_be() -> None:
 def test_a_head_of_the_same_rows_only_has_no_modes() -> None:
     rows, labels = data()
     assert read(model(), rows[:1].expand(16, -1), labels).readout.failure == "all rows of its input are the same"
+
+
+def request() -> ReadoutRequest:
+    return ReadoutRequest(stage="train", every_n_steps=1, num_groups=1, readout="2", num_tokens=1, is_wide=True)
+
+
+def test_ranks_that_hold_the_same_data_are_refused() -> None:
+    layout = Layout(rank=0, world=1, data_ranks=(0, 0), replicas=(0, 1))
+    scene = Scene(model(), torch.device("cpu"), Stopwatch(), lambda _: None, layout)
+    with pytest.raises(
+        ValueError, match="readout='2' reads heads that are whole on each rank, got a model of DTensors"
+    ):
+        ReadoutMeasurement(request(), scene)
+
+
+def test_strategies_that_shard_parameters_are_refused() -> None:
+    class FSDPStrategy: ...
+
+    with pytest.raises(ValueError, match="readout='2' reads heads that are whole on each rank, got strategy FSDP"):
+        ReadoutMember(request()).join(Session(lambda _: None), SimpleNamespace(strategy=FSDPStrategy()), None)
+
+
+class Pooling(nn.Linear):
+    """A linear layer's subclass that gives one row for many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(0, keepdim=True)
+
+
+def test_a_head_that_does_not_work_row_by_row_is_nan() -> None:
+    module = model()
+    module[2] = Pooling(WIDTH, CLASSES).double()
+    rows, _ = data()
+    found = read(module, rows, torch.tensor([0, 1])).readout
+    assert found.failure == "its head makes (1, 4) of (8, 6), which is not row by row"
+
+
+def test_a_head_that_is_gone_is_nan_and_a_new_one_is_followed() -> None:
+    module, (rows, labels) = model(), data()
+    measurement = ReadoutMeasurement(
+        request(), Scene(module, torch.device("cpu"), Stopwatch(), lambda _: None, Layout.of_world())
+    )
+    measurement.start_training(0)
+    heads = [None, nn.Linear(WIDTH, CLASSES, bias=False).double()]
+    reasons = []
+    for step, head in enumerate(heads):
+        module[2] = nn.Identity() if head is None else head
+        measurement.start_train_batch((rows, labels), step)
+        loss = F.cross_entropy(module(rows)[:, :CLASSES], labels)
+        measurement.before_backward(lambda: 1.0, loss.detach())
+        loss.backward()
+        measurement.after_backward(is_last=True)
+        measurement.end_train_batch(step + 1)
+        assert isinstance(measurement.report, ReadoutReport)
+        reasons.append(measurement.report.readout.failure)
+    assert "readout must name a linear layer" in (reasons[0] or "")
+    assert reasons[1] is None
+    measurement.remove()
