@@ -8,8 +8,9 @@ LENGTH, SIGNAL, NOISE = 1.5, 0.7, 0.15
 surface, of how far it bends, and of a run's own scatter, both in standard deviations of y."""
 SLOPE = 2.0
 """Prior standard deviation of a plane through the features, likewise."""
-NUM_ITERATIONS = 12
-"""Each is a step of scoring; ten are enough to leave less than 1e-3 in every logarithm."""
+NUM_ITERATIONS, LONGEST = 25, 1.5
+"""Steps of the search, and how far one may go in logarithms. On the 40 runs of the study of efficiency, each setting
+left out, values were then within 1e-5 of those after four times as many."""
 
 
 def gaussian_process(weights: Tensor, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,13 +63,13 @@ def standardised(weights: Tensor, features: Tensor) -> Tensor:
 
     Args:
         weights: ``(..., n)``.
-        features: ``(n, d)``.
+        features: ``(n, d)``, or ``(..., n, d)``.
 
     Returns:
         ``(..., n, d)``; zero where a feature is one number, of which nothing but rounding would be left.
     """
     total = weights.sum(-1)[..., None]
-    means = weights @ features / total
+    means = (weights[..., None, :] @ features)[..., 0, :] / total
     centred = features - means[..., None, :]
     deviations = (weights[..., None] * centred.square()).sum(-2).div(total).sqrt()
     is_flat = deviations <= 1e-9 * (1 + means.abs())
@@ -76,45 +77,49 @@ def standardised(weights: Tensor, features: Tensor) -> Tensor:
 
 
 def _likeliest(plane: Tensor, squares: Tensor, present: Tensor, y: Tensor) -> Tensor:
-    """Logarithms ``(stacks, d + 2)`` of lengths, signal and noise over their medians, by Fisher scoring from there."""
+    """Logarithms ``(stacks, d + 2)`` of lengths, signal and noise over their medians, by BFGS from there."""
     num_stacks, num_features = squares.shape[:2]
-    # The information of the likelihood is never negative and that of the priors is one: each step goes downhill, and
-    # where one goes too far it is taken again, shorter.
-    logs = torch.zeros(num_stacks, num_features + 2, dtype=y.dtype)
-    damping = torch.zeros(num_stacks, dtype=y.dtype)
     unit = torch.eye(num_features + 2, dtype=y.dtype)
-    both = present[:, :, None] * present[:, None]
-    diagonal = torch.diag_embed(present)
-    energy, factor, solved = _energy(logs, plane, squares, present, y)
+    # The priors alone have a Hessian of one.
+    inverse = unit.expand(num_stacks, -1, -1) / 2
+    logs = y.new_zeros(num_stacks, num_features + 2)
+    shares = torch.ones(num_stacks, dtype=y.dtype)
+    energy, gradient = _energy(logs, plane, squares, present, y)
     for _ in range(NUM_ITERATIONS):
-        bumps = both * _bumps(logs, squares)
-        lengths = (LENGTH * logs[:, :-2].exp()).square()[..., None, None]
-        noise = 2 * (NOISE * logs[:, -1].exp()).square()[:, None, None] * diagonal
-        changes = torch.cat([bumps[:, None] * squares / lengths, 2 * bumps[:, None], noise[:, None]], 1)
-        inverse = torch.cholesky_inverse(factor)
-        scores = inverse[:, None] @ changes
-        gradient = scores.diagonal(dim1=-2, dim2=-1).sum(-1) / 2 + logs
-        gradient = gradient - torch.einsum("sn,spnm,sm->sp", solved, changes, solved) / 2
-        information = torch.einsum("spnm,sqmn->spq", scores, scores) / 2 + (1 + damping)[:, None, None] * unit
-        step = torch.linalg.solve(information, gradient)
-        tried = logs - step
-        found = _energy(tried, plane, squares, present, y)
-        is_better = found[0] <= energy
-        logs = torch.where(is_better[:, None], tried, logs)
-        energy = torch.where(is_better, found[0], energy)
-        factor = torch.where(is_better[:, None, None], found[1], factor)
-        solved = torch.where(is_better[:, None], found[2], solved)
-        damping = torch.where(is_better, damping / 4, 4 * damping + 1)
+        step = -(inverse @ gradient[..., None])[..., 0]
+        length = step.norm(dim=-1).clamp(min=1e-300)
+        step = step * (shares * (LONGEST / length).clamp(max=1))[:, None]
+        found, other = _energy(logs + step, plane, squares, present, y)
+        # What goes too far is tried again, shorter.
+        is_better = found <= energy + 1e-4 * (gradient * step).sum(-1)
+        shares = torch.where(is_better, 1.0, shares / 3)
+        change = other - gradient
+        along = (step * change).sum(-1)
+        is_convex = is_better & (along > 1e-12)
+        scale = torch.where(is_convex, 1 / along, 0.0)[:, None, None]
+        turned = unit - scale * step[:, :, None] * change[:, None]
+        inverse = turned @ inverse @ turned.mT + scale * step[:, :, None] * step[:, None]
+        logs = torch.where(is_better[:, None], logs + step, logs)
+        gradient = torch.where(is_better[:, None], other, gradient)
+        energy = torch.where(is_better, found, energy)
     return logs
 
 
-def _energy(logs: Tensor, plane: Tensor, squares: Tensor, present: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative logarithm of likelihood times priors, but for constants; the Cholesky factor, and K^-1 y."""
-    factor = torch.linalg.cholesky(_among(plane + _bumps(logs, squares), present, logs[:, -1]))
+def _energy(logs: Tensor, plane: Tensor, squares: Tensor, present: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative logarithm of likelihood times priors, but for constants, and its gradient."""
+    bumps = _bumps(logs, squares)
+    factor = torch.linalg.cholesky(_among(plane + bumps, present, logs[:, -1]))
     residuals = present * y
     solved = torch.cholesky_solve(residuals[..., None], factor)[..., 0]
     log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return ((residuals * solved).sum(-1) + log_determinant + logs.square().sum(-1)) / 2, factor, solved
+    energy = ((residuals * solved).sum(-1) + log_determinant + logs.square().sum(-1)) / 2
+    # Of tr(K^-1 dK) - y' K^-1 dK K^-1 y, half of which is the gradient, what dK is multiplied by.
+    slope = (torch.cholesky_inverse(factor) - solved[:, :, None] * solved[:, None]) / 2
+    among = slope * present[:, :, None] * present[:, None] * bumps
+    lengths = (LENGTH * logs[:, :-2].exp()).square()
+    noise = 2 * (NOISE * logs[:, -1].exp()).square() * (slope.diagonal(dim1=-2, dim2=-1) * present).sum(-1)
+    parts = [(among[:, None] * squares).sum((-2, -1)) / lengths, 2 * among.sum((-2, -1))[:, None], noise[:, None]]
+    return energy, torch.cat(parts, 1) + logs
 
 
 def _bumps(logs: Tensor, squares: Tensor) -> Tensor:

@@ -155,5 +155,8 @@ def _values(name: str, weights: Tensor, y: Tensor, known: Known, added: Tensor |
     features = [batch[:, None], *features]
     if name == "Gaussian process":
         return gaussian_process(weights, torch.cat(features, 1), y)
-    middle = batch - batch[:-1].mean()
-    return ridge(weights, y, torch.cat([*features, middle.square()[:, None]], 1)), None
+    # About the mean of a stack, so that the square is none of the line's.
+    whole = weights[:, 0]
+    middle = batch - (whole @ batch / whole.sum(-1))[:, None]
+    plane = torch.cat(features, 1).expand(len(whole), -1, -1)
+    return ridge(weights, y, torch.cat([plane, middle.square()[..., None]], -1)[:, None]), None

@@ -40,7 +40,7 @@ def ridge(weights: Tensor, y: Tensor, features: Tensor) -> Tensor:
     Args:
         weights: ``(..., n)``.
         y: ``(n,)``.
-        features: ``(n, d)``.
+        features: ``(n, d)``, or ``(..., n, d)``.
 
     Returns:
         ``(..., n)``.
