@@ -72,11 +72,15 @@ WRONG = {
         "argument --tail: must be ranks or fractions, got '²'",
     ),
     "forecast, at": (["forecast", "f*", "--target", "1", "--at"], "argument --at: expected at least one argument"),
-    "forecast, too few": (["forecast", "f0", "f1", "--target", "1"], "runs must hold 4 of one family that came down"),
+    "forecast, too few": (
+        ["forecast", "f0", "f1", "--target", "1"],
+        "runs must be references enough: F: it needs 4 runs",
+    ),
     "forecast, no spectra": (
         ["forecast", "bare", "--target", "1"],
-        "runs must hold 4 of one family that came down to 1, with activation spectra: F has 0 (has no activation",
+        "runs must be references enough: F: it needs 4 runs that came down to 1, and has ",
     ),
+    "forecast, by": (["forecast", "f*", "--target", "1", "--by", "x"], "argument --by: invalid choice: 'x'"),
 }
 
 
@@ -166,6 +170,8 @@ def test_forecast_takes_layer_band_and_tokens(inside: Path, capsys: Printed) -> 
     with pytest.raises(ValueError, match="do not mix them"):
         run_command(words)
     (found,) = json_of(capsys, ["1.0" if word == "1" else word for word in words])["families"]
+    assert (found["family"], found["forecasts"], found["reason"]) == ("F", [], None)
+    found = found["backtest"]
     assert (found["family"], found["layer"], found["band"]) == ("F", LAYER, [0.25, 1.0])
     assert [point["tokens"] for point in found["points"]] == [30.0, 60.0]
     assert found["tokens_to_target"] == pytest.approx([100, 110, 120, 130])
@@ -175,8 +181,8 @@ def test_forecast_takes_layer_band_and_tokens(inside: Path, capsys: Printed) -> 
 def test_tables_come_out_for_each_family(inside: Path, capsys: Printed) -> None:
     run_command(["forecast", "f?", "g?", "bare", "--target", "1.0"])
     printed = capsys.readouterr().out
-    assert re.findall(r"^([FG]): 4 runs took (\d+) to (\d+) tokens", printed, re.M) == [
-        ("F", "100", "130"),
-        ("G", "170", "200"),
+    assert re.findall(r"^([FG]): (\d) runs came down to 1 in (\d+) to (\d+) tokens", printed, re.M) == [
+        ("F", "5", "100", "130"),
+        ("G", "4", "170", "200"),
     ]
-    assert "without bare, which has no activation spectra" in printed
+    assert "bare has no activation spectra: it serves by loss and batch alone" in printed
