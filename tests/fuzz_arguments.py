@@ -198,7 +198,9 @@ TARGETS: dict[str, Target] = {
     "js_floor": Target(_floor, {"values": VALUES, "leave_one_out": GROUPS}, between(0, math.log(2))),
     "CovarianceSpectrum": Target(partial(_update, ls.CovarianceSpectrum), {"num_features": 6, "x": ROWS}),
     "PerSampleGradientSpectrum": Target(partial(_update, ls.PerSampleGradientSpectrum), {"centred": False, "g": ROWS}),
-    "ActivationSpectrum": Target(ls.ActivationSpectrum, _OF_ROWS | _BANDS, _request),
+    "ActivationSpectrum": Target(
+        ls.ActivationSpectrum, _OF_ROWS | _BANDS | {"readout": "head", "overlap": False}, _request
+    ),
     "GradientSpectrum": Target(ls.GradientSpectrum, _OF_GRADIENTS, _request),
     "HeadDrift": Target(ls.HeadDrift, _OF_ROWS | {"rank": 4, "reference": "first"}, _request),
     "TailForecaster": Target(ls.TailForecaster, _OF_FORECASTER, _request),
