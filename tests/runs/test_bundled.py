@@ -37,7 +37,7 @@ def test_they_are_small_and_say_nothing_of_where_they_were_made() -> None:
 
 
 def test_wrong_name_is_one_line_that_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"got .bundled:large.: there are bundled:tiny$") as raised:
+    with pytest.raises(ValueError, match=r"got 'bundled:large': there are bundled:tiny$") as raised:
         bundled("bundled:large")
     assert "\n" not in str(raised.value)
     assert bundled("logs/*") == []
