@@ -36,7 +36,7 @@ from lightning_spectral.measurement.collector import Collector
 from lightning_spectral.measurement.decomposition import decompose
 from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.nanogpt import NanoGPT, TextData
-from lightning_spectral.nanogpt.data import _files
+from lightning_spectral.nanogpt.data import text_files
 
 SIZE, BATCH_SIZE, RANK = 64, 16, 10
 """Sequences of a report and of a batch; leading vectors that drift is of."""
@@ -96,7 +96,7 @@ def _share(held: Tensor) -> float:
 
 def documents(sequences: Tensor) -> list[Tensor]:
     """The held-out sequences, by the file in which they begin."""
-    sizes = torch.tensor([file.stat().st_size for file in _files(None)])
+    sizes = torch.tensor([file.stat().st_size for file in text_files(None)])
     data = TextData(block_size=LENGTH)
     num_train = int(sizes.sum()) - round(int(sizes.sum()) * data.val_fraction)
     first = num_train + LENGTH * torch.arange(len(sequences))
