@@ -421,7 +421,7 @@ class ActivationMeasurement(Measurement):
                     spectra |= found
             if self.steps_collected and self._rows:
                 self.schedule.rows_per_step = min(self._rows.values())
-            decomposition = Decomposition(pooled, step, self._num_vectors, self._collector.device)
+            decomposition = Decomposition(pooled, step, self._num_vectors)
 
             def end() -> Report:
                 return self._reported(step, spectra | decomposition.spectra(self.together), same)

@@ -43,7 +43,8 @@ class Pooled:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What is known of failures on other ranks."""
     device: torch.device | None = None
-    """Where matrices are solved and the process group can reduce; None for where the moments are."""
+    """Where matrices are solved and the process group can reduce, of one type on all ranks; None for where the moments
+    are. One rank may keep these on its GPU, and another, short of memory, on the CPU."""
 
     def __post_init__(self) -> None:
         self.dtypes = ["float64"] * len(self.names) if self.dtypes is None else self.dtypes
@@ -55,22 +56,22 @@ class Pooled:
 
     @property
     def home(self) -> torch.device:
-        """Where matrices are solved, on this rank."""
+        """Where matrices are solved."""
         return self.parts.scatter.device if self.device is None else self.device
 
     def moments(self, layer: int) -> Moments:
         """Those of one layer's groups."""
         return Moments(*(part[layer].to(self.home) for part in self.parts))
 
-    def is_single(self, layer: int, device: torch.device) -> bool:
+    def is_single(self, layer: int) -> bool:
         """Whether what is left of a layer without a group is solved in float32, where its error bars allow that."""
         assert self.dtypes is not None
-        least = SINGLE_FROM.get(device.type)
+        least = SINGLE_FROM.get(self.home.type)
         return least is not None and self.width >= least and self.dtypes[layer] == "float32"
 
-    def cost(self, layer: int, union: int, device: torch.device) -> float:
+    def cost(self, layer: int, union: int) -> float:
         """Of solving a matrix, by its width and type."""
-        return self.width**3 * (SINGLE_COST if union > 0 and self.is_single(layer, device) else 1.0)
+        return self.width**3 * (SINGLE_COST if union > 0 and self.is_single(layer) else 1.0)
 
     @property
     def members(self) -> Tensor:
@@ -106,18 +107,11 @@ class Decomposition:
         pooled: Moments by width.
         step: Optimizer steps so far.
         num_vectors: How many leading eigenvectors to keep, 0 for none.
-        device: Where the process group can reduce, of one type on all ranks; None for that of the moments.
     """
 
-    def __init__(
-        self,
-        pooled: Sequence[Pooled],
-        step: float = torch.nan,
-        num_vectors: int = 0,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, pooled: Sequence[Pooled], step: float = torch.nan, num_vectors: int = 0) -> None:
         self.pooled = pooled
-        self._device = pooled[0].home if device is None and pooled else device or torch.device("cpu")
+        self._device = pooled[0].home if pooled else torch.device("cpu")
         self._step, self._num_vectors = step, num_vectors
         rank, self._world = rank_and_world()
         matrices = [
@@ -126,8 +120,7 @@ class Decomposition:
             for layer in range(len(one.names))
             for union in range(len(one.members))
         ]
-        # Not by where moments are: one rank may keep them on its GPU, and another, short of memory, on the CPU.
-        costs = [pooled[one.width].cost(one.layer, one.union, self._device) for one in matrices]
+        costs = [pooled[one.width].cost(one.layer, one.union) for one in matrices]
         self.share = [matrices[index] for index in shares(costs, self._world)[rank]]
         """What this rank solves."""
         self._num_vectors_of = [min(num_vectors, one.width) for one in pooled]
@@ -170,7 +163,7 @@ class Decomposition:
         sample = unions[0] if len(unions) == 1 else Moments(*map(torch.cat, zip(*unions, strict=True)))
         shares_of_largest = [[pooled.rounding(one.layer)] for one in some]
         rtol = torch.tensor(shares_of_largest, dtype=torch.float64, device=sample.scatter.device)
-        if any(pooled.is_single(one.layer, pooled.home) for one in some):
+        if any(pooled.is_single(one.layer) for one in some):
             values, vectors = self._eigen_of_parts(some, sample, num_vectors, rtol)
         else:
             values, vectors = _eigen(sample, num_vectors, rtol)
@@ -183,7 +176,7 @@ class Decomposition:
     ) -> tuple[Tensor, Tensor]:
         pooled = self.pooled[some[0].width]
         total = torch.stack([pooled.parts.num_rows[one.layer].sum() for one in some]).to(pooled.home)
-        is_single = torch.tensor([pooled.is_single(one.layer, pooled.home) for one in some], device=total.device)
+        is_single = torch.tensor([pooled.is_single(one.layer) for one in some], device=total.device)
         total = torch.where(is_single, total, sample.num_rows)  # as of a part that is all there is
         layers = [(one.width, one.layer) for one in some]
         # What this rank has solved of these layers, with all groups or without another one, tells whether float32 does.

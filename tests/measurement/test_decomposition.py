@@ -177,7 +177,7 @@ def solved(num_vectors: int, failing: bool = False, single: bool = False) -> dic
         with pytest.MonkeyPatch.context() as patched:
             patched.setitem(SINGLE_FROM, "cpu", min(WIDTHS))
             return solved(num_vectors, failing)
-    whole = Decomposition(pooled(), 3, num_vectors, torch.device("cpu"))
+    whole = Decomposition(pooled(), 3, num_vectors)
     solver = decomposition._eigen
 
     def solve(sample: Moments, *args: Any) -> Any:
@@ -201,15 +201,7 @@ def both(rank: int) -> dict[str, Any]:
         "vectors": solved(NUM_VECTORS),
         "failing": solved(0, failing=rank == 1),
         "single": solved(0, single=True),
-        "homes": of_homes("cuda" if rank == 1 else "cpu"),
     }
-
-
-def of_homes(kind: str) -> dict[str, Any]:
-    """With moments that lie, for all that is told of them, on another kind of device on one of the ranks."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Pooled, "home", torch.device(kind))
-        return solved(0, single=True)
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +229,13 @@ def test_ranks_share_the_matrices_and_find_what_one_finds(ranks: list[dict[str, 
             np.testing.assert_allclose(expected["leave_one_out"], double["leave_one_out"], rtol=1e-5)
 
 
-def test_ranks_share_alike_wherever_each_keeps_its_moments(ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
-        assert seen["homes"]["share"] == seen["single"]["share"]
-        assert seen["homes"]["spectra"].keys() == seen["single"]["spectra"].keys()
-        for name, arrays in seen["homes"]["spectra"].items():
-            np.testing.assert_equal(arrays["values"], seen["single"]["spectra"][name]["values"])
+def test_the_dearer_of_two_types_is_told_by_where_matrices_are_solved_not_where_moments_are() -> None:
+    (one,) = (one for one in pooled() if one.width == 7)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decomposition, "SINGLE_FROM", {"cpu": 7})
+        assert one.cost(0, 1) < one.cost(0, 0) == 7**3
+        one.device = torch.device("cuda")
+        assert one.cost(0, 1) == one.cost(0, 0)
 
 
 def test_what_nobody_has_solved_is_no_spectrum_of_zeros() -> None:
