@@ -60,5 +60,5 @@ def _compared(rng: np.random.Generator, days: Sequence[str], expected: str, gain
 def _measured(name: str, log_pace: float, start: datetime) -> Measured:
     history = SimpleNamespace(seconds=np.array([1200.0]))
     about = {"started": start.isoformat(), "machines": ["a"]}
-    run: Any = SimpleNamespace(id=name, path=name, family="F", about=about, history=history)
+    run: Any = SimpleNamespace(id=name, path=name, family="F", about=about, history=history, columns=None)
     return Measured(run, dict(zip(map(Key, TIMES), (log_pace, 14 - log_pace), strict=True)), {}, {})

@@ -168,4 +168,8 @@ def _known(spectra: Sequence[Spectrum | None]) -> torch.Tensor | None:
 
 
 def _between(values: torch.Tensor) -> np.ndarray:
-    return np.stack([js_divergence(values, one.expand_as(values)).numpy() for one in values])
+    found = np.zeros((len(values), len(values)))
+    for index, one in enumerate(values[:-1]):
+        others = values[index + 1 :]
+        found[index, index + 1 :] = js_divergence(others, one.expand_as(others)).numpy()
+    return found + found.T

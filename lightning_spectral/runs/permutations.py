@@ -9,6 +9,9 @@ import numpy as np
 MOST = 20_000
 """More ways than that are drawn from rather than gone through."""
 
+NUM_DRAWN = 5_000
+"""So many then, the true one among them: a p of 0.025 is known to 0.002."""
+
 
 class Exchanges(NamedTuple):
     """Ways to exchange labels, the true one first."""
@@ -37,7 +40,7 @@ def splits(num_base: int, num_variant: int) -> Exchanges:
         chosen = np.array(list(combinations(range(stays, num_runs), num_base - stays)), dtype=int)
     else:
         generator = np.random.default_rng(0)
-        order = generator.random((MOST - 1, num_runs - stays)).argsort(1)[:, : num_base - stays] + stays
+        order = generator.random((NUM_DRAWN - 1, num_runs - stays)).argsort(1)[:, : num_base - stays] + stays
         chosen = np.concatenate([np.arange(stays, num_base)[None], order])
     base = np.zeros((len(chosen), num_runs))
     base[:, :stays] = 1
@@ -55,7 +58,7 @@ def flips(num_pairs: int) -> Exchanges:
     if num_distinct <= MOST:
         flipped = np.array(list(product((0, 1), repeat=num_pairs - 1)), dtype=float).reshape(num_distinct, -1)
     else:
-        drawn = np.random.default_rng(0).integers(0, 2, (MOST - 1, num_pairs - 1)).astype(float)
+        drawn = np.random.default_rng(0).integers(0, 2, (NUM_DRAWN - 1, num_pairs - 1)).astype(float)
         flipped = np.concatenate([np.zeros((1, num_pairs - 1)), drawn])
     flipped = np.concatenate([np.zeros((len(flipped), 1)), flipped], axis=1)
     return Exchanges(

@@ -117,7 +117,7 @@ def test_what_is_far_apart_at_one_loss_has_not_moved() -> None:
 def test_a_small_move_has_not_moved_however_sure_it_is() -> None:
     found = divergences((12, 12), 1.8, seed=2)
     movement = move("activation", found, True)
-    assert max(movement.p_values) < 0.001
+    assert max(movement.p_values) < 0.002
     assert max(movement.ratios) < 1.5
     assert not movement.has_moved
 

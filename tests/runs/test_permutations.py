@@ -41,6 +41,7 @@ def test_flips_are_all_there_are(num_pairs: int) -> None:
 
 def test_of_very_many_ways_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permutations, "MOST", 200)
+    monkeypatch.setattr(permutations, "NUM_DRAWN", 200)
     for found, num_distinct in ((splits(6, 6), 462), (splits(5, 6), 462), (flips(10), 512)):
         assert (len(found.base), found.num_distinct) == (200, num_distinct)
         num_base = int(found.base[0].sum())
