@@ -122,6 +122,10 @@ def _floor(values: Any, leave_one_out: Any) -> Tensor:
     return f.js_floor(f.Spectrum(values, leave_one_out))
 
 
+def _stack(log_gap: Any, log_batch: Any, tokens: Any, level: Any) -> f.StackedForecast:
+    return f.stack(f.Early(log_gap, log_batch), tokens, level=level)
+
+
 def _samples(batch: Any) -> list[Any]:
     return [batch]
 
@@ -186,6 +190,8 @@ TARGETS: dict[str, Target] = {
     ),
     "backtest": Target(f.backtest, {"alpha": ALPHA, "tokens": TOKENS}),
     "extrapolate_loss": Target(f.extrapolate_loss, {"tokens": TOKENS, "losses": 5 / TOKENS, "target": 0.2}),
+    "anchored_power_law": Target(f.anchored_power_law, {"tokens": TOKENS, "losses": 5 / TOKENS, "target": 0.2}),
+    "stack": Target(_stack, {"log_gap": ALPHA.log(), "log_batch": ALPHA, "tokens": TOKENS, "level": 0.8}),
     "spearman": Target(f.spearman, {"x": ALPHA, "y": TOKENS}, between(-1, 1)),
     "partial_spearman": Target(f.partial_spearman, {"x": ALPHA, "y": TOKENS, "given": ALPHA.sqrt()}, between(-1, 1)),
     "spearman_interval": Target(

@@ -171,8 +171,8 @@ def backtest(alpha: Tensor, tokens: Tensor, settings: Tensor | None = None) -> S
         >>> round(skill.rank_correlation, 3), round(skill.p_value, 4), round(skill.median_error, 4)
         (1.0, 0.0028, 0.0)
     """
-    predictions = torch.full((len(alpha),) if alpha.ndim else (), math.nan, dtype=torch.float64)
     alpha, logs, settings, known = _known(alpha, tokens, settings)
+    predictions = torch.full((len(known),), math.nan, dtype=torch.float64)
     if len(alpha) < MIN_REFERENCES:
         return Skill(math.nan, math.nan, math.nan, predictions)
     groups = torch.arange(len(alpha)) if settings is None else settings
