@@ -136,7 +136,7 @@ def test_run_is_bit_identical_with_and_without(tmp_path: Path, make, kwargs: dic
     assert set(callbacks[1].rows.values()) == {96}
     for drift in callbacks[2:4]:
         assert drift.summary()["num_reports"] >= 2
-    assert len(callbacks[4].summary()["losses"]) == 2
+    assert len(callbacks[4].summary()["losses"]) >= 2
     assert not any(callback.num_failed for callback in callbacks[2:])
 
 

@@ -142,7 +142,7 @@ def test_equal_requests_share_hooks_and_solves(tmp_path: Path, monkeypatch: pyte
     alone = Reports(every_n_steps=4)
     fit(tmp_path, alone, count)
     assert count.num_hooks == 5
-    assert num_solves == [(1, 5, 32, 32)] * 5 * 3  # a layer at a time: all, without each of four groups
+    assert num_solves == [(1, 32, 32)] * 5 * 5 * 3  # one at a time: all, without each of four groups
     num_solves.clear()
     first, second, third = (
         Reports(every_n_steps=4, prefix="a/"),
@@ -151,7 +151,7 @@ def test_equal_requests_share_hooks_and_solves(tmp_path: Path, monkeypatch: pyte
     )
     fit(tmp_path, first, second, third, count)
     assert count.num_hooks == 6
-    assert num_solves == [(1, 5, 32, 32)] * 6 * 3
+    assert num_solves == [(1, 32, 32)] * 5 * 6 * 3
     assert first.logged == alone.logged
     assert third.steps == [4, 8, 12]
     assert [values[KEY.replace("0", "4")] for _, values in third.logged] == [
@@ -228,12 +228,12 @@ def test_failed_solves_are_nan_and_training_goes_on(tmp_path: Path, monkeypatch:
     assert failures_of(tmp_path) == [(4, 5), (8, 10), (12, 15)]
 
 
-@pytest.mark.parametrize("where", ["measured", "draw", "decompose"])
+@pytest.mark.parametrize("where", ["measured", "draw", "Decomposition"])
 def test_whatever_else_goes_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory\nand a trace")
 
-    owner = "lightning_spectral.measurement.activations" if where == "decompose" else ActivationSpectrum
+    owner = "lightning_spectral.measurement.activations" if where == "Decomposition" else ActivationSpectrum
     monkeypatch.setattr(owner if isinstance(owner, type) else __import__(owner, fromlist=["x"]), where, fail)
     spectrum = ActivationSpectrum(every_n_steps=4)
     with pytest.warns(UserWarning, match="out of memory") as caught:
@@ -241,7 +241,7 @@ def test_whatever_else_goes_wrong_is_a_warning(tmp_path: Path, monkeypatch: pyte
     assert len(ours(caught)) == 1
     assert trainer.global_step == 12
     assert bool(trainer.callback_metrics[KEY].isnan()) == (where != "draw")
-    num_failed = {"measured": 1, "draw": 0, "decompose": 5}[where]
+    num_failed = {"measured": 1, "draw": 0, "Decomposition": 5}[where]
     assert failures_of(tmp_path) == [(step, num_failed * step / 4) for step in (4, 8, 12)]
 
 
