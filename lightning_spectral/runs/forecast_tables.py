@@ -116,6 +116,10 @@ def _print_backtest(found: FamilyBacktest) -> None:
             out.print(f"at {point.tokens:,.0f} tokens, {line}")
     if found.layer:
         out.print(_layers(found))
+        out.print(
+            "the sign of tail against tokens depends on how far the target lies, and on how many steps runs have taken "
+            "(lightning_spectral.theory)"
+        )
     num_settings = len(set(found.settings))
     if num_settings <= MIN_SETTINGS:
         out.print(
