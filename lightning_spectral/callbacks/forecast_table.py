@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from lightning_spectral.terminal import console, new_table
 
 NUM_ROWS = 8
+ROOMY = 100
+"""Columns of a terminal from which on there is room for the interval of what spectra take off."""
 
 
 class ForecastTable:
@@ -42,30 +44,33 @@ class ForecastTable:
         """
         if not self._rows:
             return
-        headings = ["tokens", "forecast", "80% interval", "of the best", "error of references", "spectra take off", ""]
-        table = new_table(title, ["step"], headings)
+        out = console()
+        whose = ["of the\nbest", "references\nerr by", "spectra\nsave"]
+        headings = ["step", "tokens", "forecast", "80% interval", *whose]
+        table = new_table(title, [], headings)
         for step, tokens, values in self._rows:
             low, high = (f"{values[end]:,.0f}" for end in ("low", "high"))
             table.add_row(
                 f"{step:,}",
                 f"{tokens:,.0f}",
-                f"{values['tokens_to_target']:,.0f}",
+                f"{values['tokens_to_target']:,.0f}{'*' if values['extrapolated'] == 1 else ''}",
                 f"{low} .. {high}",
                 f"{values['relative']:.2f}",
                 _percent(values["median_error"]),
-                _gain(values),
-                "extrapolated" if values["extrapolated"] == 1 else "",
+                _gain(values, out.width >= ROOMY),
             )
         if not math.isnan(actual):
-            table.add_row("", "", f"{actual:,.0f}", "needed", *[""] * 4)
-        console().print(table)
+            table.add_row("", "", f"{actual:,.0f}", "needed", *[""] * 3)
+        out.print(table)
+        if any(values["extrapolated"] == 1 for _, _, values in self._rows):
+            out.print("*: extrapolated, for the run lies beyond its references in a number that is gone by")
 
 
 def _percent(value: float, sign: str = "") -> str:
     return "-" if math.isnan(value) else f"{value:{sign}.0%}"
 
 
-def _gain(values: Mapping[str, float]) -> str:
+def _gain(values: Mapping[str, float], is_roomy: bool) -> str:
     low, high = (values[f"spectral_gain_{end}"] for end in ("low", "high"))
     gain = _percent(values["spectral_gain"], "+")
-    return gain if gain == "-" else f"{gain} ({_percent(low, '+')} .. {_percent(high, '+')})"
+    return f"{gain} ({_percent(low, '+')} .. {_percent(high, '+')})" if is_roomy and gain != "-" else gain
