@@ -69,6 +69,9 @@ def forecast_tokens(
     :math:`\hat y \pm t s \sqrt{1 + 1/n + (\alpha - \bar\alpha)^2 / S_{\alpha\alpha}}`, then exponentiated. Where
     there are several runs of one setting they share its weight, and n is the number of settings.
 
+    The sign of the line is as found. That of a tail depends on how far the target lies: with the trace held a flatter
+    tail reaches far targets sooner and near ones later (:func:`lightning_spectral.theory.crossover_rank`).
+
     *Beyond the references* nothing has been seen, and the interval also holds the curvature that they do not exclude:
     to its squared error comes :math:`(\hat c^2 + s^2 / Q)\, q(\alpha)^2`, q the parabola that is orthogonal to the line
     at the references, Q its sum of squares over them and :math:`\hat c` its coefficient. Past half their range beyond
