@@ -55,7 +55,9 @@ def main(folder: Path) -> None:
             assert sum(event.histogram_value.bucket) == NUM_SAMPLES, f"{weight} at {event.step}"
     record = Run(run)
     steps = [event.step for event in events.Scalars("activation/failed")]
-    assert record.history.step.tolist() == record.steps("activation") == record.steps("gradient") == steps
+    assert record.history.step.tolist() == record.steps("activation") == steps
+    assert record.steps("gradient") == [event.step for event in events.Scalars("gradient/failed")]
+    assert any(event.value > 0 for event in events.Scalars("forecast/tokens_to_target")), "no forecast"
     assert record.history.val_loss[-1] == events.Scalars("val_loss")[-1].value
     assert record.history.tokens.tolist() == [step * 8 * 256 for step in steps]
     seconds = events.Scalars("spectral/seconds")[-1].value
