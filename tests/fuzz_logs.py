@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_spectral import Run, compare
 from lightning_spectral.cli import main
 from tests.fuzz_case import Case
+from tests.fuzz_damage import change_bytes, cut
 from tests.fuzz_records import FIELDS, VALUES
 
 LOSSES = [2.0, 1.5, 1.2, 1.0, 0.7, 0.5]
@@ -99,25 +100,11 @@ def _file(rng: random.Random, log: Path) -> Path:
 
 
 def _bytes(rng: random.Random, log: Path) -> str:
-    file = _file(rng, log)
-    if not file.is_file():
-        return "nothing"
-    data = bytearray(file.read_bytes())
-    for _ in range(rng.choice((1, 3, 30))):
-        if data:
-            data[rng.randrange(len(data))] = rng.randrange(256)
-    file.write_bytes(data)
-    return f"bytes of {file.name} changed"
+    return change_bytes(rng, _file(rng, log))
 
 
 def _cut(rng: random.Random, log: Path) -> str:
-    file = _file(rng, log)
-    if not file.is_file():
-        return "nothing"
-    data = file.read_bytes()
-    at = rng.randrange(len(data) + 1)
-    file.write_bytes(rng.choice((data[:at], data[at:], data + data, data[:at] + b"\0" * 50 + data[at:])))
-    return f"{file.name} cut at {at}"
+    return cut(rng, _file(rng, log))
 
 
 def _cell(rng: random.Random, log: Path) -> str:

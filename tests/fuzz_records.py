@@ -16,6 +16,7 @@ from lightning_spectral import Run, compare, forecast
 from lightning_spectral.cli import main
 from lightning_spectral.runs.record import Record, read_about
 from tests.fuzz_case import Case
+from tests.fuzz_damage import change_bytes, cut
 from tests.runs.made_up import LAYER, made_up
 
 NUM_RUNS = 5
@@ -124,27 +125,11 @@ def _file(rng: random.Random, spectra: Path, pattern: str = "*") -> Path:
 
 
 def _bytes(rng: random.Random, spectra: Path) -> str:
-    file = _file(rng, spectra)
-    if not file.is_file():
-        return "nothing"
-    data = bytearray(file.read_bytes())
-    for _ in range(rng.choice((1, 3, 30))):
-        if data:
-            data[rng.randrange(len(data))] = rng.randrange(256)
-    file.write_bytes(data)
-    return f"bytes of {file.name} changed"
+    return change_bytes(rng, _file(rng, spectra))
 
 
 def _cut(rng: random.Random, spectra: Path) -> str:
-    file = _file(rng, spectra)
-    if not file.is_file():
-        return "nothing"
-    data = file.read_bytes()
-    at = rng.randrange(len(data) + 1)
-    file.write_bytes(
-        rng.choice((data[:at], data[at:], data + data, data[:at] + os.urandom(0) + b"\0" * 50 + data[at:]))
-    )
-    return f"{file.name} cut at {at}"
+    return cut(rng, _file(rng, spectra))
 
 
 def _json(rng: random.Random, spectra: Path) -> str:

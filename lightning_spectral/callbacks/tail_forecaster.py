@@ -26,8 +26,9 @@ from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
 from lightning_spectral.runs.arguments import check_paths
 from lightning_spectral.runs.bundled import bundled
+from lightning_spectral.runs.early_numbers import log_of, vector
 from lightning_spectral.runs.history import History
-from lightning_spectral.runs.reference_numbers import ReferenceNumbers, Tails, curve_of, log_of, vector
+from lightning_spectral.runs.reference_numbers import ReferenceNumbers, Tails, curve_of
 from lightning_spectral.runs.references import References, Wanted, find_references
 from lightning_spectral.runs.settings import settings_of
 

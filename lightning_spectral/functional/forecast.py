@@ -227,13 +227,8 @@ def extrapolate_loss(tokens: Tensor, losses: Tensor, target: float) -> float:
         >>> round(extrapolate_loss(tokens, 40 * tokens**-0.3 + 1.5, target=2.0) / 1e6, 3)  # (0.5 / 40)^(-1 / 0.3)
         2.206
     """
-    check_pair(tokens=tokens, losses=losses)
-    check_positive(tokens)
-    check_number(target=target)
-    target = float(target)
-    tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
-    known = tokens.isfinite() & losses.isfinite()
-    log_tokens, losses = tokens[known].log(), losses[known]
+    tokens, losses, target = _curve(tokens, losses, target)
+    log_tokens = tokens.log()
     if len(log_tokens.unique()) < MIN_REFERENCES or not math.isfinite(target):
         return math.nan
     # In units of the first, so that t^-b lies between zero and one whatever the tokens and b.
@@ -270,13 +265,8 @@ def anchored_power_law(tokens: Tensor, losses: Tensor, target: float) -> float:
         >>> round(anchored_power_law(tokens, 100 * tokens**-0.25, target=2.0) / 1e6, 2)  # (2 / 100)^(-1 / 0.25)
         6.25
     """
-    check_pair(tokens=tokens, losses=losses)
-    check_positive(tokens)
-    check_number(target=target)
-    target = float(target)
-    tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
-    known = tokens.isfinite() & losses.isfinite() & (losses > 0)
-    tokens, losses = tokens[known], losses[known]
+    tokens, losses, target = _curve(tokens, losses, target)
+    tokens, losses = tokens[losses > 0], losses[losses > 0]
     if len(tokens) < 2 or not 0 < target < math.inf:
         return math.nan
     last = tokens.argmax()
@@ -284,6 +274,16 @@ def anchored_power_law(tokens: Tensor, losses: Tensor, target: float) -> float:
     along, fall = (tokens[last] / tokens[recent]).log(), (losses[recent] / losses[last]).log()
     left, slope = float((losses[last] / target).log()), float(along @ fall / (along @ along))
     return float((tokens[last].log() + left / slope).exp()) if slope > 0 and left > 0 else math.nan
+
+
+def _curve(tokens: Tensor, losses: Tensor, target: float) -> tuple[Tensor, Tensor, float]:
+    """Those points of a loss curve that are finite, in float64, and the target; ValueError for what is none."""
+    check_pair(tokens=tokens, losses=losses)
+    check_positive(tokens)
+    check_number(target=target)
+    tokens, losses = tokens.detach().to("cpu", torch.float64), losses.detach().to("cpu", torch.float64)
+    known = tokens.isfinite() & losses.isfinite()
+    return tokens[known], losses[known], float(target)
 
 
 def _fit_curve(log_tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

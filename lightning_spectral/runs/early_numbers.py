@@ -50,9 +50,7 @@ def spectral_measures(layer: str, band: Band) -> list[Measure]:
 
 
 EARLY_LOSS = Measure("early loss", loss_at, lambda run, _: run.history.tokens[run.history.with_loss()[0]].tolist())
-LOG_BATCH = Measure(
-    "log batch size", lambda run, _: log(run.about.get("batch_tokens") or nan), lambda _, tokens: [tokens]
-)
+LOG_BATCH = Measure("log batch size", lambda run, _: log_batch(run), lambda _, tokens: [tokens])
 
 
 def early_of(
@@ -68,9 +66,9 @@ def early_of(
         reported: Tokens at which these are taken.
     """
     return Early(
-        log_gap=vector([_log(loss_at(run, tokens) - target) for run in runs]),
-        log_batch=vector([_log(float(run.about.get("batch_tokens") or nan)) for run in runs]),
-        log_curve=vector([_log(_curve(run, target, tokens)) for run in runs]),
+        log_gap=vector([log_of(loss_at(run, tokens) - target) for run in runs]),
+        log_batch=vector([log_batch(run) for run in runs]),
+        log_curve=vector([log_of(_curve(run, target, tokens)) for run in runs]),
         spectral=torch.stack([vector([one.value(run, reported) for run in runs]) for one in spectral], 1)
         if spectral
         else None,
@@ -93,7 +91,13 @@ def _reported(run: Run, tokens: float) -> list[float]:
     return run.course(KIND).tokens_until(tokens)
 
 
-def _log(value: float) -> float:
+def log_batch(run: Run) -> float:
+    """Logarithm of the tokens in a batch; NaN where a record does not say."""
+    return log_of(float(run.about.get("batch_tokens") or nan))
+
+
+def log_of(value: float) -> float:
+    """The logarithm; NaN of what has none."""
     return log(value) if value > 0 else nan
 
 

@@ -1,7 +1,7 @@
 """What the references of a forecast showed at any number of tokens: loss, batch, tail, head, RankMe."""
 
 from collections.abc import Callable, Sequence
-from math import isnan, log, nan
+from math import isnan, nan
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_spectral.functional.forecast import anchored_power_law
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.runs.course import Course
+from lightning_spectral.runs.early_numbers import log_batch, log_of, vector
 from lightning_spectral.runs.references import Reference, loss_at
-from lightning_spectral.runs.run import Run
 
 _MOST_REPORTS = 64
 """That are read to find where a tail is steepest, evenly among all."""
@@ -129,18 +129,3 @@ def curve_of(tokens: Sequence[float] | np.ndarray, losses: Sequence[float] | np.
     at, seen = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     known = at > 0
     return log_of(anchored_power_law(torch.from_numpy(at[known]), torch.from_numpy(seen[known]), target))
-
-
-def log_batch(run: Run) -> float:
-    """Logarithm of the tokens in a batch; NaN where a record does not say."""
-    return log_of(float(run.about.get("batch_tokens") or nan))
-
-
-def log_of(value: float) -> float:
-    """The logarithm; NaN of what has none."""
-    return log(value) if value > 0 else nan
-
-
-def vector(values: Sequence[float]) -> Tensor:
-    """Numbers as a tensor, float64."""
-    return torch.tensor(list(values), dtype=torch.float64)
