@@ -29,6 +29,9 @@ def gradient_flow_risk(spectrum: Tensor, power: Tensor, rate: float, steps: Tens
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
 
+    References:
+        Advani, Saxe, *High-dimensional dynamics of generalization error in neural networks*, arXiv 1710.03667 (2017).
+
     Example:
         >>> import torch
         >>> gradient_flow_risk(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.0]), 0.5, torch.tensor([0.0, 2.0]))
@@ -66,6 +69,10 @@ def power_law_risk(alpha: float, beta: float, rate: float, steps: Tensor | float
 
     Raises:
         ValueError: If an argument is out of range.
+
+    References:
+        Velikanov, Yarotsky, *Explicit loss asymptotics in the gradient descent training of neural networks*, arXiv
+        2105.00507 (2021), for such laws of wide networks.
 
     Example:
         >>> round(float(power_law_risk(1.0, 2.0, 0.5, 100.0)), 6)  # 1 / t

@@ -22,6 +22,10 @@ def harmonic_energy(state_means: Tensor) -> Tensor:
     Raises:
         ValueError: If it is no matrix of finite real numbers of at least two states.
 
+    References:
+        Nanda, Chan, Lieberum et al., *Progress measures for grokking via mechanistic interpretability*, arXiv
+        2301.05217 (2023), for the Fourier modes of modular arithmetic.
+
     Example:
         >>> import torch
         >>> energy = harmonic_energy(torch.tensor([[1.0], [0.0], [-1.0], [0.0]]))  # a cosine, once round

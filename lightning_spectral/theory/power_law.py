@@ -54,6 +54,9 @@ def crossover_rank(spectrum: Tensor) -> float:
     Raises:
         ValueError: If the spectrum is no descending vector of eigenvalues.
 
+    References:
+        Liu, Paquette, Sous, *Spectral Lens*, arXiv 2605.05683 (2026), for the question; the derivative is above.
+
     Example:
         >>> round(crossover_rank(power_law_spectrum(768, 1.0)), 1)
         21.0

@@ -32,6 +32,10 @@ def task_power(eigenvalues: Tensor, basis: Tensor, readout_gradient: Tensor) -> 
     Raises:
         ValueError: If shapes do not fit, or the eigenvalues are no descending spectrum.
 
+    References:
+        Derived above; Böhning, *Multinomial logistic regression algorithm*, Ann. Inst. Stat. Math. 44 (1992), for the
+        bound of the curvature.
+
     Example:
         >>> import torch
         >>> error = torch.tensor([[0.5, 2.0]])  # W - W*, features with variances 4 and 1
@@ -68,6 +72,12 @@ def readout_loss(loss: float, eigenvalues: Tensor, power: Tensor, rate: float, s
 
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
+
+    Example:
+        >>> import torch
+        >>> eigenvalues, power = torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.4])
+        >>> readout_loss(2.0, eigenvalues, power, 0.1, torch.tensor([0.0, 1000.0]))  # 2 - 1.4 / 2 at last
+        tensor([2.0000, 1.3000], dtype=torch.float64)
     """
     spectrum = spectrum_of(eigenvalues)
     power = power_of(power, spectrum)

@@ -75,6 +75,9 @@ def sgd_risk(
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
 
+    References:
+        Bordelon, Pehlevan, *Learning Curves for SGD on Structured Features*, arXiv 2106.02713 (2021).
+
     Example:
         >>> import torch
         >>> sgd_risk(torch.tensor([1.0]), torch.tensor([1.0]), 0.5, 1, 0.0, torch.tensor([0, 1]))  # 1 - 1 + 3 / 4
@@ -121,6 +124,9 @@ def stability(spectrum: Tensor, rate: float, batch_size: float, noise: float = 0
 
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
+
+    References:
+        Bordelon, Pehlevan, arXiv 2106.02713 (2021), for the recursion; where it is at rest is above.
 
     Example:
         >>> import torch
@@ -209,6 +215,12 @@ def tokens_to_risk(
 
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
+
+    Example:
+        >>> import torch
+        >>> one = torch.tensor([1.0])
+        >>> tokens_to_risk(one, one, 0.5, 1, 0.0, target=0.75**2, tokens_per_row=128.0)  # two steps of one row
+        256.0
     """
     check_positive(tokens_per_row=tokens_per_row, batch_size=batch_size)
     return steps_to_risk(spectrum, power, rate, batch_size, noise, target) * batch_size * tokens_per_row
@@ -234,6 +246,12 @@ def critical_batch_size(spectrum: Tensor, power: Tensor, rate: float, noise: flo
 
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
+
+    Example:
+        >>> import torch
+        >>> one = torch.tensor([1.0])
+        >>> round(critical_batch_size(one, one, 0.5, 0.0, target=0.1), 6)  # (1/4 + 1/(2 B))^2 = 1/4
+        2.0
     """
     fewest = steps_to_risk(spectrum, power, rate, math.inf, noise, target)
     if not 0 < fewest < math.inf:
@@ -265,6 +283,10 @@ def noise_scale(spectrum: Tensor, power: Tensor, noise: float) -> float:
 
     Raises:
         ValueError: If an argument is negative, not finite or of another shape.
+
+    References:
+        McCandlish, Kaplan, Amodei et al., *An Empirical Model of Large-Batch Training*, arXiv 1812.06162 (2018), for
+        the ratio; its value in this model is above.
 
     Example:
         >>> import torch
