@@ -52,7 +52,9 @@ def separation(distances: np.ndarray, groups: Sequence[object], seed: int = 0) -
     return Separation(between, within, _share([b - w for b, w in permuted], between - within))
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = (), seed: int = 0) -> np.ndarray:
+def rank_correlation(
+    x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = (), seed: int = 0, num: int = NUM_PERMUTATIONS
+) -> np.ndarray:
     """Spearman's rho, given others, with a two-sided p-value.
 
     The residuals of the ranks of y given the others are permuted, and regressed on them anew.
@@ -62,9 +64,10 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] =
         y: ``(n,)``.
         given: Vectors ``(n,)``, by whose ranks those of both are explained first.
         seed: Of the permutations.
+        num: How many.
 
     Returns:
-        ``(2,)``: correlation and p-value, not below 1 / 10,000; NaN for fewer than four left beside the others, and
+        ``(2,)``: correlation and p-value, not below 1 / (num + 1); NaN for fewer than four left beside the others, and
         where nothing is left to correlate.
 
     References:
@@ -86,7 +89,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] =
     first, second = residuals(ranks)
     observed = float(first @ second)
     generator = np.random.default_rng(seed)
-    shuffled = generator.permuted(np.tile(second, (NUM_PERMUTATIONS, 1)), axis=1)
+    shuffled = generator.permuted(np.tile(second, (num, 1)), axis=1)
     return np.array([observed, _share(np.abs(residuals(shuffled) @ first), abs(observed))])
 
 

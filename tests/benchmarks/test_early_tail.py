@@ -1,5 +1,6 @@
 """Study 4: which runs it makes, how it tunes them, and the tokens that they learn."""
 
+import json
 import math
 import sys
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.findings import byte_pairs
+from benchmarks.findings.early_tail import Seen, gate, means, outcome
+from benchmarks.findings.early_tail_report import write_report
 from benchmarks.findings.early_tail_runs import (
     BATCH_SIZES,
     CONFIG,
@@ -20,6 +23,7 @@ from benchmarks.findings.early_tail_runs import (
     Setting,
     Study,
 )
+from benchmarks.findings.runs import RESULTS
 from lightning_spectral.cli import main
 from lightning_spectral.nanogpt import ShardData
 
@@ -100,3 +104,43 @@ def test_tokens_are_those_of_the_text_and_a_tenth_of_the_noisy_ones_are_shuffled
     differs = (ours != theirs)[:whole].reshape(-1, 16).any(1)
     assert 0.02 < differs.mean() < 0.2
     assert (np.sort(ours[:whole].reshape(-1, 16)) == np.sort(theirs[:whole].reshape(-1, 16))).all()
+
+
+def _seen(name: str, batch_size: int, peak: float) -> Seen:
+    return Seen(name, name, batch_size, True, 1e5, peak, ({}, {}))
+
+
+def test_the_gate_names_runs_of_few_steps_and_those_before_their_maximum() -> None:
+    runs = [_seen("late", 4, 5e4), _seen("few", 16, 5e4), _seen("rising", 1, 3e5)]
+    late = gate(runs, (1e5, 2e5), batch_tokens=128, at=1)
+    assert late == ["few: 98 steps", "rising: tail at its maximum at 300,000 tokens"]
+
+
+@pytest.mark.parametrize(
+    ("rho", "p_value", "low", "is_met", "words"),
+    [
+        (0.9, 0.001, 0.02, True, "held in one family"),
+        (0.9, 0.2, -0.1, True, "batch size under another name"),
+        (0.9, 0.001, -0.1, True, "in part"),
+        (-0.7, 0.001, 0.02, True, "refuted"),
+        (-0.7, 0.9, -0.1, False, "not shown; the stage gate is not met"),
+    ],
+)
+def test_outcomes_are_those_of_the_plan(rho: float, p_value: float, low: float, is_met: bool, words: str) -> None:
+    tail = {"tiers": rho, "varied_given_loss": [0.5, p_value], "gain": 0.2, "gain_low": low}
+    assert outcome([tail], is_met)["in words"] == words
+
+
+def test_a_number_that_goes_with_tokens_passes_and_seeds_are_averaged() -> None:
+    values = [(4, "a", 1.0, 10.0), (4, "a", 3.0, 1000.0), (4, "b", 5.0, 100.0), (8, "c", 0.0, 1.0)]
+    runs = [Seen(tier, tier, size, True, took, 0.0, ({"x": value},)) for size, tier, value, took in values]
+    assert means(runs, 0, "x").tolist() == [2.0, 5.0, 0.0]
+    assert np.exp(means(runs, 0, "log tokens")) == pytest.approx([100.0, 100.0, 1.0])
+
+
+def test_the_report_says_what_the_landed_results_hold(tmp_path: Path) -> None:
+    results = json.loads((RESULTS / "early_tail.json").read_text())
+    assert len(results["runs"]) == 24
+    write_report(results, tmp_path)
+    assert (tmp_path / "early_tail.md").read_text() == (RESULTS / "early_tail.md").read_text()
+    assert (tmp_path / "early_tail.png").stat().st_size > 10_000

@@ -1,0 +1,201 @@
+"""Does the early tail forecast tokens, once runs are past their transient? Study 4, see ``plan_early_tail.md``.
+
+    python -m benchmarks.findings.early_tail
+
+Reads the runs that ``early_tail_runs`` has made, all of them; JSON, figure and report go to
+``benchmarks/results/findings``. Half a minute on one core.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.findings.early_tail_report import write_report
+from benchmarks.findings.early_tail_runs import RUNS, VARIED_AT, Setting, Study
+from benchmarks.findings.permutation import rank_correlation
+from benchmarks.findings.runs import RESULTS
+from benchmarks.harness import environment
+from lightning_spectral import Run
+from lightning_spectral.functional import stack
+from lightning_spectral.runs.early_numbers import EARLY_LOSS, LOG_BATCH, early_of, spectral_measures
+
+LAYER = "gpt.blocks.11"
+TAIL = (0.125, 0.5)
+NAMES = ("alpha_tail", "alpha_head", "RankMe")
+SHARES = (0.25, 0.5)
+"""Of the tokens of the fastest run at which is measured; the last is primary."""
+MIN_STEPS = 122
+MIN_RHO = 0.9
+LEVEL = 0.01
+MIN_GAIN = 0.1
+NUM_PERMUTATIONS = 99_999
+
+
+class Finished(Study):
+    """A study all of whose runs are there: nothing is trained."""
+
+    def train(self, setting: Setting, tokens: int, target: float | None = None) -> str:
+        """A line that says whether the run is there."""
+        return setting.name if self.is_there(setting, tokens, target) else f"{setting.name}: FAILED, is not there"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One run: what it took, and what it showed at each count."""
+
+    name: str
+    tier: str
+    """What it is a seed of."""
+    batch_size: int
+    """Sequences."""
+    is_tuned: bool
+    """Whether it is a seed of a tuned tier, not a variation."""
+    tokens: float
+    """To the target; infinite where it was never reached."""
+    peak: float
+    """Tokens at the maximum of its tail's exponent."""
+    early: tuple[dict[str, float], ...]
+    """By name of the number, at each count."""
+
+
+def counts_of(runs: Sequence[Run], target: float) -> list[float]:
+    """Tokens at which is measured."""
+    fastest = np.nanmin([run.tokens_to(target) for run in runs])
+    return [share * float(fastest) for share in SHARES]
+
+
+def see(setting: Setting, run: Run, is_tuned: bool, target: float, counts: Sequence[float]) -> Seen:
+    """What a run took and showed."""
+    measures = [*spectral_measures(LAYER, TAIL), EARLY_LOSS, LOG_BATCH]
+    reported = run.course("activation").tokens_until(math.inf)
+    tails = [measures[0].value(run, tokens) for tokens in reported]
+    tokens = run.tokens_to(target)
+    return Seen(
+        setting.name,
+        setting.name.replace(f"-seed_{setting.seed}", ""),
+        setting.batch_size,
+        is_tuned,
+        math.inf if math.isnan(tokens) else tokens,
+        float(reported[int(np.nanargmax(tails))]),
+        tuple({one.name: one.value(run, count) for one in measures} for count in counts),
+    )
+
+
+def means(runs: Sequence[Seen], at: int, name: str) -> np.ndarray:
+    """Of a number at a count, or of ``"log tokens"``, over the seeds of each tier."""
+
+    def value(run: Seen) -> float:
+        return math.log(run.tokens) if name == "log tokens" else run.early[at][name]
+
+    tiers = dict.fromkeys(run.tier for run in runs)
+    return np.array([np.mean([value(run) for run in runs if run.tier == tier]) for tier in tiers])
+
+
+def gate(runs: Sequence[Seen], counts: Sequence[float], batch_tokens: int, at: int) -> list[str]:
+    """Runs that a count finds too early, each with the reason."""
+    late = []
+    for run in runs:
+        steps = counts[at] / (run.batch_size * batch_tokens)
+        if steps < MIN_STEPS:
+            late.append(f"{run.name}: {steps:.0f} steps")
+        if run.peak >= counts[at]:
+            late.append(f"{run.name}: tail at its maximum at {run.peak:,.0f} tokens")
+    return late
+
+
+def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: Sequence[float], at: int) -> list[Any]:
+    """The three tests of each number at a count."""
+    tuned = [run for run in runs if run.is_tuned]
+    varied = [run for run in runs if run.batch_size == VARIED_AT]
+    reached = [number for number, run in enumerate(runs) if math.isfinite(run.tokens)]
+    references = [opened[number] for number in reached]
+    tiers = list(dict.fromkeys(run.tier for run in runs))
+    settings = torch.tensor([tiers.index(runs[number].tier) for number in reached])
+    tokens = torch.tensor([runs[number].tokens for number in reached], dtype=torch.float64)
+    measures = spectral_measures(LAYER, TAIL)
+    found = []
+    for name in (*NAMES, "early loss", "all spectra"):
+        row: dict[str, Any] = {"number": name}
+        if name != "all spectra":
+            row["tiers"] = rank_correlation(means(tuned, at, name), means(tuned, at, "log tokens"))[0]
+            given = () if name == "early loss" else (means(varied, at, "early loss"),)
+            truth = means(varied, at, "log tokens")
+            alone = rank_correlation(means(varied, at, name), truth, num=NUM_PERMUTATIONS)
+            partial = rank_correlation(means(varied, at, name), truth, given, num=NUM_PERMUTATIONS)
+            row |= {"varied": alone.tolist(), "varied_given_loss": partial.tolist() if given else [math.nan] * 2}
+        if name != "early loss":
+            chosen = [one for one in measures if name in (one.name, "all spectra")]
+            early = early_of(references, target, counts[at], chosen, counts[at])
+            told = stack(early, tokens, None, settings)
+            row |= {
+                "gain": told.spectral_gain,
+                "gain_low": told.spectral_gain_low,
+                "gain_high": told.spectral_gain_high,
+            }
+        found.append(row)
+    return found
+
+
+def forecasts(runs: Sequence[Seen], opened: Sequence[Run], target: float, count: float) -> dict[str, float]:
+    """Errors of the stack without spectra, each setting from the others."""
+    tiers = list(dict.fromkeys(run.tier for run in runs))
+    known = [number for number, run in enumerate(runs) if math.isfinite(run.tokens)]
+    tokens = torch.tensor([runs[number].tokens for number in known], dtype=torch.float64)
+    settings = torch.tensor([tiers.index(runs[number].tier) for number in known])
+    told = stack(early_of([opened[number] for number in known], target, count), tokens, None, settings)
+    mean = math.nan if tokens.numel() == 0 else float((tokens.log() - tokens.log().mean()).abs().mean())
+    return {"median_error": told.median_error, "mean_log_error": told.mean_log_error, "spread_of_log_tokens": mean}
+
+
+def outcome(rows: Sequence[dict[str, Any]], is_met: bool) -> dict[str, Any]:
+    """What the three tests of the tail come to, by the plan's words."""
+    tail = rows[0]
+    first = bool(tail["tiers"] >= MIN_RHO)
+    second = bool(tail["varied_given_loss"][1] < LEVEL)
+    third = bool(tail["gain"] >= MIN_GAIN and tail["gain_low"] > 0)
+    if first and second and third:
+        words = "held in one family"
+    elif first and not second and not third:
+        words = "batch size under another name"
+    elif not first:
+        words = "refuted" if is_met else "not shown; the stage gate is not met"
+    else:
+        words = "in part"
+    return {"P1": first, "P2": second, "P3": third, "gate": is_met, "in words": words}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Finished(arguments.runs)
+    settings, target = study.family("rope")
+    num_tuned = len(settings) - 9
+    opened = [Run(study.folder / setting.name) for setting in settings]
+    counts = counts_of(opened, target)
+    seen = [
+        see(setting, run, number < num_tuned, target, counts)
+        for number, (setting, run) in enumerate(zip(settings, opened, strict=True))
+    ]
+    batch_tokens = settings[0].batch_tokens // settings[0].batch_size
+    results: dict[str, Any] = {"target": target, "counts": counts, "runs": [asdict(run) for run in seen], "at": []}
+    for at, count in enumerate(counts):
+        late, rows = gate(seen, counts, batch_tokens, at), claims(seen, opened, target, counts, at)
+        told = {"tokens": count, "late": late, "claims": rows, "outcome": outcome(rows, not late)}
+        results["at"].append(told | {"stack": forecasts(seen, opened, target, count)})
+    text = json.dumps(results | {"environment": environment()}, indent=1)
+    (arguments.folder / "early_tail.json").write_text(text + "\n")
+    write_report(results, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
