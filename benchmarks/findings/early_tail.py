@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.compact_json import compact
 from benchmarks.findings.early_tail_report import write_report
 from benchmarks.findings.early_tail_runs import RUNS, VARIED_AT, Setting, Study
 from benchmarks.findings.permutation import rank_correlation
@@ -192,7 +193,7 @@ def main() -> None:
         late, rows = gate(seen, counts, batch_tokens, at), claims(seen, opened, target, counts, at)
         told = {"tokens": count, "late": late, "claims": rows, "outcome": outcome(rows, not late)}
         results["at"].append(told | {"stack": forecasts(seen, opened, target, count)})
-    text = json.dumps(results | {"environment": environment()}, indent=1)
+    text = compact(json.dumps(results | {"environment": environment()}))
     (arguments.folder / "early_tail.json").write_text(text + "\n")
     write_report(results, arguments.folder)
 
