@@ -21,7 +21,7 @@ from typing import Any
 PACKAGES = {
     "jsonargparse": "'jsonargparse[signatures]>=4.39'",
     "lightning": "'lightning>=2.5,!=2.6.2,!=2.6.3'",
-    "lightning_utilities": "'lightning-utilities>=0.10'",
+    "lightning_utilities": "'lightning-utilities>=0.15.3'",
     "matplotlib": "'matplotlib>=3.8'",
     "numpy": "'numpy>=1.26'",
     "rich": "'rich>=13'",

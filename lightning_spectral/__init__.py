@@ -1,7 +1,5 @@
 """Watch the spectra of activations and gradients while a model trains under PyTorch Lightning."""
 
-from importlib.metadata import version
-
 from lightning_spectral import functional, metrics
 from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift, RunRecord, TailForecaster
 from lightning_spectral.capture import per_sample_gradients
@@ -9,8 +7,7 @@ from lightning_spectral.functional import Exponent, PowerLaw, Spectrum
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
 from lightning_spectral.probing import Probe, probe
 from lightning_spectral.runs import Comparison, Run, Verdict, backtest, compare, forecast
-
-__version__ = version("lightning-spectral")
+from lightning_spectral.version import __version__
 
 __all__ = [
     "ActivationSpectrum",

@@ -4,13 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from lightning_spectral.runs.commands import COMMANDS as COMMANDS_ON_RUNS
 from lightning_spectral.runs.commands import run_command
 from lightning_spectral.terminal import one_line
+from lightning_spectral.version import __version__
 
 PACKAGE = Path(__file__).parent
 
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(USAGE)
         return
     if words[0] == "--version":
-        print(f"lightning-spectral {version('lightning-spectral')}")
+        print(f"lightning-spectral {__version__}")
         return
     if words[0] not in ALL_COMMANDS:
         _stop(f"command must be one of {', '.join(ALL_COMMANDS)}, got {words[0]!r}: see lightning-spectral --help")

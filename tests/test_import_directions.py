@@ -17,9 +17,10 @@ ALLOWED = {
     "measurement": {"functional", "theory", "metrics", "capture"},
     "boards": set(),
     "terminal": set(),
+    "version": set(),
     "warner": set(),
     "runs": {"functional", "theory", "terminal"},
-    "recording": {"functional", "metrics", "capture", "measurement", "runs", "warner"},
+    "recording": {"functional", "metrics", "capture", "measurement", "runs", "version", "warner"},
     "callbacks": {
         *("functional", "metrics", "capture", "measurement", "boards"),
         *("runs", "recording", "terminal", "warner"),

@@ -129,8 +129,9 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             states = hidden_states(output)
-            # The operator takes plain tensors of one shape; whoever asks hears that the layer was not seen.
-            if not states.is_nested and not hasattr(states, "placements"):
+            # The operator takes plain tensors of one shape; whoever asks hears that the layer was not seen. Of a plain
+            # one nothing more is asked, which torch 2.4 does not compile.
+            if type(states) is Tensor or not (states.is_nested or hasattr(states, "placements")):
                 torch.ops.lightning_spectral.observe(states.detach(), self.tag)
         else:
             self.deliver(self.reader_id, self.index, output, args)

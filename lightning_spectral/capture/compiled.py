@@ -1,10 +1,10 @@
 """Whether a layer runs inside a compiled graph, where hooks that read its backward pass cannot be."""
 
-import sys
 from typing import Any
 
 from torch import nn
 
+from lightning_spectral.capture.eager import is_eager
 from lightning_spectral.capture.names import clean_name
 from lightning_spectral.capture.rebinding import WRAPPED
 
@@ -16,7 +16,7 @@ def compiled_around(root: nn.Module, layer: nn.Module) -> str | None:
     ``forward``, or the root's ``training_step``, was replaced by a compiled one. Of the root itself only its
     ``training_step`` counts, which need not call it. While compiling is switched off, nothing is.
     """
-    if _is_off():
+    if is_eager():
         return None
     names = [name for name, module in root.named_modules(remove_duplicate=False) if module is layer]
     for name in names:
@@ -33,12 +33,3 @@ def compiled_around(root: nn.Module, layer: nn.Module) -> str | None:
 
 def _is_compiled(function: Any) -> bool:
     return hasattr(function, WRAPPED) and not getattr(function, "_torchdynamo_disable", False)
-
-
-def _is_off() -> bool:
-    """Whether ``torch.compiler.set_stance("force_eager")``, or dynamo's configuration, keeps compilers out."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        return False
-    stance = getattr(getattr(dynamo.eval_frame, "_stance", None), "stance", "default")
-    return stance == "force_eager" or bool(getattr(dynamo.config, "disable", False))

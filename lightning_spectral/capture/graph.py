@@ -36,6 +36,8 @@ def graph_of(value: Tensor) -> Graph:
         elif kind.startswith("CheckpointFunction"):
             is_reentrant = True
         elif kind.startswith("ToCopy"):
-            is_short = is_short or any(about.dtype in SHORT for about in node._input_metadata)
+            made = getattr(node, "_input_metadata", None)
+            # An older torch does not say to what: rather a wider tolerance than a sound loss refused.
+            is_short = is_short or made is None or any(about.dtype in SHORT for about in made)
         nodes.extend(following for following, _ in node.next_functions)
     return Graph(leaves, is_reentrant, is_short)

@@ -1,7 +1,7 @@
 """Products in the precision that a measurement promises, whatever was chosen for training."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -9,9 +9,26 @@ REDUCED = ("tf32", "bf16")
 """Precisions in which a backend may multiply float32 matrices faster than in float32."""
 
 
-@contextmanager
-def ieee_products() -> Iterator[None]:
+def ieee_products() -> AbstractContextManager[None]:
     """Float32 products in float32: a user's choice of TF32 or bf16 for training must not reach the covariance."""
+    return _each_backend() if hasattr(torch.backends.mkldnn, "matmul") else _all_backends()
+
+
+@contextmanager
+def _all_backends() -> Iterator[None]:
+    """With the one setting that torch<2.9 has."""
+    chosen = torch.get_float32_matmul_precision()
+    if chosen != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if chosen != "highest":
+            torch.set_float32_matmul_precision(chosen)
+
+
+@contextmanager
+def _each_backend() -> Iterator[None]:
     backends = [
         (torch.backends.cuda.matmul, torch.backends),
         (torch.backends.mkldnn.matmul, torch.backends.mkldnn),  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_spectral.capture.batch import batch_of, copied, tensors
+from lightning_spectral.capture.eager import eager
 from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.large import LOCKED
@@ -205,12 +205,10 @@ class BatchLoss(nn.Module):
 @contextmanager
 def isolated() -> Iterator[None]:
     """Random streams restored afterwards, gradients on even where a validation pass turned them off, no compiler."""
-    # Without dynamo in the process nothing is compiled, and importing it takes seconds.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     failure: BaseException | None = None
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         try:
-            with torch.inference_mode(False), torch.enable_grad(), eager:
+            with torch.inference_mode(False), torch.enable_grad(), eager():
                 yield
         except BaseException as error:  # one that passes through isolate_rng keeps it from restoring anything
             failure = error

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+try:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    HAS_FLEX = True
+except ModuleNotFoundError:  # torch 2.4
+    HAS_FLEX = False
 
 FLEX_BLOCK = 128
 """Tokens of a block that FlexAttention computes or skips; its kernels take no smaller ones."""
@@ -35,10 +41,10 @@ def takes_flex(attention: str, device: torch.device, masked: bool, head_size: in
     """Whether attention is FlexAttention rather than SDPA: by its name, or for "auto" where flex is worth it.
 
     That is on CUDA if more than the future is masked (for the future alone SDPA has kernels) and heads have at least
-    16 features, of which flex takes no fewer.
+    16 features, of which flex takes no fewer; never in a torch that lacks it.
     """
     if attention == "auto":
-        return device.type == "cuda" and masked and head_size >= 16
+        return HAS_FLEX and device.type == "cuda" and masked and head_size >= 16
     return attention == "flex"
 
 
@@ -70,7 +76,7 @@ def dense_mask(
 
 def block_mask(
     num_tokens: int, documents: Tensor | None, window: Tensor | None, mask_block: int | None, device: torch.device
-) -> BlockMask:
+) -> "BlockMask":
     """Say the same as `dense_mask` for FlexAttention, without ever looking at all pairs of tokens.
 
     For each block of tokens: the blocks that it sees in whole and in part, and the rule inside the latter.
@@ -128,14 +134,14 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | BlockMask | None", scale: float | None) -> Tensor:
     """Mix the values that each token sees, all of shape `(batch, heads, tokens, head_size)`.
 
     The mask is one of `dense_mask` for SDPA, of `block_mask` for FlexAttention; None is SDPA over all before. `scale`
     is a factor on the products of queries and keys; None is 1 / sqrt(head_size). ValueError if FlexAttention is to be
     trained on a device on which it cannot.
     """
-    if not isinstance(mask, BlockMask):
+    if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     if q.device.type == "cuda":
         return _compiled_flex_attention()(q, k, v, block_mask=mask, scale=scale)

@@ -4,7 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from lightning_spectral.nanogpt.arguments import MAX_INT, check_flag, check_int, check_number, shown
+from lightning_spectral.nanogpt.attention import HAS_FLEX
 
 # num_layers, num_heads, width. All but tiny are the sizes of GPT-2; d12 has heads of 128 features, the others of 64.
 TIERS: dict[str, dict[str, int]] = {
@@ -285,6 +288,10 @@ class GPTConfig:
             raise ValueError(
                 f"window_start must be at most window={self.window}, as windows grow, got {self.window_start}: "
                 f"take {self.window} or None"
+            )
+        if self.attention == "flex" and not HAS_FLEX:
+            raise ValueError(
+                f"attention must be 'auto' or 'sdpa' with torch {torch.__version__}, got 'flex', which needs torch>=2.5"
             )
         if self.attention == "flex" and self.head_size < 16:
             raise ValueError(

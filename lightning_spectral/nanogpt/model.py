@@ -1,16 +1,19 @@
 """GPT, one stack of equal blocks whose variants are independent switches of the configuration."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from typing_extensions import override
 
 from lightning_spectral.nanogpt.attention import attend, block_mask, dense_mask, document_ids, takes_flex
 from lightning_spectral.nanogpt.config import RECIPES, TIERS, GPTConfig, recipe_switches
 from lightning_spectral.nanogpt.float8 import Float8Linear, float8_linear
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["GPT", "RECIPES", "TIERS", "GPTConfig", "next_token_loss", "norm", "recipe_switches"]
 
@@ -61,9 +64,9 @@ class Context:
     """The embedding, (B, T, width)."""
     rotary: Tensor | None
     """Cosines and sines, (2, T, head / 2)."""
-    mask: Tensor | BlockMask | None
+    mask: "Tensor | BlockMask | None"
     """Of layers with a long window."""
-    short_mask: Tensor | BlockMask | None
+    short_mask: "Tensor | BlockMask | None"
     """Of layers with a short window."""
     first_values: Tensor | None = None
     """The first layer's values, which it puts here, (B, heads, T, head)."""
@@ -249,7 +252,7 @@ class GPT(nn.Module):
                 outputs.append(x)
         return self._bound(self._score(norm(x)))  # (B, T, vocab)
 
-    def _masks(self, input_ids: Tensor) -> tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]:
+    def _masks(self, input_ids: Tensor) -> "tuple[Tensor | BlockMask | None, Tensor | BlockMask | None]":
         """Masks of layers with a long and with a short window."""
         config, device = self.config, input_ids.device
         masked = config.document_mask or self.window is not None

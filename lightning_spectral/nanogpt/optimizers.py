@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import nn, optim
+from torch.optim import AdamW, Optimizer
 
 from lightning_spectral.nanogpt.arguments import check_number, shown
 from lightning_spectral.nanogpt.combined import CombinedOptimizer
@@ -126,7 +127,7 @@ def parameters_by_role(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
 def build_optimizer(model: nn.Module, settings: RecipeOptimizer) -> Optimizer:
     """Make the optimizer of a recipe: AdamW where it moves everything; else Muon and AdamW as one.
 
-    Groups have a name, under which LearningRateMonitor logs them.
+    Groups have a name, under which LearningRateMonitor logs them. ValueError if torch has no Muon where it is needed.
     """
     if has_one_learning_rate(settings):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -142,7 +143,11 @@ def build_optimizer(model: nn.Module, settings: RecipeOptimizer) -> Optimizer:
     matrices_group = groups_by_role.pop("matrices")
     del matrices_group["betas"]
     # "original" multiplies the update by sqrt(max(1, rows / columns))
-    muon = Muon([matrices_group], momentum=settings.momentum_at(0), adjust_lr_fn="original")
+    if not hasattr(optim, "Muon"):
+        raise ValueError(
+            f"matrix_optimizer must be 'adamw' with torch {torch.__version__}, got 'muon', which needs torch>=2.9"
+        )
+    muon = optim.Muon([matrices_group], momentum=settings.momentum_at(0), adjust_lr_fn="original")
     return CombinedOptimizer([muon, AdamW(list(groups_by_role.values()))]) if groups_by_role else muon
 
 

@@ -17,6 +17,7 @@ from lightning_spectral.functional.arguments import describe, is_one_line
 from lightning_spectral.measurement.arguments import MAX_COUNT
 from lightning_spectral.recording.family import describe_model, describe_setting, family_name
 from lightning_spectral.runs.record import FOLDER
+from lightning_spectral.version import __version__
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> 
     model = describe_model(pl_module)
     is_cuda = pl_module.device.type == "cuda"
     seed = os.environ.get("PL_GLOBAL_SEED", "")
-    names = ("lightning-spectral", "lightning", "torch")
     return {
         "family": notes.family or family_name(model),
         "tags": dict(notes.tags),
@@ -89,7 +89,11 @@ def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> 
         "precision": str(trainer.precision),
         "device": torch.cuda.get_device_name(pl_module.device) if is_cuda else pl_module.device.type,
         "seed": int(seed) if seed.isdigit() else None,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": {
+            "python": platform.python_version(),
+            "lightning-spectral": __version__,
+            **{name: _version(name) for name in ("lightning", "torch")},
+        },
     }
 
 

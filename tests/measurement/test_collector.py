@@ -283,6 +283,9 @@ def _medium_precision():
 
 def precision_settings() -> tuple[str, ...]:
     backends = torch.backends
+    if not hasattr(backends.mkldnn, "matmul"):  # torch<2.9 has one setting for all, whose best is ieee
+        chosen = torch.get_float32_matmul_precision()
+        return chosen, chosen, *("ieee" if chosen == "highest" else chosen for _ in range(2))
     return (
         torch.get_float32_matmul_precision(),
         *(backend.fp32_precision for backend in (backends, backends.cuda.matmul, backends.mkldnn.matmul)),

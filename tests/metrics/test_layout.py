@@ -3,7 +3,11 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+try:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import DTensor, Partial, Replicate, Shard
 
 from lightning_spectral.metrics.layout import Layout, are_sharded, is_distributed
 from tests.distributed import run_distributed
