@@ -264,7 +264,8 @@ def transformers_model(kind: str) -> nn.Module:
     configs = {
         "Jamba": sizes
         | heads
-        | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+        | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 4, "attn_layer_offset": 2}
+        | {"use_mamba_kernels": False},  # an older transformers would insist on them
         "T5": {"d_model": WIDTH, "d_kv": 4, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 20},
         "Bart": both | {"decoder_start_token_id": 0},
         "ResNet": {"hidden_sizes": [8, 16, 32], "depths": [1, 2, 1], "embedding_size": 8, "layer_type": "basic"},

@@ -63,6 +63,8 @@ ATTENTIONS: dict[str, Callable[[], nn.Module]] = {
     "multihead with weights": lambda: Multihead(need_weights=True),
     "encoder layer": lambda: nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True),
 }
+if "enable_gqa" not in str(F.scaled_dot_product_attention.__doc__):  # torch 2.4
+    del ATTENTIONS["grouped queries"]
 
 
 class Tokens(LightningModule):

@@ -146,6 +146,15 @@ def naive_muon(weight, gradients, lr, momentum):
     return weight
 
 
+def test_without_muon_only_the_recipes_with_it_are_refused(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    build_optimizer(EveryRole(), OPTIMIZERS["rope"])
+    wanted = r"matrix_optimizer must be 'adamw' with torch \d.*, got 'muon', which needs torch>=2.9$"
+    with pytest.raises(ValueError, match=wanted):
+        build_optimizer(EveryRole(), OPTIMIZERS["untied"])
+    build_optimizer(EveryRole(), settings_for("tiny", "untied", matrix_optimizer="adamw"))
+
+
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32), (16, 16)], ids=str)
 def test_muon_is_its_definition(shape):
     model = nn.Module()

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lightning_spectral.nanogpt import GPT, RECIPES, GPTConfig, NanoGPT, next_token_loss
+from lightning_spectral.nanogpt.attention import takes_flex
 from lightning_spectral.nanogpt.config import recipe_switches
 
 REDUCED = {"window": 16, "window_start": 8, "window_step": 1, "mask_block": 8, "fp8": "emulate"}
@@ -106,6 +107,15 @@ def test_table_that_nobody_reads_does_not_exist():
     assert GPTConfig.from_tier("d12", "better_window").value_tables == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
     assert GPTConfig.from_tier("d12", "vte").value_tables == list(range(12))
     assert GPTConfig.from_tier("d12", "unet").value_tables == [None] * 12
+
+
+def test_flex_attention_is_refused_where_torch_lacks_it(monkeypatch):
+    monkeypatch.setattr("lightning_spectral.nanogpt.config.HAS_FLEX", False)
+    monkeypatch.setattr("lightning_spectral.nanogpt.attention.HAS_FLEX", False)
+    wanted = r"attention must be 'auto' or 'sdpa' with torch \d.*, got 'flex', which needs torch>=2.5$"
+    with pytest.raises(ValueError, match=wanted):
+        GPTConfig.from_tier("d12", "flex_window", attention="flex")
+    assert not takes_flex("auto", torch.device("cuda"), masked=True, head_size=64)
 
 
 @pytest.mark.parametrize(
