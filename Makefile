@@ -1,10 +1,15 @@
-# `make demo` shows the instrument at work, `make test` checks it; both build the environment they need.
+# `make demo` shows the instrument at work, `make test` checks it, `make package` makes and tries what is released; each
+# builds the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo_logs
 BIN := $(VENV)/bin
+OLDEST := tests/functional tests/theory tests/measurement tests/capture tests/nanogpt/test_model.py \
+	tests/callbacks/test_activation_spectrum.py tests/callbacks/test_gradient_spectrum.py \
+	tests/callbacks/test_do_no_harm.py tests/callbacks/test_gradient_do_no_harm.py tests/callbacks/test_head_drift.py \
+	tests/callbacks/test_precision.py tests/callbacks/test_self_check.py tests/callbacks/test_tail_forecaster.py
 
-.PHONY: demo test lint clean
+.PHONY: demo package test test-oldest lint clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,5 +28,20 @@ lint: $(BIN)/installed
 test: $(BIN)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
+package: $(BIN)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python .ci/check_package.py dist
+
+# The oldest versions that pyproject.toml admits, and the parts of the suite that touch torch, lightning and torchmetrics;
+# of their warnings the newest versions are judged alone.
+$(VENV)-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest hypothesis transformers
+	touch $@
+
+test-oldest: $(VENV)-oldest/installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -o filterwarnings= $(OLDEST)
+
 clean:
-	rm -rf $(VENV) $(DEMO_DIR)
+	rm -rf $(VENV) $(VENV)-oldest $(DEMO_DIR) dist
