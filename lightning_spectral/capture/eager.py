@@ -25,21 +25,27 @@ def is_eager() -> bool:
     if dynamo is None:
         return False
     stance = getattr(getattr(dynamo.eval_frame, "_stance", None), "stance", "default")
-    is_refused = getattr(dynamo.eval_frame, "set_eval_frame", None) is _take_nothing_over
+    is_refused = getattr(dynamo.eval_frame, _asked(dynamo.eval_frame), None) is _take_nothing_over
     return stance == "force_eager" or is_refused or bool(getattr(dynamo.config, "disable", False))
 
 
 @contextmanager
 def _nothing_taken_over(eval_frame: Any) -> Iterator[None]:
     """What a stance does, for torch 2.4 and 2.5: compiled code asks dynamo to take frames over, and it does not."""
-    asked = eval_frame.set_eval_frame
+    name = _asked(eval_frame)
+    asked = getattr(eval_frame, name)
     prior = asked(None)
-    eval_frame.set_eval_frame = _take_nothing_over
+    setattr(eval_frame, name, _take_nothing_over)
     try:
         yield
     finally:
-        eval_frame.set_eval_frame = asked
+        setattr(eval_frame, name, asked)
         asked(prior)
+
+
+def _asked(eval_frame: Any) -> str:
+    """The function by which frames are taken over, as torch 2.5 calls it, or 2.4."""
+    return "_maybe_set_eval_frame" if hasattr(eval_frame, "_maybe_set_eval_frame") else "set_eval_frame"
 
 
 def _take_nothing_over(callback: Any) -> Any:

@@ -141,7 +141,10 @@ def probe(
     if loss is None and (other := other_lightning(module)) is not None:
         raise ValueError(f"module must be a LightningModule of lightning.pytorch, got one of {other}: give loss_fn")
     if loss is None and not has_step(module):
-        raise ValueError(f"loss_fn must be given for {type(module).__name__}, which has no training_step")
+        raise ValueError(
+            f"loss_fn must be given for {type(module).__name__}, which has no training_step: a function of module and "
+            "batch, such as lambda module, batch: module(**batch).loss"
+        )
     wanted = Wanted(layers, activations, gradients, Bands.of(head, tail))
     study, reason = _watched_step(module, batch, wanted, accelerator, precision)
     return Probe(

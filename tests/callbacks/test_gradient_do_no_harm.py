@@ -101,8 +101,14 @@ def test_compiled_run_is_bit_identical(tmp_path: Path, compiled: tuple[bool, boo
     torch._dynamo.reset()
     assert_identical(runs[1], runs[0])
     assert graphs[0] == graphs[1]
+    expected = {(12, None)}
+    if compiled[1] and torch.__version__.startswith("2.4."):
+        # What torch 2.4 makes of a module holds a generator, of which nobody knows that it is not the step's own.
+        ((_, reason),) = spectra[0].found[0][1]
+        assert "must not draw from an iterator that a copy shares" in reason
+        expected = {(0, reason)}
     for spectrum in spectra:
-        assert [(step, samples) for step, samples, _ in spectrum.found] == [(3, {(12, None)}), (6, {(12, None)})]
+        assert [(step, samples) for step, samples, _ in spectrum.found] == [(3, expected), (6, expected)]
 
 
 class Quiet(LanguageModel):

@@ -374,7 +374,10 @@ def test_any_module_with_a_loss() -> None:
     found = probe(net, torch.randn(16, 8), layers="*", loss_fn=lambda net, x: net(x).square().mean(), **QUICK)
     assert [layer.name for layer in found.layers] == ["0", "1"]
     assert found.loss.is_mean == "passed"
-    with pytest.raises(ValueError, match=r"^loss_fn must be given for Sequential, which has no training_step$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^loss_fn must be given for Sequential, which has no training_step: a function of module and batch, ",
+    ):
         probe(net, torch.randn(16, 8))
 
 
