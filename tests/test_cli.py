@@ -12,9 +12,9 @@ import pytest
 
 import _lightning_spectral_command as script
 from lightning_spectral import cli
+from tests.documents import documented_command
 from tests.limit import LIMIT
 from tests.runs.made_up import made_up, when
-from tests.test_readme import readme_command
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
-    program, *words = readme_command("fit --model mine.Mine")
+    program, *words = documented_command("fit --model mine.Mine")
     settings = [
         "--trainer.callbacks.every_n_steps=4",
         "--trainer.callbacks.num_groups=2",
@@ -104,7 +104,7 @@ def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -
 
 
 def test_a_model_in_the_current_folder_is_probed(user_folder: Path) -> None:
-    program, *words = readme_command("probe --model mine.Mine")
+    program, *words = documented_command("probe --model mine.Mine")
     run = subprocess.run(
         [str(Path(sys.executable).with_name(program)), *words],
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
@@ -187,7 +187,7 @@ def test_a_model_may_bring_its_own_loaders(user_folder: Path, capsys: pytest.Cap
 @pytest.mark.filterwarnings("ignore:.*all its values are exactly zero")  # projections before any step
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, config, path, *overridden = readme_command("examples/nanogpt.yaml")
+    _, _, config, path, *overridden = documented_command("examples/nanogpt.yaml")
     overrides = {
         "model.num_layers": 2,
         "model.width": 32,
@@ -208,9 +208,9 @@ def test_example_runs_with_overrides(command: str, user_folder: Path, capsys: py
 @pytest.mark.parametrize(
     "command",
     [
-        readme_command("lightning-spectral compare"),
-        readme_command("lightning-spectral show"),
-        readme_command("--plot forecast.png"),
+        documented_command("lightning-spectral compare"),
+        documented_command("lightning-spectral show"),
+        documented_command("--plot forecast.png"),
     ],
 )
 def test_runs_are_read_as_the_readme_says(
@@ -246,7 +246,7 @@ def test_logs_of_other_tools_are_read_as_the_readme_says(user_folder: Path, caps
         losses = ((2, 3.0), (4, 2.2), (9, 1.9))[:num]
         (folder / "metrics.csv").write_text("step,val_loss\n" + "".join(f"{step},{loss}\n" for step, loss in losses))
         (folder / "hparams.yaml").write_text(f"batch_size: {batch}\n")
-    _, *words = shlex.split(" ".join(readme_command("csv_logs")))
+    _, *words = shlex.split(" ".join(documented_command("csv_logs")))
     cli.main(words)
     printed = capsys.readouterr().out
     assert f"{family}: 5 runs came down to 2 in" in printed

@@ -1,48 +1,189 @@
-"""What the README tells people to type works as it stands; other tests run its long commands."""
+"""The README and the pages of docs/ stay true: what they tell people to type works, what they point to is there."""
 
+import ast
+import importlib.util
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from tests.runs.made_up import made_up
+import lightning_spectral
+from lightning_spectral import ActivationSpectrum, Run, cli
+from tests.documents import PAGES, README, REPOSITORY, blocks, commands, name_of
+from tests.models import LanguageModel, tiny_trainer, token_loader
+from tests.runs.made_up import made_up, when
 
-REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+SITE = "https://lightning-spectral.github.io/lightning-spectral/"
+MINE = "def cut(batch):\n    return [[sample] for sample in batch]\n"
 
+RUN_ELSEWHERE: dict[str, str] = {}
+"""Pages whose Python another test runs, by the path of that test, which names the page."""
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def readme_command(part: str) -> list[str]:
-    """The words of the one command in the README that contains a text."""
-    (command,) = (line for block in blocks("bash") for line in block.splitlines() if part in line)
-    return command.split()
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def test_code_stands_at_line_7() -> None:
-    assert "ActivationSpectrum" in README.splitlines()[6]
+    assert "ActivationSpectrum" in README.read_text().splitlines()[6]
 
 
-def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of someone who reads: runs and logs under the names that pages use, and a module of their own."""
     monkeypatch.chdir(tmp_path)
-    for number in range(2):
-        made_up(Path("runs", "baseline", f"version_{number}"), 1000 + number, 10)
-        made_up(Path("runs", "rope", f"version_{number}"), 500 + number, 10)
-    namespace: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), namespace)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(MINE)
+    for number in range(3):
+        for name, tokens, exponent in (("baseline", 100, 1.0), ("rope", 50, 1.5)):
+            path = Path("runs", name, f"version_{number}")
+            made_up(path, tokens + number, 1.0, exponent + 0.01 * number, about=when(number))
+        for size in (4, 8, 16):
+            path = Path("sweep", f"batch_{size}-seed_{number}")
+            made_up(path, 3000 * size + number, 1.0, exponent=1 + size / 100, batch_tokens=256 * size)
+            history = path / "spectra" / "history.csv"
+            history.write_text(history.read_text().replace(",2.0\n", ",2.1\n"))  # comes down to 2 on the way
+    for number in range(6):
+        folder = Path("csv_logs", f"version_{number}")
+        folder.mkdir(parents=True)
+        losses = [(4, 3.0), (9, 2.2), (15 + number, 1.9)]
+        (folder / "metrics.csv").write_text("step,val_loss\n" + "".join(f"{step},{loss}\n" for step, loss in losses))
+        (folder / "hparams.yaml").write_text(f"batch_size: {8 * (1 + number % 3)}\n")
+    return tmp_path
 
 
-def test_every_command_is_run_somewhere() -> None:
-    # tests/test_cli.py takes its commands from here by their parts, CI calls make.
-    ci, cli = ((REPOSITORY / path).read_text() for path in (".ci/run", "tests/test_cli.py"))
-    parts = re.findall(r'readme_command\("([^"]+)"\)', cli)
-    for line in "".join(blocks("bash")).splitlines():
-        assert line in ci if line.startswith("make") else any(part in line for part in parts), line
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("trained")
+    spectrum = ActivationSpectrum(every_n_steps=2, num_tokens=64, readout="network.logits", num_groups=1)
+    logger = TensorBoardLogger(folder, version=0)
+    torch.manual_seed(0)
+    tiny_trainer(folder, callbacks=[spectrum], logger=logger, max_steps=2, log_every_n_steps=1).fit(
+        LanguageModel(), token_loader(), token_loader(8)
+    )
+    return Run(logger.log_dir)
 
 
-def test_every_link_and_picture_is_there() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+@pages
+def test_python_runs(page: Path, reader: Path, request: pytest.FixtureRequest) -> None:
+    """In one namespace a page, that of a reader who has imported the package and has a model, a batch and a run."""
+    code = [block.text for block in blocks(page) if block.language == "python"]
+    if name_of(page) in RUN_ELSEWHERE:
+        assert name_of(page) in (REPOSITORY / RUN_ELSEWHERE[name_of(page)]).read_text()
+        return
+    if not code:
+        return
+    namespace: dict[str, Any] = {name: getattr(lightning_spectral, name) for name in lightning_spectral.__all__}
+    namespace |= {"lightning_spectral": lightning_spectral, "torch": torch}
+    if page != README:  # whose code stands for itself
+        namespace |= {"module": LanguageModel(), "batch": next(iter(token_loader()))}
+        namespace |= {"run": request.getfixturevalue("trained"), "step": 2}
+        namespace["batch"]["attention_mask"] = torch.ones(4, 8, dtype=torch.int64)
+    else:
+        namespace = {}
+    for text in code:
+        exec(compile(text, name_of(page), "exec"), namespace)
+
+
+@pages
+def test_blocks_are_of_a_kind_that_a_test_runs(page: Path) -> None:
+    assert {block.language for block in blocks(page)} <= {"python", "bash", ""}
+
+
+RUNS = ("show", "compare", "forecast")
+RUN_BY_TESTS_OF_THE_COMMAND_LINE = re.findall(
+    r'documented_command\("([^"]+)"\)', (REPOSITORY / "tests/test_cli.py").read_text()
+)
+
+
+@pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)}))
+def test_commands_work(command: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is run here, or by the test that names it; those that install, download and build are looked up."""
+    if any(part in command for part in RUN_BY_TESTS_OF_THE_COMMAND_LINE):
+        return
+    match shlex.split(command):
+        case ["lightning-spectral", name, *words] if name in RUNS:
+            cli.main([name, *words])
+            assert capsys.readouterr().out
+        case ["lightning" | "lightning-spectral", name, "--config", path, *_]:
+            assert name in cli.ALL_COMMANDS
+            assert_a_test_names(Path(path).name)
+            assert (REPOSITORY / path).exists()
+        case ["make", target]:
+            assert f"\n{target}:" in (REPOSITORY / "Makefile").read_text()
+        case ["pip", "install", package]:
+            assert_is_ours(package)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
+            assert_a_test_names(module)
+        case ["python", path, *_]:
+            assert path.startswith("examples/")
+            ast.parse((REPOSITORY / path).read_text())
+        case _:
+            pytest.fail(f"no test knows how to run: {command}")
+
+
+def assert_a_test_names(text: str) -> None:
+    assert any(text in path.read_text() for path in (REPOSITORY / "tests").rglob("*.py") if path != Path(__file__)), (
+        text
+    )
+
+
+def assert_is_ours(package: str) -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    name, _, extra = package.removesuffix("]").partition("[")
+    assert f'\nname = "{name}"\n' in project
+    assert not extra or f"\n{extra} = [" in project
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    ci = (REPOSITORY / ".ci/run").read_text()
+    made = [line for line in commands(README) if line.startswith("make")]
+    assert made == ["make demo", "make test"]
+    assert all(line in ci for line in made)
+
+
+@pages
+def test_commands_in_the_text_name_modules_that_are_there(page: Path) -> None:
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
+        assert importlib.util.find_spec(module), module
+
+
+@pages
+def test_every_link_and_picture_is_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if target.startswith(SITE):
+            file = REPOSITORY / "docs" / (path.removeprefix(SITE).rstrip("/") + ".md" if path != SITE else "index.md")
+        elif target.startswith("https://"):
+            continue
+        else:
+            file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of its headings, and those that stand there by name."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE):
+        text, _, given = heading.partition(" {#")
+        words = re.sub(r"[^\w\s-]", "", text).strip().lower()
+        found.add(given.rstrip("}") if given else re.sub(r"[-\s]+", "-", words))
+    return found
+
+
+def test_every_picture_is_light_and_used() -> None:
+    texts = "".join(page.read_text() for page in PAGES)
+    for picture in (REPOSITORY / "docs/pictures").glob("*.png"):
+        assert f"pictures/{picture.name}" in texts, picture
+        assert picture.stat().st_size < 150_000, picture
