@@ -9,7 +9,7 @@ OLDEST := tests/functional tests/theory tests/measurement tests/capture tests/na
 	tests/callbacks/test_do_no_harm.py tests/callbacks/test_gradient_do_no_harm.py tests/callbacks/test_head_drift.py \
 	tests/callbacks/test_precision.py tests/callbacks/test_self_check.py tests/callbacks/test_tail_forecaster.py
 
-.PHONY: demo package test test-oldest lint clean
+.PHONY: demo docs package test test-oldest lint clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,14 @@ $(BIN)/installed: pyproject.toml constraints.txt
 demo: $(BIN)/installed
 	$(BIN)/lightning-spectral fit --config examples/nanogpt.yaml --trainer.default_root_dir $(DEMO_DIR)
 	@echo "See it:  $(BIN)/tensorboard --logdir $(DEMO_DIR)"
+
+$(BIN)/installed-docs: $(BIN)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(BIN)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "See it:  $(BIN)/python -m http.server --directory site"
 
 lint: $(BIN)/installed
 	$(BIN)/ruff check .
@@ -44,4 +52,4 @@ test-oldest: $(VENV)-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -o filterwarnings= $(OLDEST)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(DEMO_DIR) dist
+	rm -rf $(VENV) $(VENV)-oldest $(DEMO_DIR) dist site

@@ -1,6 +1,7 @@
 """The README and the pages of docs/ stay true: what they tell people to type works, what they point to is there."""
 
 import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -180,6 +181,14 @@ def anchors(page: Path) -> set[str]:
         words = re.sub(r"[^\w\s-]", "", text).strip().lower()
         found.add(given.rstrip("}") if given else re.sub(r"[-\s]+", "-", words))
     return found
+
+
+@pytest.mark.parametrize("name", ["functional", "metrics", "nanogpt", "runs", "theory"])
+def test_the_reference_has_every_public_name(name: str) -> None:
+    package = importlib.import_module(f"lightning_spectral.{name}")
+    page = REPOSITORY / "docs/api" / f"{'functions' if name == 'functional' else name}.md"
+    shown = re.findall(r"^::: [\w.]+\.(\w+)$", page.read_text(), re.MULTILINE)
+    assert set(package.__all__) <= set(shown)
 
 
 def test_every_picture_is_light_and_used() -> None:
