@@ -25,7 +25,7 @@ $(BIN)/installed-docs: $(BIN)/installed
 	touch $@
 
 docs: $(BIN)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "See it:  $(BIN)/python -m http.server --directory site"
 
 lint: $(BIN)/installed
