@@ -8,6 +8,7 @@ import griffe
 
 ROLE = re.compile(r":(?:func|class|meth|attr|mod):`~?([\w.]+)`")
 FORMULA = re.compile(r":math:`([^`]+)`")
+PAGE = re.compile(r"``docs/([\w-]+)\.md``")
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 DISPLAY = re.compile(r"^( *)\.\. math::\n\n((?:\1 +[^\n]*\n?|\n)+)", re.MULTILINE)
 
@@ -25,6 +26,7 @@ def to_markdown(text: str) -> str:
     """A docstring with formulas between dollars, and names as code."""
     text = EXAMPLE.sub(r"\1Examples:", DISPLAY.sub(_display, text))
     text = FORMULA.sub(lambda found: f"${' '.join(found[1].split())}$", text)
+    text = PAGE.sub(r"[\1](../\1.md)", text)
     return ROLE.sub(lambda found: f"`{found[1].rpartition('.')[2]}`", text)
 
 
