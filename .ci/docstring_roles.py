@@ -27,7 +27,11 @@ def to_markdown(text: str) -> str:
     text = EXAMPLE.sub(r"\1Examples:", DISPLAY.sub(_display, text))
     text = FORMULA.sub(lambda found: f"${' '.join(found[1].split())}$", text)
     text = PAGE.sub(r"[\1](../\1.md)", text)
-    return ROLE.sub(lambda found: f"`{found[1].rpartition('.')[2]}`", text)
+    return ROLE.sub(lambda found: f"`{_short(found[1])}`", text)
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2] if name.startswith("lightning_spectral") else name
 
 
 def _display(found: re.Match[str]) -> str:
