@@ -19,6 +19,8 @@ from lightning_spectral.nanogpt import write_shard
 from lightning_spectral.nanogpt.data import text_files
 
 FOLDER = Path("findings_runs/tokens")
+SMALL = Path("findings_runs/tokens_512")
+"""Of 512 tokens, for small models."""
 HELD_OUT = 0.1
 SHUFFLED = 0.1
 """Share of sequences whose tokens are shuffled in the second set."""

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.compact_json import compact
 from benchmarks.findings.early_tail_report import write_report
-from benchmarks.findings.early_tail_runs import RUNS, VARIED_AT, Setting, Study
+from benchmarks.findings.early_tail_runs import RUNS, VARIED_AT, EarlyTail, Setting
 from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import environment
@@ -37,14 +37,6 @@ MIN_RHO = 0.9
 LEVEL = 0.01
 MIN_GAIN = 0.1
 NUM_PERMUTATIONS = 99_999
-
-
-class Finished(Study):
-    """A study all of whose runs are there: nothing is trained."""
-
-    def train(self, setting: Setting, tokens: int, target: float | None = None) -> str:
-        """A line that says whether the run is there."""
-        return setting.name if self.is_there(setting, tokens, target) else f"{setting.name}: FAILED, is not there"
 
 
 @dataclass(frozen=True)
@@ -178,7 +170,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    study = Finished(arguments.runs)
+    study = EarlyTail(arguments.runs, only_read=True)
     settings, target = study.family("rope")
     num_tuned = len(settings) - 9
     opened = [Run(study.folder / setting.name) for setting in settings]

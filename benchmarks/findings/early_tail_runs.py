@@ -9,19 +9,14 @@ much again for the second family (``--families rope untied``).
 
 import argparse
 import math
-import multiprocessing.pool
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.findings import byte_pairs
+from benchmarks.findings.studies import Study, add_arguments, parse, rounded_up
 from benchmarks.harness import console
-from lightning_spectral import Run
 
 CONFIG = Path(__file__).with_name("early_tail.yaml")
 RUNS = Path("findings_runs/early_tail")
@@ -80,24 +75,13 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Where runs are, and how many train at once.
-
-    Attributes:
-        folder: Gets a folder for each run.
-        tokens: Shards of :mod:`benchmarks.findings.byte_pairs`.
-        processes: How many runs train at once.
-        scale: Divides all numbers of tokens, to try the study out.
-    """
+class EarlyTail(Study):
+    """The runs of study 4."""
 
     folder: Path = RUNS
     tokens: Path = byte_pairs.FOLDER
-    processes: int = 2
-    scale: int = 1
 
-    def words(self, setting: Setting, tokens: int, target: float | None) -> list[str]:
-        """Arguments of ``fit`` for a run that ends at a number of tokens, or at the target."""
-        run = self.folder / setting.name
+    def arguments(self, setting: Setting, tokens: int) -> dict[str, Any]:
         # sqrt(B / 4): a recipe of several rates has one multiplier for all of them.
         multiplier = setting.factor * math.sqrt(setting.batch_size / VARIED_AT)
         arguments: dict[str, Any] = {
@@ -111,68 +95,13 @@ class Study:
             "data.seed": setting.seed,
             "trainer.max_steps": tokens // setting.batch_tokens,
             "trainer.val_check_interval": EVERY_NUM_TOKENS // setting.batch_tokens // self.scale,
-            "trainer.logger.save_dir": self.folder,
-            "trainer.logger.version": setting.name,
             **VARIANTS[setting.variant],
         }
         if setting.recipe == "rope":
             arguments["model.learning_rate"] = RATE
         if setting.variant == "noisy":
             arguments["data.path"] = self.tokens / "noisy"
-        words = ["fit", *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
-        # The state after the latest validation run, from which one that was cut off goes on.
-        words += ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={run}"]
-        words += ["--trainer.callbacks.filename=state", "--trainer.callbacks.enable_version_counter=false"]
-        words += ["--trainer.callbacks.save_on_train_epoch_end=false"]
-        if target is not None:
-            words += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
-            words += [f"--trainer.callbacks.stopping_threshold={target}", "--trainer.callbacks.patience=1000000"]
-        if (state := run / "state.ckpt").exists():
-            words += ["--ckpt_path", str(state)]
-        return words
-
-    def losses(self, setting: Setting) -> tuple[list[float], list[float]]:
-        """Training tokens and validation losses of a run so far; none of one that has not begun."""
-        try:
-            history = Run(self.folder / setting.name).history
-        except ValueError:
-            return [], []
-        entries, losses = history.with_loss()
-        return history.tokens[entries].tolist(), losses.tolist()
-
-    def is_there(self, setting: Setting, tokens: int, target: float | None) -> bool:
-        """Whether a run has come to a number of tokens, or to the target."""
-        seen, losses = self.losses(setting)
-        reached = target is not None and min(losses, default=math.inf) <= target
-        return reached or max(seen, default=0) >= tokens
-
-    def train(self, setting: Setting, tokens: int, target: float | None = None) -> str:
-        """Train a run on, in a process of its own; a line that says what came out."""
-        start = time.perf_counter()
-        if not self.is_there(setting, tokens, target):
-            path = self.folder / f"{setting.name}.log"
-            with path.open("a") as log:
-                words = [sys.executable, "-m", "lightning_spectral", *self.words(setting, tokens, target)]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            if not self.is_there(setting, tokens, target):
-                return f"{setting.name}: FAILED, see {path}"
-        seen, losses = self.losses(setting)
-        return f"{setting.name}: {seen[-1]:,.0f} tokens, loss {losses[-1]:.3f}, {time.perf_counter() - start:.0f} s"
-
-    def train_all(self, settings: Iterable[Setting], tokens: int, target: float | None = None) -> None:
-        """Train what is missing, several at once, with a line for each as it ends.
-
-        Raises:
-            RuntimeError: If one failed.
-        """
-        settings = list(settings)
-        with multiprocessing.pool.ThreadPool(self.processes) as pool:
-            lines = pool.imap(lambda setting: self.train(setting, tokens, target), settings)
-            for number, line in enumerate(lines, start=1):
-                console.print(f"{number:3} of {len(settings)}: {line}", highlight=False, soft_wrap=True)
-                if "FAILED" in line:
-                    raise RuntimeError(line)
+        return arguments
 
     def tuned(self, recipe: str) -> list[Setting]:
         """Train the tuning runs; of each batch size the one of the best rate, see the plan."""
@@ -181,29 +110,20 @@ class Study:
         self.train_all(tried, tokens)
         beyond = []
         for size in BATCH_SIZES:
-            best = self.best(one for one in tried if one.batch_size == size)
+            best = self.best((one for one in tried if one.batch_size == size), tokens)
             if best.factor == FACTORS[0]:
                 beyond.append(replace(best, factor=best.factor / 2))
             elif best.factor == FACTORS[-1]:
                 beyond.append(replace(best, factor=best.factor * 2))
         self.train_all(beyond, tokens)
-        return [self.best(one for one in tried + beyond if one.batch_size == size) for size in BATCH_SIZES]
-
-    def best(self, settings: Iterable[Setting]) -> Setting:
-        """The run of the lowest loss after tuning; one whose loss is not a number is none."""
-
-        def loss(setting: Setting) -> float:
-            found = dict(zip(*self.losses(setting), strict=True))[TUNING_TOKENS // self.scale]
-            return math.inf if math.isnan(found) else found
-
-        return min(settings, key=loss)
+        tried += beyond
+        return [self.best((one for one in tried if one.batch_size == size), tokens) for size in BATCH_SIZES]
 
     def target(self, tuned: Sequence[Setting]) -> float:
         """Train the tuned runs to where the best says what the target is."""
         tokens = TARGET_TOKENS // self.scale
         self.train_all(tuned, tokens)
-        losses = [dict(zip(*self.losses(setting), strict=True))[tokens] for setting in tuned]
-        return math.ceil(min(losses) * 100) / 100
+        return rounded_up(min(self.loss_at(setting, tokens) for setting in tuned))
 
     def family(self, recipe: str) -> tuple[list[Setting], float]:
         """All runs of a recipe, trained to its target.
@@ -228,15 +148,10 @@ class Study:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where runs go; those that are there are kept")
-    parser.add_argument("--tokens", type=Path, default=byte_pairs.FOLDER, help="where shards go")
-    parser.add_argument("--processes", type=int, default=2, help="how many runs train at once")
-    parser.add_argument("--scale", type=int, default=1, help="divides all numbers of tokens, to try it out")
+    add_arguments(parser, RUNS, byte_pairs.FOLDER)
     parser.add_argument("--families", nargs="+", choices=list(SEEDS), default=["rope"], help="recipes, in this order")
-    arguments = parser.parse_args()
-    byte_pairs.make(arguments.tokens, VOCAB_SIZE, BLOCK_SIZE)
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.runs, arguments.tokens, arguments.processes, arguments.scale)
+    arguments = parse(parser, VOCAB_SIZE, BLOCK_SIZE)
+    study = EarlyTail(arguments.runs, arguments.tokens, arguments.processes, arguments.scale)
     for recipe in arguments.families:
         study.family(recipe)
 

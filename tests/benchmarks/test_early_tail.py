@@ -20,15 +20,15 @@ from benchmarks.findings.early_tail_runs import (
     TARGET_TOKENS,
     TUNING_TOKENS,
     VARIANTS,
+    EarlyTail,
     Setting,
-    Study,
 )
 from benchmarks.findings.runs import RESULTS
 from lightning_spectral.cli import main
 from lightning_spectral.nanogpt import ShardData
 
 
-class Planted(Study):
+class Planted(EarlyTail):
     """Runs whose loss is known: a parabola in the log of the rate, about the best of each batch size."""
 
     def losses(self, setting: Setting) -> tuple[list[float], list[float]]:
@@ -66,7 +66,7 @@ def test_every_run_is_accepted_by_the_command_line(
     tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-spectral"])
-    study = Study(tmp_path)
+    study = EarlyTail(tmp_path)
     words = study.words(Setting(4, 0.5, 3, "rope", variant), MAX_TOKENS, 3.5)
     assert str(CONFIG) in words
     with pytest.raises(SystemExit) as ended:
