@@ -16,6 +16,8 @@ ALLOWED = {
     "capture": set(),
     "measurement": {"functional", "theory", "metrics", "capture"},
     "boards": set(),
+    "documentation": set(),
+    "advice": {"documentation"},
     "terminal": set(),
     "version": set(),
     "warner": set(),
@@ -23,7 +25,7 @@ ALLOWED = {
     "recording": {"functional", "metrics", "capture", "measurement", "runs", "version", "warner"},
     "callbacks": {
         *("functional", "metrics", "capture", "measurement", "boards"),
-        *("runs", "recording", "terminal", "warner"),
+        *("runs", "recording", "advice", "documentation", "terminal", "warner"),
     },
     "probing": {"functional", "metrics", "capture", "measurement", "callbacks", "runs", "terminal"},
     "nanogpt": set(),
