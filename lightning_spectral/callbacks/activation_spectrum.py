@@ -5,12 +5,14 @@ from math import nan
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.rankme_alarm import ALARM, RankMeAlarm
 from lightning_spectral.callbacks.readout import ReadoutMember
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.estimate import Exponent, Spectrum
@@ -92,6 +94,13 @@ class ActivationSpectrum(LayersCallback):
             those of the next. ``"auto"`` does so on a GPU, True on a CPU as well, where the thread needs a core that
             training leaves to it. What monitors the reports of training step by step needs False; with ``readout`` it
             is False.
+        alarm_rankme_below: Share of the width below which, by more than its error, a layer's RankMe is an alarm: a
+            warning, once for each layer, and ``activation/alarm``, the number of layers in alarm now, which is there to
+            be monitored where an alarm is asked for. None for none: no share is right for all models, so look at
+            RankMe of a run that went well first.
+        alarm_rankme_fall: Share of what it was by which, and by more than its floor, a fall of RankMe within
+            ``alarm_reports`` reports is an alarm, likewise; needs ``num_groups`` of two or more.
+        alarm_reports: Reports that a fall may take.
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
@@ -140,6 +149,9 @@ class ActivationSpectrum(LayersCallback):
         readout: str | None = None,
         sums_device: Literal["auto", "device", "cpu"] = "auto",
         overlap: bool | Literal["auto"] = "auto",
+        alarm_rankme_below: float | None = None,
+        alarm_rankme_fall: float | None = None,
+        alarm_reports: int = 5,
     ) -> None:
         if readout is not None and overlap is True:
             raise ValueError(
@@ -162,6 +174,11 @@ class ActivationSpectrum(LayersCallback):
         )
         super().__init__(layers, request, prefix)
         self.bands = Bands.of(head, tail)
+        self._alarm = RankMeAlarm(alarm_rankme_below, alarm_rankme_fall, alarm_reports)
+        if alarm_rankme_fall is not None and num_groups < 2:
+            raise ValueError(
+                f"alarm_rankme_fall needs error bars, got num_groups={num_groups}: give 2 groups or more, 4 are usual"
+            )
         self._readout: ReadoutMember | None = None
         if readout is not None:
             self._readout = ReadoutMember(
@@ -196,7 +213,8 @@ class ActivationSpectrum(LayersCallback):
 
     @override
     def keys(self) -> list[str]:
-        return super().keys() if self._readout is None else [*super().keys(), *self._readout.keys]
+        alarm = [ALARM] if self._alarm.is_set else []
+        return [*super().keys(), *([] if self._readout is None else self._readout.keys), *alarm]
 
     @override
     def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
@@ -213,11 +231,13 @@ class ActivationSpectrum(LayersCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
-        return super().summary() | ({} if self._readout is None else {"readout": dict(self._readout.state())})
+        readout = {} if self._readout is None else {"readout": dict(self._readout.state())}
+        return super().summary() | readout | ({"alarm": self._alarm.state()} if self._alarm.is_set else {})
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
         super().restore(summary)
+        self._alarm.restore(summary.get("alarm", {}))
         if self._readout is not None:
             self._readout.restore(summary.get("readout", {}))
 
@@ -238,7 +258,14 @@ class ActivationSpectrum(LayersCallback):
         beside: dict[str, float] = {}
         if self._readout is not None:
             beside = self._readout.measured(report.step, self.bands.head[1])
+        if self._alarm.is_set:
+            beside[ALARM] = self._sound_alarm(report)
         return beside | {f"activation/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+    def _sound_alarm(self, report: Report) -> float:
+        for message in self._alarm.look(report.step, self.spectra(report)):
+            rank_zero_warn(f"{type(self).__name__} {message}")  # each layer's own, which the warner takes for one cause
+        return self._alarm.num_layers
 
     @override
     def failures(self, report: Report) -> Iterator[tuple[str, Spectrum]]:
