@@ -1,9 +1,10 @@
-"""Checks what `make package` built: sizes, contents, and that the wheel works where nothing of the source tree is.
+"""Checks what `make package` built: sizes, contents, links, and that the wheel works where nothing of the source tree is.
 
 The fresh environment borrows what the package depends on from the one that this runs in, so that nothing is downloaded.
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +63,11 @@ def check_contents(wheel: Path, source: Path) -> None:
     assert not files - in_wheel, f"missing in the wheel: {files - in_wheel}"
     missing = (files | {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"}) - in_source
     assert not missing, f"missing in the source distribution: {missing}"
+    metadata = zipfile.ZipFile(wheel).read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/METADATA").decode()
+    targets = re.findall(r"\]\(([^)\s]+)\)", metadata)
+    relative = [target for target in targets if not target.startswith("https://")]
+    assert targets, "no link in the description: is README.md in it?"
+    assert not relative, f"links that lead nowhere on the package index: {relative}"
     foreign = {name for name in in_wheel if name.split("/")[0].split("-")[0] not in ("lightning_spectral",)}
     assert foreign == {"_lightning_spectral_command.py"}, f"not of the package, in the wheel: {foreign}"
 
