@@ -1,4 +1,4 @@
-"""Checks what `make package` built: sizes, contents, links, and that the wheel works where nothing of the source tree is.
+"""Checks what `make package` built: sizes, contents, links, and that it works where nothing of the source tree is.
 
 The fresh environment borrows what the package depends on from the one that this runs in, so that nothing is downloaded.
 """

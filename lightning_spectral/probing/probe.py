@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -22,7 +21,7 @@ from lightning_spectral.measurement.arguments import check_patterns
 from lightning_spectral.metrics.reduction import world_size
 from lightning_spectral.probing.cost import activation_cost, gradient_cost
 from lightning_spectral.probing.found import CostFound, EngineFound, Probe
-from lightning_spectral.probing.step import has_step, other_lightning, own_copy, take_step
+from lightning_spectral.probing.step import has_step, is_data_module, own_copy, take_step
 from lightning_spectral.probing.study import Study, Wanted
 
 
@@ -66,7 +65,8 @@ def probe(
     record.
 
     Args:
-        module: A LightningModule, attached to a Trainer or not; or any module with a ``loss_fn``.
+        module: A LightningModule, of ``lightning`` or ``pytorch_lightning``, attached to a Trainer or not; or any
+            module with a ``loss_fn``.
         batch: What ``training_step`` takes. Or a LightningDataModule, whose first training batch is taken after
             ``prepare_data`` and ``setup``; it is set up, and does not stay as it is. None for the first batch of the
             module's own ``train_dataloader``.
@@ -138,8 +138,6 @@ def probe(
         raise ValueError("probe must run in one process, got several ranks: call it before the Trainer starts them")
     # A compiled module is what it wraps, under one more name.
     module = getattr(module, "_orig_mod", module)
-    if loss is None and (other := other_lightning(module)) is not None:
-        raise ValueError(f"module must be a LightningModule of lightning.pytorch, got one of {other}: give loss_fn")
     if loss is None and not has_step(module):
         raise ValueError(
             f"loss_fn must be given for {type(module).__name__}, which has no training_step: a function of module and "
@@ -178,7 +176,7 @@ def _watched_step(
         study.give_up(str(error))
         return study, str(error)
     study, loss = Study(twin, wanted), wanted.gradients.loss_fn
-    mine = batch if isinstance(batch, LightningDataModule) else own_copy(batch)
+    mine = batch if is_data_module(batch) else own_copy(batch)
     try:
         with _put_back(module, twin, loss, originals):
             take_step(twin, mine, study, loss, accelerator, precision)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import logging
 import sys
 import warnings
@@ -10,9 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -20,6 +19,9 @@ from typing_extensions import override
 from lightning_spectral.callbacks.loss_scale import gradient_scale, loss_of
 from lightning_spectral.capture.batch import copied
 from lightning_spectral.capture.shadow import LossFunction
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+"""The two names of Lightning; a Trainer of either takes its own modules alone."""
 
 
 class Spectator(Protocol):
@@ -133,20 +135,19 @@ def take_step(
     Raises:
         Exception: Whatever the module or its data raise, or Lightning about them.
     """
-    model = module if has_step(module) else _Plain(module, loss_fn)  # type: ignore[arg-type]
-    assert isinstance(model, LightningModule)
-    model.configure_callbacks = lambda: []  # type: ignore[method-assign]
-    has_own = batch is None or isinstance(batch, LightningDataModule)
+    model: Any = module if has_step(module) else _Plain(module, loss_fn)  # type: ignore[arg-type]
+    model.configure_callbacks = lambda: []
+    has_own = batch is None or is_data_module(batch)
     if not has_own:
-        model.prepare_data = lambda: None  # type: ignore[method-assign]
+        model.prepare_data = lambda: None
     kind, devices = _device_of(module) if accelerator is None else (accelerator, 1)
     with _quiet():
-        trainer = Trainer(
+        trainer = _part_of_lightning(model, "trainer").Trainer(
             accelerator=kind,
             devices=devices,
             precision=precision,
-            plugins=[LightningEnvironment()],
-            logger=DummyLogger(),
+            plugins=[_part_of_lightning(model, "plugins.environments").LightningEnvironment()],
+            logger=_part_of_lightning(model, "loggers.logger").DummyLogger(),
             callbacks=[_Watcher(spectator)],
             # More than the one, for schedules that are made of the number of steps.
             max_epochs=1000,
@@ -158,7 +159,7 @@ def take_step(
             enable_model_summary=False,
         )
         try:
-            if isinstance(batch, LightningDataModule):
+            if is_data_module(batch):
                 trainer.fit(model, datamodule=batch)
             else:
                 trainer.fit(model, None if batch is None else _One(batch))
@@ -169,16 +170,26 @@ def take_step(
 
 def has_step(module: nn.Module) -> bool:
     """Whether a module says how it is trained."""
-    step = getattr(type(module), "training_step", None)
-    return isinstance(module, LightningModule) and step is not LightningModule.training_step
+    base = _lightning_module(module)
+    return base is not None and getattr(type(module), "training_step", None) is not base.training_step
 
 
-def other_lightning(module: nn.Module) -> str | None:
-    """The package of a LightningModule that our Trainer does not take; None for what it takes, and other modules."""
-    packages = {
-        base.__module__.partition(".")[0] for base in type(module).__mro__ if base.__name__ == "LightningModule"
-    }
-    return None if isinstance(module, LightningModule) or not packages else packages.pop()
+def _lightning_module(module: nn.Module) -> Any:
+    """The class LightningModule that a module is of, by whichever of its two names Lightning is installed."""
+    names = {f"{package}.core.module" for package in PACKAGES}
+    bases = (b for b in type(module).__mro__ if b.__name__ == "LightningModule" and b.__module__ in names)
+    return next(bases, None)
+
+
+def _part_of_lightning(module: nn.Module, name: str) -> Any:
+    """A part of the package whose Trainer takes a module."""
+    package = _lightning_module(module).__module__.removesuffix(".core.module")
+    return importlib.import_module(f"{package}.{name}")
+
+
+def is_data_module(batch: Any) -> bool:
+    """Whether data come with a loader, rather than as a batch."""
+    return any(base.__name__ == "LightningDataModule" for base in type(batch).__mro__)
 
 
 def own_copy(batch: Any) -> Any:
@@ -199,7 +210,8 @@ def _device_of(module: nn.Module) -> tuple[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No word of Lightning's about a run that is none, and what a step prints on stderr: a program reads stdout."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    names = (*PACKAGES, "lightning.fabric", "lightning_fabric")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -4,7 +4,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
@@ -352,12 +354,35 @@ def test_a_step_that_is_skipped_is_told() -> None:
     assert found.step == "ValueError: no training step was made: on_train_batch_start returned -1"
 
 
-def test_a_module_of_another_lightning_is_told() -> None:
-    base = type("LightningModule", (nn.Module,), {"__module__": "pytorch_lightning.core.module"})
-    with pytest.raises(
-        ValueError, match=r"^module must be a LightningModule of lightning.pytorch, got one of pytorch_"
-    ):
-        probe(type("Mine", (base,), {"training_step": None})(), tokens())
+@pytest.mark.parametrize("has_data_module", [False, True])
+def test_a_module_of_pytorch_lightning_is_taken_as_one_of_lightning(has_data_module: bool) -> None:
+    def found(package: Any) -> Probe:
+        class Small(package.LightningModule):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+            def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+                self.log("train_loss", loss := self.layers(batch).square().mean())
+                return loss
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        class Data(package.LightningDataModule):  # type: ignore[name-defined, misc]
+            def train_dataloader(self) -> DataLoader:
+                return DataLoader(torch.randn(16, 8, generator=torch.Generator().manual_seed(1)), 16)
+
+        torch.manual_seed(0)
+        module, data = Small(), Data()
+        batch = data if has_data_module else next(iter(data.train_dataloader()))
+        return probe(module, batch, parameters="layers.*.weight", **QUICK)
+
+    one, other = found(lightning.pytorch), found(pytorch_lightning)
+    assert one.step is None
+    assert (other.layers, other.parameters, other.loss) == (one.layers, one.parameters, one.loss)
+    assert [engine.works for engine in other.engines] == [engine.works for engine in one.engines]
+    assert other.loss.is_mean == "passed"
 
 
 def test_a_module_that_cannot_be_copied_is_told() -> None:
