@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import nan
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.rankme_alarm import ALARM, RankMeAlarm
 from lightning_spectral.callbacks.readout import ReadoutMember
@@ -217,10 +217,10 @@ class ActivationSpectrum(LayersCallback):
         return [*super().keys(), *([] if self._readout is None else self._readout.keys), *alarm]
 
     @override
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
-        session = super().join(trainer, pl_module)
+    def join(self, host: Host) -> Session[RunRecorder]:
+        session = super().join(host)
         if self._readout is not None:
-            self._readout.join(session, trainer, pl_module)
+            self._readout.join(session, host)
         return session
 
     @override

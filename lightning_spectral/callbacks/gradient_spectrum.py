@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isnan
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.smoothed_noise import SmoothedNoise
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
 from lightning_spectral.capture.batch import load_cutter
@@ -262,30 +263,30 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         return super().settings() | {"parameters": self.names} | self.bands.settings()
 
     @override
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
-        strategy = type(trainer.strategy).__name__
+    def join(self, host: Host) -> Session[RunRecorder]:
+        strategy = host.strategy
         if any(word in strategy for word in SHARDING):
             raise ValueError(
                 f"strategy must leave each rank whole parameters, got {strategy}: use 'ddp', or "
                 "ModelParallelStrategy with fully_shard"
             )
-        return super().join(trainer, pl_module)
+        return super().join(host)
 
     @override
-    def watch(self, pl_module: LightningModule) -> list[str]:
+    def watch(self, module: nn.Module) -> list[str]:
         assert self.measurement is not None
         self._has_whole_key = False
         self._weights = []
-        self._see(pl_module)
+        self._see(module)
         self._unchecked = list(self.measurement.names)
         self.check_early()
         return list(self.measurement.names)
 
-    def _see(self, pl_module: LightningModule) -> None:
+    def _see(self, module: nn.Module) -> None:
         """Look at what is measured now; keys that have been there stay."""
         assert self.measurement is not None
         parameters, weights = self.measurement.parameters, self.measurement.weights
-        trained = trainable_parameters(pl_module)
+        trained = trainable_parameters(module)
         # By name, too: fully_shard puts another tensor in a parameter's place while its layer runs.
         is_whole = trained.keys() == parameters.keys()
         self._is_whole_model = is_whole or {id(p) for p in trained.values()} == {id(p) for p in parameters.values()}
@@ -306,9 +307,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
                 self.bands.check(min(self.request.num_samples, parameter.numel()))
 
     @override
-    def follow(self, pl_module: LightningModule) -> None:
+    def follow(self, module: nn.Module) -> None:
         assert self.measurement is not None
-        self._see(pl_module)
+        self._see(module)
         self.join_names([name for name in self.measurement.names if name not in self.names])
         called = self.measurement.renamed
         if called:

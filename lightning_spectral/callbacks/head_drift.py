@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from torch import nn
 from typing_extensions import override
 
 from lightning_spectral.callbacks.display import Display
@@ -205,8 +205,8 @@ class HeadDrift(LayersCallback):
         self._bases = {name: Spectrum.from_state(state) for name, state in summary.get("bases", {}).items()}
 
     @override
-    def watch(self, pl_module: LightningModule) -> list[str]:
-        names = super().watch(pl_module)
+    def watch(self, module: nn.Module) -> list[str]:
+        names = super().watch(module)
         self._recorded = None
         if self.reference not in ("first", "previous"):
             self._recorded = RecordedBases(self.reference, self.stage, self.request.normalize)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import isnan
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
@@ -60,32 +59,32 @@ class LayersCallback(SpectralCallback[Report]):
         """The bands of ranks that are of use to it only as a whole."""
         return []
 
-    def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+    def choose_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         """Modules to measure, by name; raises ValueError for a pattern that matches nothing, or no stack of blocks."""
-        return resolve_layers(pl_module, self.layers)
+        return resolve_layers(module, self.layers)
 
-    def choose_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+    def choose_again(self, module: nn.Module) -> dict[str, nn.Module]:
         """The same choice of a module that may have changed since: what is left of it, and what it means besides."""
-        return resolve_layers_again(pl_module, self.layers, self.names)
+        return resolve_layers_again(module, self.layers, self.names)
 
     def check_widths(self, widths: dict[str, int]) -> None:
         """Refuse, by a ValueError, settings that do not fit the layers, as soon as their widths are known."""
 
     @override
-    def watch(self, pl_module: LightningModule) -> list[str]:
-        layers = self.choose_layers(pl_module)
+    def watch(self, module: nn.Module) -> list[str]:
+        layers = self.choose_layers(module)
         assert self.measurement is not None
-        self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(pl_module), self.looks_at())
+        self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(module), self.looks_at())
         self._has_checked_widths = False
         return list(layers)
 
-    def _watch_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        found = self.choose_again(pl_module)
+    def _watch_again(self, module: nn.Module) -> dict[str, nn.Module]:
+        found = self.choose_again(module)
         joined = self.join_names([name for name in found if name not in self.names])
         return {name: layer for name, layer in found.items() if name in self.names or name in joined}
 
     @override
-    def follow(self, pl_module: LightningModule) -> None:
+    def follow(self, module: nn.Module) -> None:
         assert self.measurement is not None
         # Of all callbacks on a measurement the first takes it.
         note, self.measurement.note = self.measurement.note, None

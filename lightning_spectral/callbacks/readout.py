@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from math import nan
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_spectral.callbacks.scene import scene_of
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.measurement import Measurement, Session
 from lightning_spectral.measurement.readout import ReadoutReport, ReadoutRequest
 from lightning_spectral.recording import RunRecorder
@@ -15,7 +14,7 @@ from lightning_spectral.recording import RunRecorder
 QUANTITIES = ("task_head_share", "task_power")
 
 SHARDING = ("FSDP", "DeepSpeed")
-"""Parts of the names of Lightning's strategies under which no rank has a whole head."""
+"""Parts of the names of strategies under which no rank has a whole head."""
 
 
 class ReadoutMember:
@@ -40,9 +39,9 @@ class ReadoutMember:
         """For the record."""
         return self.request.settings()
 
-    def join(self, session: Session[RunRecorder], trainer: Trainer, pl_module: LightningModule) -> None:
+    def join(self, session: Session[RunRecorder], host: Host) -> None:
         """Take part; raises ValueError for a module without such a head."""
-        strategy = type(trainer.strategy).__name__
+        strategy = host.strategy
         if any(word in strategy for word in SHARDING):
             raise ValueError(
                 f"readout={self.request.readout!r} reads heads that are whole on each rank, got strategy {strategy}: "
@@ -50,7 +49,7 @@ class ReadoutMember:
             )
         self._session = session
         session.join(self)
-        self.measurement = session.share(self, self.request, scene_of(trainer, pl_module, session.stopwatch))
+        self.measurement = session.share(self, self.request, host.scene())
         if self._restored:
             self.measurement.load_state_dict(self._restored)
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_spectral.boards import boards_of
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.session_callback import SessionCallback
 from lightning_spectral.measurement import Session
 from lightning_spectral.recording import Notes, RunRecorder
@@ -62,18 +62,18 @@ class RunRecord(SessionCallback):
         )
 
     @override
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
-        session = super().join(trainer, pl_module)
+    def join(self, host: Host) -> Session[RunRecorder]:
+        session = super().join(host)
         session.recorder.note(self.notes)
         return session
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end_fit(self, host: Host) -> None:
         folder = None if self.session is None else self.session.recorder.folder
         if not self.notes.upload or folder is None:
             return
         try:
-            for board in boards_of(trainer.loggers):
+            for board in boards_of(host.loggers):
                 board.artifact(folder, "spectra")
         except Exception as error:  # a service that is down is not a reason to fail a finished run
             Warner(type(self).__name__).warn(f"could not upload {str(folder)!r}: {error!r}")

@@ -1,207 +1,18 @@
-"""What every callback of this package does with reports: claim keys, log, draw, warn, keep state."""
+"""An instrument under a Trainer: what only the Trainer's hooks bring with them."""
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_spectral.boards import Board, boards_of
-from lightning_spectral.callbacks.display import Display
-from lightning_spectral.callbacks.scene import scene_of
+from lightning_spectral.callbacks.instrument import Instrument, ReportT
 from lightning_spectral.callbacks.session_callback import SessionCallback
-from lightning_spectral.functional.arguments import describe
-from lightning_spectral.functional.estimate import Exponent, Spectrum
-from lightning_spectral.measurement import Report, Request, Session
-from lightning_spectral.recording import RunRecorder
-from lightning_spectral.runs.kinds import KINDS
-from lightning_spectral.warner import Warner
-
-SECONDS = "spectral/seconds"
-"""Key of the time that measuring has cost so far; one for all callbacks of a Trainer with the same prefix."""
+from lightning_spectral.callbacks.trainer_host import TrainerHost
 
 
-ReportT = TypeVar("ReportT", bound=Report)
-
-
-class SpectralCallback(SessionCallback, Generic[ReportT]):
-    """Takes the reports of a measurement and logs what they are worth; a failure never stops the training run.
-
-    A subclass says what it writes (``kind``, :meth:`keys`), what is to be watched for it (:meth:`watch`) and what a
-    report comes to (:meth:`measured`); it may show spectra (``display``, :meth:`fits`), and keep a summary over a
-    resume (:meth:`summary`, :meth:`restore`).
-
-    Args:
-        request: What is measured, and when.
-        prefix: Put before every key.
-
-    Raises:
-        ValueError: If the prefix is not a string.
-    """
-
-    kind: str
-    """First part of the keys: a row of the table of kinds."""
-    display: Display | None = None
-    """How reports are shown; None for a callback that only logs."""
-
-    def __init__(self, request: Request, prefix: str) -> None:
-        super().__init__()
-        if not isinstance(prefix, str):
-            raise ValueError(f"prefix must be a string, got {describe(prefix)}: '' puts nothing before the keys")
-        self.prefix = prefix
-        self.stage = request.stage
-        self.num_failed = 0
-        """Measurements that came to nothing so far; logged as ``{kind}/failed``."""
-        self.names: list[str] = []
-        """Layers or parameters of the run under way."""
-        self._request = request
-        self._warner = Warner(type(self).__name__)
-        self._seen: ReportT | None = None
-        self._writes_seconds = False
-        self._has_average = False
-        self._restored: dict[str, Any] | None = None
-        self._kept: dict[str, Any] | None = None
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_seen": None}
-
-    def keys(self) -> list[str]:
-        """The keys this callback writes, without the prefix; known once it has joined."""
-        raise NotImplementedError
-
-    def watch(self, pl_module: LightningModule) -> list[str]:
-        """Tell the measurement what to watch; returns names of layers or parameters, raises ValueError for none."""
-        raise NotImplementedError
-
-    def measured(self, report: ReportT) -> dict[str, float]:
-        """What a report comes to, by key without the prefix; it may hold more than was asked for here."""
-        raise NotImplementedError
-
-    def follow(self, pl_module: LightningModule) -> None:
-        """Take up, before a report, what the measurement has come to know of a module that has changed."""
-
-    def check_early(self) -> None:
-        """Refuse settings that do not fit the model, after each batch, for what only shows then."""
-
-    def fits(self, report: ReportT) -> Mapping[str, tuple[Spectrum, Exponent]]:
-        """The spectra to show with the fit that is drawn, by name."""
-        return {}
-
-    def title(self, report: ReportT | None = None) -> str:
-        """Heading of one report, or of all; for a callback with a ``display``."""
-        raise NotImplementedError
-
-    @property
-    def source(self) -> str:
-        """Where rows come from, for a heading: the stage, and whose weights it reads where there are two sets."""
-        return f"{self.stage} ({self._weights_read} weights)" if self._has_average else self.stage
-
-    @property
-    def _weights_read(self) -> str:
-        return "averaged" if self._has_average and self.stage == "validate" else "trained"
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return self._request.settings() | {"weights_read": self._weights_read}
-
-    def spectra(self, report: ReportT) -> dict[str, Spectrum]:
-        """This callback's own spectra in a report, by name."""
-        found = report.spectra[KINDS[self.kind].series]
-        return {name: found[name] for name in self.names}
-
-    def failures(self, report: ReportT) -> Iterator[tuple[str, Spectrum]]:
-        """What could not be measured, by what it is called in a warning."""
-        return ((name, spectrum) for name, spectrum in self.spectra(report).items() if spectrum.failure is not None)
-
-    def draw(self, boards: list[Board], report: ReportT) -> None:
-        """Histograms at every report, the figure at the 1st, 2nd, 4th, 8th, ... and the last, the chart once."""
-        if self.display is not None:
-            self.display.draw(boards, self.prefix, report.step, self.fits(report))
-            if self.display.is_milestone:
-                self.draw_figure(boards, report)
-
-    def draw_figure(self, boards: list[Board], report: ReportT) -> None:
-        """The figure, and the spectra as a table, where there is a ``display`` of spectra."""
-        if self.display is not None:
-            self.display.draw_figure(boards, self.prefix, report.step, self.title(report), self.fits(report))
-
-    def summary(self) -> dict[str, Any]:
-        """What to find again after a resume: plain numbers, strings, lists, dictionaries and tensors."""
-        return {} if self.display is None else self.display.state()
-
-    def restore(self, summary: dict[str, Any]) -> None:
-        """Take up what :meth:`summary` gave, or begin anew with an empty one."""
-        if self.display is not None:
-            self.display.restore(summary)
-
-    @override
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Session[RunRecorder]:
-        session = super().join(trainer, pl_module)
-        self.measurement = session.share(self, self._request, scene_of(trainer, pl_module, session.stopwatch))
-        self.names = self.watch(pl_module)
-        session.claim((self.prefix + key for key in self.keys()), self)
-        self._writes_seconds = session.claim_shared(self.prefix + SECONDS, self)
-        if self._restored is not None:
-            # Whoever has a state gives it: others of the measurement, or of the session, may be new to this run.
-            self.measurement.load_state_dict(self._restored["measurement"])
-            # Before any clock runs that leaves this time out.
-            session.stopwatch.seconds = max(session.stopwatch.seconds, self._restored["seconds"])
-        self._has_average = any(_averages(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        self.set_unknown(trainer)
-        shows = not trainer.is_global_zero or boards_of(trainer.loggers) or not trainer.loggers
-        if not shows and session.is_first("a warning of missing histograms"):
-            rank_zero_warn(
-                "lightning-spectral draws histograms and figures into TensorBoard, W&B, MLflow and Comet only, and no "
-                "logger is one: add a TensorBoardLogger to see them. Scalars go to every logger."
-            )
-        return session
-
-    def join_names(self, names: list[str]) -> list[str]:
-        """Take in layers or parameters that are there only now; returns those whose keys nobody else writes."""
-        joined = []
-        for name in names:
-            known, self.names = self.names, [*self.names, name]
-            try:
-                if self.session is not None:
-                    self.session.claim((self.prefix + key for key in self.keys()), self)
-                joined.append(name)
-            except ValueError as error:  # at the start it would have been refused
-                self.names = known
-                self.warn(f"goes without {name}, which is new to the model: {error}")
-        return joined
-
-    @override
-    def leave(self) -> None:
-        if self.session is not None:
-            self._kept = self._state(self.session)
-        super().leave()
-        self._seen = self._restored = None
-
-    def set_unknown(self, trainer: Trainer) -> None:
-        """Set all keys to NaN: EarlyStopping and ModelCheckpoint refuse a key that is not there."""
-        keys = [*self.keys(), SECONDS] if self._writes_seconds else self.keys()
-        self._set_callback_metrics(trainer, dict.fromkeys(keys, math.nan))
-
-    def publish(self, trainer: Trainer, values: dict[str, float], step: int) -> None:
-        """Send values, by key without the prefix, to every logger and to ``callback_metrics``."""
-        if self._writes_seconds and self.session is not None:
-            values = {**values, SECONDS: self.session.stopwatch.seconds}
-        for logger in trainer.loggers:
-            logger.log_metrics({self.prefix + key: value for key, value in values.items()}, step=step)
-        self._set_callback_metrics(trainer, values)
-
-    def _set_callback_metrics(self, trainer: Trainer, values: dict[str, float]) -> None:
-        # Not through self.log: the numbers are the same on all ranks already, and self.log would reduce each again.
-        tensors = {self.prefix + key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
-        trainer.callback_metrics.update(tensors)
-
-    def warn(self, message: str, on_this_rank: bool = False) -> None:
-        """Warn once per cause, see :class:`Warner`."""
-        self._warner.warn(message, on_this_rank)
+class SpectralCallback(Instrument[ReportT], SessionCallback):
+    """Wires an instrument to the hooks of a Trainer, see :class:`Instrument`."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,29 +21,16 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
                 f"{type(self).__name__}(stage='validate') will measure nothing: no validation will run. "
                 "Give the Trainer validation data, or use stage='train'."
             )
-        if self._restored is None:
-            # Forget an earlier fit of this object, perhaps of another model.
-            self.num_failed, self._kept = 0, None
-            self._warner.clear()
-            self.restore({})
+        self.begin()
         super().on_fit_start(trainer, pl_module)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.set_unknown(trainer)  # the sanity check clears what was there
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.stage != "validate":
             return
         if self.session is None and trainer.state.fn == "validate":
-            self.join(trainer, pl_module)
-        num_loaders, index = len(trainer.num_val_batches), self._request.dataloader_idx
-        if index >= num_loaders:
-            raise ValueError(
-                f"dataloader_idx must be below {num_loaders}, the number of validation loaders, got {index}"
-            )
+            self.join(TrainerHost(trainer, pl_module))
+        self.check_loader(len(trainer.num_val_batches))
 
     @override
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -240,75 +38,9 @@ class SpectralCallback(SessionCallback, Generic[ReportT]):
         self.check_early()
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.display is None or not trainer.is_global_zero:
-            return
-        if (report := self._seen) is not None and not self.display.is_milestone:
-            self._show(trainer, report, is_last=True)
-        try:
-            self.display.print(f"{self.prefix}{self.title()}")
-        except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
-            self.warn(f"could not print its table: {error!r}")
-
-    @override
-    def take_report(self, trainer: Trainer) -> None:
-        self.check_early()
-        if self.measurement is None or self.session is None or self.measurement.report is self._seen:
-            return
-        report = self._seen = cast(ReportT, self.measurement.report)
-        self.follow(trainer.lightning_module)
-        with self.session.stopwatch.running():
-            values = self._values(report)
-            self._show(trainer, report)
-        self.publish(trainer, values, report.step)
-
-    def _show(self, trainer: Trainer, report: ReportT, is_last: bool = False) -> None:
-        if not trainer.is_global_zero:
-            return
-        try:
-            if boards := boards_of(trainer.loggers):
-                (self.draw_figure if is_last else self.draw)(boards, report)
-        except Exception as error:  # a full disk is not a reason to stop training
-            self.warn(f"could not draw into {', '.join(type(board).__name__ for board in boards)}: {error!r}")
-
-    def _values(self, report: ReportT) -> dict[str, float]:
-        """The values of all keys; NaN for what failed, whatever the cause."""
-        for name, spectrum in self.failures(report):
-            self.num_failed += 1
-            self.warn(f"at step {report.step}, {name}: NaN, because {spectrum.failure}", spectrum.failed_here)
-        values = dict.fromkeys(self.keys(), math.nan)
-        try:
-            values |= self.measured(report)
-        except Exception as error:  # whatever it is, the training run is worth more than the measurement
-            self.num_failed += 1
-            self.warn(f"at step {report.step}: NaN, because {error!r}")
-        values[f"{self.kind}/failed"] = float(self.num_failed)
-        return values
-
-    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Where state_dict would have put it. With a state_dict Lightning refuses two equal callbacks when the Trainer
         # is made, in words that do not name the keys both would write; our own check does, at the start of fit.
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        state = self._kept if self.session is None else self._state(self.session)
-        if state is not None:
+        if (state := self.state()) is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = state
-
-    def _state(self, session: Session[RunRecorder]) -> dict[str, Any]:
-        return {
-            "measurement": {} if self.measurement is None else self.measurement.state_dict(),
-            "seconds": session.stopwatch.seconds,
-            "num_failed": self.num_failed,
-            "summary": self.summary(),
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
-        self.num_failed = state_dict["num_failed"]
-        self.restore(state_dict["summary"])
-
-
-def _averages(callback: Any) -> bool:
-    """Whether a callback lends the model averaged weights for validation, as Lightning's own does."""
-    return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.forecast_table import ForecastTable
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
@@ -222,7 +223,6 @@ class TailForecaster(LayersCallback):
         self._hopeless = [math.nan, math.nan]
         self._described: dict[str, Any] = {}
         self._table = ForecastTable()
-        self._is_held = False
 
     @property
     @override
@@ -244,9 +244,9 @@ class TailForecaster(LayersCallback):
         return [self.tail]
 
     @override
-    def choose_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+    def choose_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         try:
-            found = resolve_layers(pl_module, self.layers)
+            found = resolve_layers(module, self.layers)
         except ValueError as error:
             raise ValueError(str(error).replace("layers", "layer", 1)) from None
         if self.layers is None:
@@ -256,8 +256,8 @@ class TailForecaster(LayersCallback):
         return found
 
     @override
-    def choose_again(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        return resolve_layers_again(pl_module, None, self.names)  # it is one layer's forecast
+    def choose_again(self, module: nn.Module) -> dict[str, nn.Module]:
+        return resolve_layers_again(module, None, self.names)  # it is one layer's forecast
 
     @override
     def check_widths(self, widths: dict[str, int]) -> None:
@@ -285,8 +285,8 @@ class TailForecaster(LayersCallback):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def start_training(self, host: Host) -> None:
+        super().start_training(host)
         assert self.session is not None
         recorder = self.session.recorder
         (layer,) = self.names
@@ -297,10 +297,10 @@ class TailForecaster(LayersCallback):
         needs_spectra = self.predictor in ("tail", "head")
         wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names}, needs_spectra)
         found = References([], {})
-        if trainer.is_global_zero:
+        if host.is_global_zero:
             found = find_references(self.references, wanted, recorder.run_id)
         # Ranks that look by themselves, while other runs come to their end, might find different ones.
-        self._found = trainer.strategy.broadcast(found)
+        self._found = host.broadcast(found)
         usable = self._found.usable
         self._settings = torch.tensor(settings_of([reference.run for reference in usable]))
         self._numbers = ReferenceNumbers(usable, layer, self.target_loss, self.warn)
@@ -321,36 +321,33 @@ class TailForecaster(LayersCallback):
             )
 
     @override
-    def take_report(self, trainer: Trainer) -> None:
-        if self._is_held:
-            return
+    def take_report(self, host: Host) -> None:
         is_new = self.measurement is not None and self.measurement.report is not self._seen
-        if is_new and trainer.state.fn == "fit" and not trainer.enable_validation:
-            self._take_loss(trainer)
-        super().take_report(trainer)
-        if is_new and trainer.state.fn == "fit" and not trainer.enable_validation:
-            self._stop_if_hopeless(trainer)
+        takes_loss = is_new and host.is_fitting and not host.has_validation
+        if takes_loss:
+            self._take_loss(host)
+        super().take_report(host)
+        if takes_loss:
+            self._stop_if_hopeless(host)
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The loss of this validation run is known at its end.
-        self._is_held = trainer.state.fn == "fit"
-        super().on_validation_epoch_end(trainer, pl_module)
-        self._is_held = False
+    def end_validation_rows(self, host: Host) -> None:
+        # In training the loss of this validation run is known at its end.
+        if not host.is_fitting:
+            super().end_validation_rows(host)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit":
-            self._take_loss(trainer)
-            if not trainer.sanity_checking:
-                self.take_report(trainer)
-                self._stop_if_hopeless(trainer)
+    def end_validation(self, host: Host) -> None:
+        if host.is_fitting:
+            self._take_loss(host)
+            if not host.is_checking:
+                self.take_report(host)
+                self._stop_if_hopeless(host)
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        if not trainer.is_global_zero:
+    def end_fit(self, host: Host) -> None:
+        super().end_fit(host)
+        if not host.is_global_zero:
             return
         try:
             self._table.print(f"{self.prefix}{self._title()}", self.actual)
@@ -477,21 +474,18 @@ class TailForecaster(LayersCallback):
                 f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"
             )
 
-    def _take_loss(self, trainer: Trainer) -> None:
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(key for key in trainer.callback_metrics if "loss" in key) or "no losses"
+    def _take_loss(self, host: Host) -> None:
+        if self.monitor not in host.metrics:
+            known = ", ".join(key for key in host.metrics if "loss" in key) or "no losses"
             raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
-        if trainer.sanity_checking or self.session is None:
+        if host.is_checking or self.session is None:
             return
         # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
-        seen = trainer.callback_metrics[self.monitor].detach().to(trainer.strategy.root_device, torch.float32)
-        loss = float(trainer.strategy.reduce(seen, reduce_op="mean"))
-        self._losses = thinned(
-            [*self._losses, [float(trainer.global_step), self.session.recorder.tokens, loss]], NUM_LOSSES
-        )
+        loss = float(host.mean(host.metrics[self.monitor].detach().to(torch.float32)))
+        self._losses = thinned([*self._losses, [float(host.step), self.session.recorder.tokens, loss]], NUM_LOSSES)
         if math.isnan(self.actual) and loss <= self.target_loss:
             self.actual = self._crossing()
-            self.publish(trainer, {"forecast/actual": self.actual}, trainer.global_step)
+            self.publish(host, {"forecast/actual": self.actual}, host.step)
         facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self.names[0]}
         facts |= {"actual": _known(self.actual)}
         if facts != self._described:
@@ -509,13 +503,13 @@ class TailForecaster(LayersCallback):
             known = {key: _known(value) for key, value in ({"tokens": self.tokens} | values).items()}
             self.session.recorder.add_forecast({"prefix": self.prefix, "step": step, **known})
 
-    def _stop_if_hopeless(self, trainer: Trainer) -> None:
+    def _stop_if_hopeless(self, host: Host) -> None:
         if self.stop_if_relative_above is None:
             return
         low, p_value = self._hopeless
         is_hopeless = low > self.stop_if_relative_above and p_value <= NO_SKILL
-        if trainer.strategy.reduce_boolean_decision(is_hopeless, all=False):
-            trainer.should_stop = True
+        if host.any(is_hopeless):
+            host.stop()
             rank_zero_info(
                 f"TailForecaster ends training: it is to take at least {low:.2f} times the tokens of the family's best "
                 f"run, the low end of its interval, which is more than stop_if_relative_above="

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lightning_spectral.functional.arguments import describe, is_one_line
 from lightning_spectral.measurement.arguments import MAX_COUNT
@@ -68,26 +68,36 @@ class Notes:
             raise ValueError(f"tags must hold what JSON can, got {describe(self.tags)}: {error}") from error
 
 
-def describe_run(trainer: Trainer, pl_module: LightningModule, notes: Notes) -> dict[str, Any]:
+def describe_run(
+    module: nn.Module,
+    notes: Notes,
+    *,
+    optimizers: Sequence[Any],
+    datamodule: Any,
+    accumulate_grad_batches: int | None,
+    world_size: int,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
     """What there is to say of a run before its first step: JSON-like facts by name.
 
     When and where it started say what its seconds may be compared with (``runs/sessions.py``), its setting of which
     others it is a seed (``runs/settings.py``).
     """
-    model = describe_model(pl_module)
-    is_cuda = pl_module.device.type == "cuda"
+    model = describe_model(module)
+    is_cuda = device.type == "cuda"
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return {
         "family": notes.family or family_name(model),
         "tags": dict(notes.tags),
         "model": model,
-        "setting": describe_setting(pl_module, getattr(trainer, "datamodule", None), trainer.optimizers),
+        "setting": describe_setting(module, datamodule, optimizers),
         "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "machines": [platform.node()],
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "world_size": trainer.world_size,
-        "precision": str(trainer.precision),
-        "device": torch.cuda.get_device_name(pl_module.device) if is_cuda else pl_module.device.type,
+        "accumulate_grad_batches": accumulate_grad_batches,
+        "world_size": world_size,
+        "precision": precision,
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "seed": int(seed) if seed.isdigit() else None,
         "versions": {
             "python": platform.python_version(),
@@ -104,13 +114,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def record_folder(trainer: Trainer) -> Path:
-    """Where the record of a run belongs: in the log directory, on the rank that knows it."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir) / FOLDER
-    logger = trainer.loggers[0]
+def record_folder(loggers: Sequence[Any], root: str | Path) -> Path:
+    """Where the record of a run belongs: in the log directory of the first logger, on the rank that knows it.
+
+    ``root`` is where it belongs without loggers, and where loggers without a directory of their own save.
+    """
+    if not loggers:
+        return Path(root) / FOLDER
+    logger = loggers[0]
     if (log_dir := getattr(logger, "log_dir", None)) is not None:
         return Path(log_dir) / FOLDER
     # Without a directory for each run, as Lightning's ModelCheckpoint does.
     run = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / run / FOLDER
+    return Path(logger.save_dir or root) / str(logger.name) / run / FOLDER

@@ -44,7 +44,8 @@ class Start(NamedTuple):
     """Which ranks hold which data."""
     device: torch.device
     """Where the process group can reduce."""
-    batches_per_step: int
+    batches_per_step: Callable[[], float]
+    """How many batches an optimizer step takes, as far as it is known by now."""
     monitored: Sequence[str] = ()
     """Metrics that others watch for the least, as EarlyStopping and ModelCheckpoint do, ours not among them."""
 
@@ -76,7 +77,7 @@ class RunRecorder:
         self._device = torch.device("cpu")
         self._together = Together(self._device)
         self._is_agreed = True
-        self._batches_per_step = 1
+        self._batches_per_step: Callable[[], float] = lambda: 1
         self._monitored: Sequence[str] = ()
         self._is_training = self._is_validating = False
         self.family = ""
@@ -328,7 +329,7 @@ class RunRecorder:
         self._write(lambda record: record.append(row))
         is_new = self._record is not None and "batch_tokens" not in self._record.about
         if is_new and not isnan(self._counter.tokens_per_batch):
-            self.describe(batch_tokens=self._counter.tokens_per_batch * self._batches_per_step)
+            self.describe(batch_tokens=self._counter.tokens_per_batch * self._batches_per_step())
 
     def _write(self, write: Callable[[Record], None]) -> None:
         """Write into the record, and first begin it where there was no room before; a run is worth more than either."""
