@@ -8,6 +8,7 @@ from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpec
 from lightning_spectral.probing import Probe, probe
 from lightning_spectral.runs import Comparison, Run, Verdict, backtest, compare, forecast
 from lightning_spectral.version import __version__
+from lightning_spectral.watch import SpectralWatch
 
 __all__ = [
     "ActivationSpectrum",
@@ -21,6 +22,7 @@ __all__ = [
     "Probe",
     "Run",
     "RunRecord",
+    "SpectralWatch",
     "Spectrum",
     "TailForecaster",
     "Verdict",

@@ -28,6 +28,7 @@ ALLOWED = {
         *("runs", "recording", "advice", "documentation", "terminal", "warner"),
     },
     "probing": {"functional", "metrics", "capture", "measurement", "callbacks", "runs", "terminal"},
+    "watch": {"functional", "capture", "measurement", "callbacks", "warner"},
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""

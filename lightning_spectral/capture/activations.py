@@ -71,7 +71,8 @@ class ActivationReader:
 
     def read(self, index: int, output: Any, inputs: tuple[Any, ...] = ()) -> None:
         """Hand on whatever the layer ``names[index]`` returned, if open."""
-        if not self.is_open:
+        # Within a backward pass activation checkpointing repeats what was read.
+        if not self.is_open or torch._C._current_graph_task_id() != -1:
             return
         name = self.names[index]
         self.inputs = inputs

@@ -111,7 +111,8 @@ class BatchLoss(nn.Module):
     def of_training(self, batch: Any) -> float:
         """What ``training_step`` will return for a batch that is about to begin."""
         module: Any = self.shadow
-        if type(module).on_train_batch_start is not LightningModule.on_train_batch_start:
+        own = getattr(type(module), "on_train_batch_start", None)
+        if own is not None and own is not LightningModule.on_train_batch_start:
             # What it does to the batch the samples that are kept do not see: the two losses then differ, as they must.
             module.on_train_batch_start(copied(batch), self.batch_idx)
         value = self(batch)

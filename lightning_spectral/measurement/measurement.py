@@ -37,6 +37,8 @@ class Scene(NamedTuple):
     """Makes the loss of a batch from the module as it is."""
     layout: Layout | None = None
     """Which ranks hold which data; None for each its own."""
+    loss_fn: LossFunction | None = None
+    """The loop's own loss, which is made where none is asked for by name; None for that of ``training_step``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class PassGradients(GradientMeasurement):
     """
 
     def __init__(self, request: GradientRequest, scene: Scene) -> None:
-        check_loss(scene.module, request.loss_fn)
+        check_loss(scene.module, request.loss_fn or scene.loss_fn)
         super().__init__(request, scene)
         if request.method == "hooks":
             check_contracts(scene.module, self.parameters)

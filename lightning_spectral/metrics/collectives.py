@@ -50,6 +50,16 @@ def all_to_all(
     dist.all_to_all_single(received, sent, output_split_sizes=received_sizes, input_split_sizes=sent_sizes, group=group)
 
 
+def broadcast_object(value: T) -> T:
+    """What rank zero has, on all ranks; it can be pickled."""
+    if world_size() == 1:
+        return value
+    _meet()
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
 def largest(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The largest of each entry over the ranks of a group, in place."""
     _meet()
