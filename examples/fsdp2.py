@@ -1,12 +1,13 @@
 """The model of tensor_parallel.py under FSDP2, in two processes on a CPU.
 
-`python examples/fsdp2.py`: each process has half of every parameter and half of each batch. With `--tensor-parallel 2`
-there are four, of which two share each block as well. What is logged is what one process with these batches logs.
+`python examples/fsdp2.py`: each process has half of every parameter and half of each batch. The numbers that it prints
+are those of one process, `python examples/fsdp2.py --processes 1`. With `--processes 4 --tensor-parallel 2` two
+processes share each block as well.
 """
 
 import argparse
 
-from tensor_parallel import ByteModel, train
+from tensor_parallel import ByteModel, add_arguments, train
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,5 +25,7 @@ class ShardedByteModel(ByteModel):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each block (default: 1)")
-    train(ShardedByteModel(), 2, parser.parse_args().tensor_parallel)
+    arguments = parser.parse_args()
+    train(ShardedByteModel(), arguments, arguments.tensor_parallel)

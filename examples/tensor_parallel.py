@@ -1,7 +1,7 @@
 """Spectra of a small model of bytes under tensor parallelism, in two processes on a CPU.
 
-`python examples/tensor_parallel.py`: each process has half of every block's inner features. What is logged is what one
-process logs, `python examples/tensor_parallel.py --devices 1`, up to rounding.
+`python examples/tensor_parallel.py`: each process has half of every block's inner features. The numbers that it prints
+are those of one process, `python examples/tensor_parallel.py --processes 1`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import warnings
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -45,6 +45,7 @@ class ByteModel(LightningModule):
         self.embed = nn.Embedding(256, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(NUM_BLOCKS))
         self.head = nn.Linear(WIDTH, 256)
+        self.double()  # so that it does not show in which order sums are taken
         self.is_laid_out = False
 
     def configure_model(self) -> None:
@@ -73,29 +74,41 @@ class ByteModel(LightningModule):
         return torch.optim.AdamW(self.parameters(), 3e-3)
 
 
-def train(model: LightningModule, data_parallel: int, tensor_parallel: int) -> None:
-    """Train for 40 steps, with spectra at the 20th and the 40th."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=2, help="how many; 1 needs no strategy (default: 2)")
+    parser.add_argument("--max-steps", type=int, default=40, help="optimizer steps, reported twice (default: 40)")
+    parser.add_argument("--folder", default="lightning_logs/processes", help="where the run is written")
+
+
+def train(model: LightningModule, arguments: argparse.Namespace, tensor_parallel: int) -> None:
+    """Train, with spectra at half of the steps and at the end, and print what was logged last."""
     warnings.filterwarnings("ignore", ".*num_workers|.*returned a view tensor")
-    devices = data_parallel * tensor_parallel
-    spectra = [
-        ActivationSpectrum(["blocks.*", "blocks.3.up"], every_n_steps=20),
-        GradientSpectrum("blocks.*.down.weight", every_n_steps=20, num_samples=64, method="hooks"),
-    ]
+    processes, every = arguments.processes, max(1, arguments.max_steps // 2)
+    data_parallel = processes // tensor_parallel
     trainer = Trainer(
         accelerator="cpu",
-        devices=devices,
-        strategy="auto" if devices == 1 else ModelParallelStrategy(data_parallel, tensor_parallel),
-        max_steps=40,
-        logger=CSVLogger("lightning_logs", f"on_{devices}"),
-        callbacks=spectra,
+        devices=processes,
+        strategy="auto" if processes == 1 else ModelParallelStrategy(data_parallel, tensor_parallel),
+        max_steps=arguments.max_steps,
+        logger=TensorBoardLogger(arguments.folder, "", ""),
+        callbacks=[
+            ActivationSpectrum(["blocks.*", "blocks.3.up"], every_n_steps=every, dtype="float64"),
+            GradientSpectrum("blocks.*.down.weight", every_n_steps=every, num_samples=64, method="hooks"),
+        ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, TextData(block_size=BLOCK_SIZE, batch_size=16 // data_parallel))
+    trainer.fit(model, TextData(block_size=BLOCK_SIZE, batch_size=16 // data_parallel))  # 16 sequences in all
+    if trainer.is_global_zero:
+        for key, value in trainer.callback_metrics.items():
+            if key.endswith(("/alpha_tail", "/rankme", "/noise_scale")):
+                print(f"{key:40} {value:.8g}")
+        print(f"See how they came about: lightning-spectral show {arguments.folder}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=2, help="processes that share each block (default: 2)")
-    train(ByteModel(), 1, parser.parse_args().devices)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    train(ByteModel(), arguments, tensor_parallel=arguments.processes)
