@@ -9,6 +9,7 @@ takes 2, 6 and 8 minutes at the three depths.
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,26 @@ class Depth(Study):
     def tuned(self, depth: int) -> list[Setting]:
         """Train the tuning runs of a depth; of each batch size the one of the best rate."""
         tokens = TUNING_TOKENS // self.scale
-        tried = [Setting(depth, size, factor) for size in BATCH_SIZES for factor in FACTORS]
+        tried = tuning(depth)
         self.train_all(tried, tokens)
         return [self.best((one for one in tried if one.batch_size == size), tokens) for size in BATCH_SIZES]
 
     def runs(self, depth: int) -> list[Setting]:
         """All nine runs of a depth, at their full length; that of the first seed goes on from its tuning run."""
-        tuned = self.tuned(depth)
-        settings = [replace(setting, seed=seed) for seed in SEEDS for setting in tuned]
+        settings = seeds_of(self.tuned(depth))
         self.train_all(settings, NUM_TOKENS // self.scale)
         return settings
+
+
+def tuning(depth: int) -> list[Setting]:
+    """The tuning runs of a depth."""
+    return [Setting(depth, size, factor) for size in BATCH_SIZES for factor in FACTORS]
+
+
+def seeds_of(tuned: Iterable[Setting]) -> list[Setting]:
+    """All runs at the best rates, seeds in turn."""
+    tuned = list(tuned)
+    return [replace(setting, seed=seed) for seed in SEEDS for setting in tuned]
 
 
 def main() -> None:

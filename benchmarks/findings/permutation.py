@@ -1,6 +1,6 @@
 """Tests by permutation, and Holm's correction of several of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,20 +36,54 @@ def separation(distances: np.ndarray, groups: Sequence[object], seed: int = 0) -
         Anderson, *A new method for non-parametric multivariate analysis of variance*, Austral Ecology 26 (2001).
     """
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
-    first, second = np.triu_indices(len(labels), 1)
-    pairs = distances[first, second]
-
-    def means(order: np.ndarray) -> tuple[float, float]:
-        differ = labels[order][first] != labels[order][second]
-        return float(pairs[differ].mean()), float(pairs[~differ].mean())
-
-    num_within = int((labels[first] == labels[second]).sum())
-    if num_within in (0, len(pairs)) or np.isnan(pairs).any():
+    if _has_no_pairs(distances, labels):
         return Separation(np.nan, np.nan, np.nan)
-    between, within = means(np.arange(len(labels)))
+    between, within = _means(distances, labels)
     generator = np.random.default_rng(seed)
-    permuted = [means(generator.permutation(len(labels))) for _ in range(NUM_PERMUTATIONS)]
+    permuted = [_means(distances, labels[generator.permutation(len(labels))]) for _ in range(NUM_PERMUTATIONS)]
     return Separation(between, within, _share([b - w for b, w in permuted], between - within))
+
+
+def exact_separation(distances: np.ndarray, groups: Sequence[object]) -> Separation:
+    """The same against every way to deal the labels, for few runs.
+
+    Args:
+        distances: ``(n, n)``, symmetric.
+        groups: n labels; of nine in three groups of three there are 280 ways that differ.
+
+    Returns:
+        Means over pairs and the p-value, not below one over the number of ways; NaN as of :func:`separation`.
+    """
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if _has_no_pairs(distances, labels):
+        return Separation(np.nan, np.nan, np.nan)
+    between, within = _means(distances, labels)
+    every = [_means(distances, np.array(order)) for order in arrangements(np.bincount(labels).tolist())]
+    return Separation(between, within, _at_least([b - w for b, w in every], between - within) / len(every))
+
+
+def arrangements(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All sequences in which each label, a number from zero, comes as often as its count."""
+    if not any(counts):
+        yield ()
+    for label, count in enumerate(counts):
+        if count:
+            rest = [*counts[:label], count - 1, *counts[label + 1 :]]
+            yield from ((label, *others) for others in arrangements(rest))
+
+
+def _means(distances: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Of pairs of different labels, and of pairs of one."""
+    first, second = np.triu_indices(len(labels), 1)
+    pairs, differ = distances[first, second], labels[first] != labels[second]
+    return float(pairs[differ].mean()), float(pairs[~differ].mean())
+
+
+def _has_no_pairs(distances: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether pairs of one kind are missing, or a distance is."""
+    first, second = np.triu_indices(len(labels), 1)
+    num_within = int((labels[first] == labels[second]).sum())
+    return num_within in (0, len(first)) or bool(np.isnan(distances[first, second]).any())
 
 
 def rank_correlation(
@@ -93,6 +127,37 @@ def rank_correlation(
     return np.array([observed, _share(np.abs(residuals(shuffled) @ first), abs(observed))])
 
 
+def pooled_rank_correlation(
+    x: Sequence[np.ndarray], y: Sequence[np.ndarray], seed: int = 0, num: int = NUM_PERMUTATIONS
+) -> np.ndarray:
+    """Correlation of ranks within strata, with a two-sided p-value by permutation within strata.
+
+    Args:
+        x: Of each stratum ``(n,)``.
+        y: Likewise.
+        seed: Of the permutations.
+        num: How many.
+
+    Returns:
+        ``(2,)``: correlation of the ranks less their stratum's mean, and p-value, not below 1 / (num + 1); NaN where
+        nothing is left to correlate.
+    """
+
+    def centred(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [ranks - ranks.mean() for ranks in map(rankdata, parts)]
+
+    first, second = centred(x), centred(y)
+    scale = float(np.linalg.norm(np.concatenate(first)) * np.linalg.norm(np.concatenate(second)))
+    if scale == 0 or np.isnan(scale):
+        return np.full(2, np.nan)
+    observed = sum(float(one @ other) for one, other in zip(first, second, strict=True))
+    generator = np.random.default_rng(seed)
+    permuted = np.zeros(num)
+    for one, other in zip(first, second, strict=True):
+        permuted += generator.permuted(np.tile(other, (num, 1)), axis=1) @ one
+    return np.array([observed / scale, _share(np.abs(permuted), abs(observed))])
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values, so that the chance of any false one among them is kept.
 
@@ -114,5 +179,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _share(permuted: Sequence[float] | np.ndarray, observed: float) -> float:
     """Of those at least as large, the observed one among them; what differs by rounding is equal."""
-    as_large = int((np.asarray(permuted) >= observed - 1e-12 * abs(observed)).sum())
-    return (1 + as_large) / (1 + len(permuted))
+    return (1 + _at_least(permuted, observed)) / (1 + len(permuted))
+
+
+def _at_least(permuted: Sequence[float] | np.ndarray, observed: float) -> int:
+    """How many are as large."""
+    return int((np.asarray(permuted) >= observed - 1e-12 * abs(observed)).sum())

@@ -95,6 +95,10 @@ class Study:
         reached = target is not None and min(losses, default=math.inf) <= target
         return reached or max(seen, default=0) >= tokens
 
+    def missing(self, settings: Iterable[Any], tokens: int, target: float | None = None) -> list[str]:
+        """Names of runs that have not come to a number of tokens, or to the target."""
+        return [setting.name for setting in settings if not self.is_there(setting, tokens, target)]
+
     def train(self, setting: Any, tokens: int, target: float | None = None) -> str:
         """Train a run on, in a process of its own; a line that says what came out."""
         start = time.perf_counter()
