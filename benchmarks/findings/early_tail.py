@@ -2,8 +2,8 @@
 
     python -m benchmarks.findings.early_tail
 
-Reads the runs that ``early_tail_runs`` has made, all of them; JSON, figure and report go to
-``benchmarks/results/findings``. Half a minute on one core.
+Reads the runs that ``early_tail_runs`` has made, all of them, and names those that are missing; JSON, figure and report
+go to ``benchmarks/results/findings``. Half a minute on one core.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.compact_json import compact
 from benchmarks.findings.early_tail_report import write_report
-from benchmarks.findings.early_tail_runs import RUNS, VARIED_AT, EarlyTail, Setting
+from benchmarks.findings.early_tail_runs import MAX_TOKENS, RUNS, SEEDS, VARIED_AT, EarlyTail, Setting, all_of
 from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import environment
@@ -51,7 +51,9 @@ class Seen:
     is_tuned: bool
     """Whether it is a seed of a tuned tier, not a variation."""
     tokens: float
-    """To the target; infinite where it was never reached."""
+    """To the target; infinite where it was not reached."""
+    cut_off: float | None
+    """Tokens at which it was cut off short of the target; None of a run that came to its end."""
     peak: float
     """Tokens at the maximum of its tail's exponent."""
     early: tuple[dict[str, float], ...]
@@ -64,7 +66,9 @@ def counts_of(runs: Sequence[Run], target: float) -> list[float]:
     return [share * float(fastest) for share in SHARES]
 
 
-def see(setting: Setting, run: Run, is_tuned: bool, target: float, counts: Sequence[float]) -> Seen:
+def see(
+    setting: Setting, run: Run, is_tuned: bool, target: float, counts: Sequence[float], cut_off: float | None
+) -> Seen:
     """What a run took and showed."""
     measures = [*spectral_measures(LAYER, TAIL), EARLY_LOSS, LOG_BATCH]
     reported = run.course("activation").tokens_until(math.inf)
@@ -76,6 +80,7 @@ def see(setting: Setting, run: Run, is_tuned: bool, target: float, counts: Seque
         setting.batch_size,
         is_tuned,
         math.inf if math.isnan(tokens) else tokens,
+        cut_off,
         float(reported[int(np.nanargmax(tails))]),
         tuple({one.name: one.value(run, count) for one in measures} for count in counts),
     )
@@ -147,44 +152,91 @@ def forecasts(runs: Sequence[Seen], opened: Sequence[Run], target: float, count:
     return {"median_error": told.median_error, "mean_log_error": told.mean_log_error, "spread_of_log_tokens": mean}
 
 
-def outcome(rows: Sequence[dict[str, Any]], is_met: bool) -> dict[str, Any]:
-    """What the three tests of the tail come to, by the plan's words."""
+def outcome(rows: Sequence[dict[str, Any]], is_met: bool, second: float | None = None) -> dict[str, Any]:
+    """What the three tests of the tail come to, by the plan's words.
+
+    Args:
+        rows: Of :func:`claims`, of the first family.
+        is_met: Whether the stage gate is, in all families.
+        second: Spearman's rho over the tiers of the second family; None where it was not trained.
+    """
     tail = rows[0]
-    first = bool(tail["tiers"] >= MIN_RHO)
-    second = bool(tail["varied_given_loss"][1] < LEVEL)
+    first = bool(tail["tiers"] >= MIN_RHO and (second is None or second > 0))
+    second_claim = bool(tail["varied_given_loss"][1] < LEVEL)
     third = bool(tail["gain"] >= MIN_GAIN and tail["gain_low"] > 0)
-    if first and second and third:
-        words = "held in one family"
-    elif first and not second and not third:
+    if first and second_claim and third:
+        words = "held in one family" if second is None else "held"
+    elif first and not second_claim and not third:
         words = "batch size under another name"
     elif not first:
         words = "refuted" if is_met else "not shown; the stage gate is not met"
     else:
         words = "in part"
-    return {"P1": first, "P2": second, "P3": third, "gate": is_met, "in words": words}
+    return {"P1": first, "P2": second_claim, "P3": third, "gate": is_met, "in words": words}
+
+
+def read(study: EarlyTail, recipe: str) -> dict[str, Any]:
+    """All that is measured of a family.
+
+    A run that was cut off short of the target ranks last if it had come farther by then than any other needed;
+    else it is left out, and both are named.
+
+    Args:
+        study: Where its runs are.
+        recipe: Its name.
+
+    Returns:
+        Target, counts, runs, those that are missing, and of each count gate, tests and the stack's errors.
+    """
+    tuned = study.tuned(recipe)
+    target = study.target(tuned)
+    settings = all_of(tuned)
+    missing = set(study.missing(settings, MAX_TOKENS // study.scale, target))
+    finished = [Run(study.folder / one.name) for one in settings if one.name not in missing]
+    counts = counts_of(finished, target)
+    slowest = float(np.nanmax([run.tokens_to(target) for run in finished]))
+    cut_off = {one.name: max(study.losses(one)[0], default=0.0) for one in settings if one.name in missing}
+    settings = [one for one in settings if cut_off.get(one.name, math.inf) > slowest]
+    opened = [Run(study.folder / one.name) for one in settings]
+    centres = {(one.batch_size, one.factor, one.variant) for one in tuned}
+    seen = [
+        see(one, run, (one.batch_size, one.factor, one.variant) in centres, target, counts, cut_off.get(one.name))
+        for one, run in zip(settings, opened, strict=True)
+    ]
+    batch_tokens = settings[0].batch_tokens // settings[0].batch_size
+    at = [
+        {
+            "tokens": count,
+            "late": gate(seen, counts, batch_tokens, number),
+            "claims": claims(seen, opened, target, counts, number),
+            "stack": forecasts(seen, opened, target, count),
+        }
+        for number, count in enumerate(counts)
+    ]
+    runs = [asdict(one) for one in seen]
+    left_out = {name: tokens for name, tokens in cut_off.items() if tokens <= slowest}
+    return {"recipe": recipe, "target": target, "counts": counts, "runs": runs, "left_out": left_out, "at": at}
+
+
+def judge(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The plan's outcome at each count: the first family's tests, and the sign of the tail in the second."""
+    told = []
+    for at in zip(*(family["at"] for family in families), strict=True):
+        second = at[1]["claims"][0]["tiers"] if len(at) > 1 else None
+        told.append(outcome(at[0]["claims"], not any(one["late"] for one in at), second))
+    return told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
+    parser.add_argument("--families", nargs="+", choices=list(SEEDS), default=list(SEEDS), help="the first is tested")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = EarlyTail(arguments.runs, only_read=True)
-    settings, target = study.family("rope")
-    num_tuned = len(settings) - 9
-    opened = [Run(study.folder / setting.name) for setting in settings]
-    counts = counts_of(opened, target)
-    seen = [
-        see(setting, run, number < num_tuned, target, counts)
-        for number, (setting, run) in enumerate(zip(settings, opened, strict=True))
-    ]
-    batch_tokens = settings[0].batch_tokens // settings[0].batch_size
-    results: dict[str, Any] = {"target": target, "counts": counts, "runs": [asdict(run) for run in seen], "at": []}
-    for at, count in enumerate(counts):
-        late, rows = gate(seen, counts, batch_tokens, at), claims(seen, opened, target, counts, at)
-        told = {"tokens": count, "late": late, "claims": rows, "outcome": outcome(rows, not late)}
-        results["at"].append(told | {"stack": forecasts(seen, opened, target, count)})
+    families = [read(study, recipe) for recipe in arguments.families]
+    results = {"families": families, "outcomes": judge(families)}
     text = compact(json.dumps(results | {"environment": environment()}))
     (arguments.folder / "early_tail.json").write_text(text + "\n")
     write_report(results, arguments.folder)

@@ -137,13 +137,20 @@ class EarlyTail(Study):
         tuned = self.tuned(recipe)
         target = self.target(tuned)
         console.print(f"{recipe}: the target is {target} nats a token")
-        runs = [replace(setting, seed=seed) for seed in SEEDS[recipe] for setting in tuned]
-        if recipe == "rope":
-            (centre,) = (setting for setting in tuned if setting.batch_size == VARIED_AT)
-            runs += [replace(centre, factor=centre.factor * factor) for factor in (0.5, 2.0)]
-            runs += [replace(centre, variant=variant) for variant in VARIANTS if variant]
+        runs = all_of(tuned)
         self.train_all(runs, MAX_TOKENS // self.scale, target)
         return runs, target
+
+
+def all_of(tuned: Sequence[Setting]) -> list[Setting]:
+    """All runs of a recipe: seeds of its tuned runs, seeds in turn, and of rope the settings at one batch size."""
+    recipe = tuned[0].recipe
+    runs = [replace(setting, seed=seed) for seed in SEEDS[recipe] for setting in tuned]
+    if recipe == "rope":
+        (centre,) = (setting for setting in tuned if setting.batch_size == VARIED_AT)
+        runs += [replace(centre, factor=centre.factor * factor) for factor in (0.5, 2.0)]
+        runs += [replace(centre, variant=variant) for variant in VARIANTS if variant]
+    return runs
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.findings import byte_pairs
-from benchmarks.findings.early_tail import Seen, gate, means, outcome
+from benchmarks.findings.early_tail import Seen, gate, judge, means, outcome, read
 from benchmarks.findings.early_tail_report import write_report
 from benchmarks.findings.early_tail_runs import (
     BATCH_SIZES,
@@ -22,10 +22,12 @@ from benchmarks.findings.early_tail_runs import (
     VARIANTS,
     EarlyTail,
     Setting,
+    all_of,
 )
 from benchmarks.findings.runs import RESULTS
 from lightning_spectral.cli import main
 from lightning_spectral.nanogpt import ShardData
+from tests.benchmarks.planted_runs import broken, plant
 
 
 class Planted(EarlyTail):
@@ -107,7 +109,7 @@ def test_tokens_are_those_of_the_text_and_a_tenth_of_the_noisy_ones_are_shuffled
 
 
 def _seen(name: str, batch_size: int, peak: float) -> Seen:
-    return Seen(name, name, batch_size, True, 1e5, peak, ({}, {}))
+    return Seen(name, name, batch_size, True, 1e5, None, peak, ({}, {}))
 
 
 def test_the_gate_names_runs_of_few_steps_and_those_before_their_maximum() -> None:
@@ -117,30 +119,109 @@ def test_the_gate_names_runs_of_few_steps_and_those_before_their_maximum() -> No
 
 
 @pytest.mark.parametrize(
-    ("rho", "p_value", "low", "is_met", "words"),
+    ("rho", "p_value", "low", "is_met", "second", "words"),
     [
-        (0.9, 0.001, 0.02, True, "held in one family"),
-        (0.9, 0.2, -0.1, True, "batch size under another name"),
-        (0.9, 0.001, -0.1, True, "in part"),
-        (-0.7, 0.001, 0.02, True, "refuted"),
-        (-0.7, 0.9, -0.1, False, "not shown; the stage gate is not met"),
+        (0.9, 0.001, 0.02, True, None, "held in one family"),
+        (0.9, 0.001, 0.02, True, 0.2, "held"),
+        (0.9, 0.001, 0.02, True, -0.2, "refuted"),
+        (0.9, 0.2, -0.1, True, 1.0, "batch size under another name"),
+        (0.9, 0.001, -0.1, True, 1.0, "in part"),
+        (-0.7, 0.001, 0.02, True, 1.0, "refuted"),
+        (-0.7, 0.9, -0.1, False, None, "not shown; the stage gate is not met"),
     ],
 )
-def test_outcomes_are_those_of_the_plan(rho: float, p_value: float, low: float, is_met: bool, words: str) -> None:
+def test_outcomes_are_those_of_the_plan(
+    rho: float, p_value: float, low: float, is_met: bool, second: float | None, words: str
+) -> None:
     tail = {"tiers": rho, "varied_given_loss": [0.5, p_value], "gain": 0.2, "gain_low": low}
-    assert outcome([tail], is_met)["in words"] == words
+    assert outcome([tail], is_met, second)["in words"] == words
 
 
 def test_a_number_that_goes_with_tokens_passes_and_seeds_are_averaged() -> None:
     values = [(4, "a", 1.0, 10.0), (4, "a", 3.0, 1000.0), (4, "b", 5.0, 100.0), (8, "c", 0.0, 1.0)]
-    runs = [Seen(tier, tier, size, True, took, 0.0, ({"x": value},)) for size, tier, value, took in values]
+    runs = [Seen(tier, tier, size, True, took, None, 0.0, ({"x": value},)) for size, tier, value, took in values]
     assert means(runs, 0, "x").tolist() == [2.0, 5.0, 0.0]
     assert np.exp(means(runs, 0, "log tokens")) == pytest.approx([100.0, 100.0, 1.0])
 
 
+LAYERS = ("gpt.blocks.0", "gpt.blocks.11")
+TAKES = {1: 640_000.0, 2: 600_000.0, 4: 560_000.0, 8: 530_000.0, 16: 500_000.0}
+"""Tokens to a loss of 4 at the best rate."""
+
+
+def make(folder: Path, recipe: str, seeds: tuple[int, ...]) -> None:
+    """Runs whose tail is the steeper the more tokens they need, and whose loss falls evenly in the log of tokens."""
+    tuned = [Setting(size, 1.0, recipe=recipe) for size in BATCH_SIZES]
+    tried = [Setting(size, factor, recipe=recipe) for size in BATCH_SIZES for factor in (0.5, 2.0)]
+    for setting in [*tried, *(one for one in all_of(tuned) if one.seed in seeds)]:
+        spread = 1 + 0.01 * setting.seed + 0.02 * len(setting.variant) + 0.2 * abs(math.log2(setting.factor))
+        takes = TAKES[setting.batch_size] * spread
+        is_tried = setting in tried and not (recipe == "rope" and setting.batch_size == 4)
+        counts = [32_768, 98_304, TUNING_TOKENS, *(() if is_tried else (262_144, TARGET_TOKENS, 1_474_560))]
+        points = [(count, 4 + math.log(takes / count)) for count in counts]
+
+        def spectra(layer: str, tokens: float, steep: float = takes / 4e5) -> np.ndarray:
+            return broken(steep + (0.2 if tokens < 50_000 else 0.0), width=64)
+
+        plant(folder / setting.name, points, spectra, LAYERS, setting.batch_tokens)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("early")
+    make(folder, "rope", (1, 2, 3))
+    make(folder, "untied", (1,))
+    return folder
+
+
+def test_both_families_are_read_and_what_is_missing_is_named(planted: Path, tmp_path: Path) -> None:
+    study = EarlyTail(planted, only_read=True)
+    rope, untied = (read(study, recipe) for recipe in ("rope", "untied"))
+    assert rope["target"] == untied["target"] == math.ceil(100 * (4 + math.log(505_000 / TARGET_TOKENS))) / 100
+    assert rope["left_out"] == {}
+    assert len(rope["runs"]) == 24
+    assert sum(run["is_tuned"] for run in rope["runs"]) == 15
+    assert sorted(untied["left_out"]) == sorted(f"untied-batch_{size}-lr_x1-seed_2" for size in BATCH_SIZES)
+    primary = untied["at"][-1]
+    assert primary["claims"][0]["tiers"] == pytest.approx(1.0)
+    assert math.isnan(primary["claims"][0]["varied"][0]), "of one setting at a batch of four"
+    for run in untied["runs"]:
+        takes = TAKES[run["batch_size"]] * 1.01
+        assert run["tokens"] == pytest.approx(takes * math.exp(4 - untied["target"]))
+        assert run["early"][-1]["alpha_tail"] == pytest.approx(takes / 4e5)
+        assert run["peak"] == 32_768
+    assert judge([rope, untied])[-1]["P1"]
+    assert [told["gate"] for told in judge([rope, untied])] == [False, True], "a quarter is too few steps of sixteen"
+    results = {"families": [rope, untied], "outcomes": judge([rope, untied])}
+    write_report(results, tmp_path)
+    report = (tmp_path / "early_tail.md").read_text()
+    assert "untied: 5 runs of 5 settings, 1 seed a batch size" in report
+    assert "| untied-batch_16-lr_x1-seed_2 | 0 |" in report
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(1, True), (8, False)])
+def test_a_run_that_was_cut_off_ranks_last_only_where_it_had_come_past_all_others(
+    planted: Path, tmp_path: Path, size: int, ranks: bool
+) -> None:
+    name = f"untied-batch_{size}-lr_x1-seed_1"
+    for run in planted.iterdir():
+        if run.name != name:
+            (tmp_path / run.name).symlink_to(run)
+    counts = [TUNING_TOKENS, TARGET_TOKENS, *([900_000] if ranks else [])]
+    points = [(32_768, 7.0), *((count, 4.3 - count / 1e7) for count in counts)]
+    plant(tmp_path / name, points, lambda *given: broken(2.0), LAYERS, size * 128)
+    found = read(EarlyTail(tmp_path, only_read=True), "untied")
+    seen = {run["name"]: run for run in found["runs"]}
+    assert (name in seen) == ranks
+    if ranks:
+        assert (seen[name]["tokens"], seen[name]["cut_off"]) == (math.inf, 900_000)
+    else:
+        assert found["left_out"][name] == TARGET_TOKENS
+
+
 def test_the_report_says_what_the_landed_results_hold(tmp_path: Path) -> None:
     results = json.loads((RESULTS / "early_tail.json").read_text())
-    assert len(results["runs"]) == 24
+    assert [len(family["runs"]) for family in results["families"]] == [24, 5]
     write_report(results, tmp_path)
     assert (tmp_path / "early_tail.md").read_text() == (RESULTS / "early_tail.md").read_text()
     assert (tmp_path / "early_tail.png").stat().st_size > 10_000
