@@ -14,6 +14,9 @@ from typing_extensions import override
 Columns = Mapping[str, Callable[[dict[str, float]], str]]
 """What stands under each heading, from the values of one name in one report."""
 
+WEIGHT = ".weight"
+"""What most names of parameters end in; on every line of a table it would fold them."""
+
 
 def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], last: dict[str, Any]) -> None:
     """Print two reports, which may be the same one, a line each per name; ``kind`` is the heading of the names.
@@ -21,15 +24,23 @@ def print_table(title: str, kind: str, columns: Columns, first: dict[str, Any], 
     A report is ``{"step": step, "rows": {name: {quantity: value}}}``.
     """
     table = new_table(title, [kind], ["step", *columns])
+    shown = shortened(list(last["rows"]), table)
     reports = [first] if first["step"] == last["step"] else [first, last]
     for name in last["rows"]:
         for report in reports:
             # A name may have joined since the first report.
             cells = [cell(report["rows"].get(name, {})) for cell in columns.values()]
-            # A weight is what most parameters are; the word would fold the line.
-            shown = name.removesuffix(".weight") if report is reports[0] else ""
-            table.add_row(shown, str(report["step"]), *cells)
+            table.add_row(shown[name] if report is reports[0] else "", str(report["step"]), *cells)
     console().print(table)
+
+
+def shortened(names: Sequence[str], table: Table) -> dict[str, str]:
+    """Each name as it stands in a table, whole unless all are weights: below the table stands what is left out."""
+    if not names or any(not name.endswith(WEIGHT) or name == WEIGHT for name in names):
+        return {name: name for name in names}
+    table.caption = f"each name ends in {WEIGHT}, which is left out here"
+    table.caption_justify = "left"
+    return {name: name.removesuffix(WEIGHT) for name in names}
 
 
 def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
@@ -116,9 +127,18 @@ def with_interval(quantity: str) -> IntervalColumn:
 
 
 def show_interval(value: float, low: float, high: float) -> str:
-    """A number and its interval as they stand in a table: ``20 (9.1..inf)``, whole from ten on."""
-    shown, *ends = (show_number(one, int(abs(one) < 9.95)) for one in (value, low, high))
-    return shown if math.isnan(low) else f"{shown} ({'..'.join(ends)})"
+    """A number and its interval as they stand in a table: ``20 (9.1..44)``, whole from ten on.
+
+    One without an upper end is ``20 (> 9.1)``, and one that holds all numbers says that they are ``not resolved``.
+    """
+    shown, start, end = (show_number(one, int(abs(one) < 9.95)) for one in (value, low, high))
+    if math.isnan(low) or math.isnan(high):
+        return shown
+    if math.isinf(high):
+        if low <= 0:
+            return "not resolved"
+        return f"> {start}" if math.isinf(value) else f"{shown} (> {start})"
+    return f"{shown} ({start}..{end})"
 
 
 def show_number(value: float, digits: int) -> str:

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from lightning_spectral.terminal import console, new_table, number, one_line, print_table, show_number, with_error
+from lightning_spectral.terminal import (
+    console,
+    new_table,
+    number,
+    one_line,
+    print_table,
+    show_interval,
+    show_number,
+    with_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,9 +32,38 @@ def test_first_and_last_report_side_by_side(capsys: pytest.CaptureFixture[str]) 
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert printed[0] == ["a", "title"]
     assert printed[1] == ["layer", "step", "alpha", "rows"]
-    assert printed[3:] == [["b.0", "100", "1.50", "+/-", "0.25", "4,096"], ["200", "-", "+/-", "-", "0"]]
+    assert printed[3:5] == [["b.0", "100", "1.50", "+/-", "0.25", "4,096"], ["200", "-", "+/-", "-", "0"]]
+    assert (
+        " ".join(word for line in printed[5:] for word in line) == "each name ends in .weight, which is left out here"
+    )
     print_table("a title", "layer", columns, first, first)
     assert capsys.readouterr().out.count("b.0") == 1
+
+
+@pytest.mark.parametrize("names", [["b.0.weight", "b.0.bias"], ["b.0"], ["weight", "b.0.weight"]], ids=str)
+def test_names_stand_whole_unless_all_are_weights(capsys: pytest.CaptureFixture[str], names: list[str]) -> None:
+    report = {"step": 1, "rows": {name: {"rows": 1.0} for name in names}}
+    print_table("", "parameter", {"rows": number("rows", 0)}, report, report)
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line.split()[-1:] == ["1"]] == names
+    assert "left out" not in printed
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown"),
+    [
+        ((20.4, 9.1, 44.0), "20 (9.1..44)"),
+        ((20.4, 9.1, math.inf), "20 (> 9.1)"),
+        ((math.inf, 9.1, math.inf), "> 9.1"),
+        ((math.inf, 0.0, math.inf), "not resolved"),
+        ((20.4, 0.0, math.inf), "not resolved"),
+        ((1.2, 0.0, 3.4), "1.2 (0.0..3.4)"),
+        ((20.4, math.nan, math.nan), "20"),
+        ((math.nan, math.nan, math.nan), "-"),
+    ],
+)
+def test_an_interval_says_what_it_holds(interval: tuple[float, float, float], shown: str) -> None:
+    assert show_interval(*interval) == shown
 
 
 def test_a_log_file_is_wide_enough_for_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:

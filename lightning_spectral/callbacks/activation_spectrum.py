@@ -202,7 +202,7 @@ class ActivationSpectrum(LayersCallback):
                 "r2": number("r2_tail", 3),
                 "alpha_head": number("alpha_head", 3),
                 "RankMe": number("rankme", 1),
-                "tokens": number("num_tokens", 0),
+                "rows": number("num_tokens", 0),
             },
             category="activation spectra",
         )

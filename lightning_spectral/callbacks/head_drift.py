@@ -160,7 +160,7 @@ class HeadDrift(LayersCallback):
                 "angle floor": number("max_angle_floor", 4),
                 "JS": number("js", 6),
                 "JS floor": number("js_floor", 6),
-                "tokens": number("num_tokens", 0),
+                "rows": number("num_tokens", 0),
             },
             category="head drift",
         )

@@ -19,7 +19,7 @@ from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.run_spectra import kind_of
 from lightning_spectral.runs.shifts import Shift
 from lightning_spectral.runs.spread import spread
-from lightning_spectral.terminal import console, new_table, show_interval, show_number
+from lightning_spectral.terminal import console, new_table, shortened, show_interval, show_number
 
 _AT_ONCE = 256
 """Reports whose spectra are in memory together, and fitted together."""
@@ -116,7 +116,7 @@ def _shifts(kind: str, shifts: Sequence[Shift]) -> Table:
     table = new_table(f"{kind} spectra at the matched loss (* beyond its floors)", [""], numbers)
     before = None
     for shift in shifts:
-        name = shift.name.removesuffix(".weight") or "mean of all"
+        name = shift.name or "mean of all"
         label, digits = QUANTITIES[shift.quantity]
         interval = "-" if isnan(shift.low) else f"{shift.low:+.{digits}f}..{shift.high:+.{digits}f}"
         moved = f"{shift.shift:.{digits}f}" if shift.quantity == "js" else _signed(shift.shift, f".{digits}f")
@@ -199,6 +199,7 @@ def _evolution(run: Run, kind: str, series: str, rows: Sequence[Mapping[str, Any
     if kind in KINDS and len(run.series_beside(kind)) > 1:
         title += f", {series}, {run.span(series)}"
     table = new_table(title, [kind], numbers)
+    shown = shortened([row["name"] for row in rows], table)
     before = None
     for row in rows:
         is_first, before = row["name"] != before, row["name"]
@@ -213,7 +214,7 @@ def _evolution(run: Run, kind: str, series: str, rows: Sequence[Mapping[str, Any
         if has_noise:
             noise = (row[f"noise_scale{end}"] for end in ("", "_low", "_high"))
             cells.append(show_interval(*noise))
-        table.add_row(row["name"].removesuffix(".weight") if is_first else "", *cells)
+        table.add_row(shown[row["name"]] if is_first else "", *cells)
     return table
 
 

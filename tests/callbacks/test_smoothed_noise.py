@@ -121,7 +121,7 @@ def test_a_table_shows_the_interval(tmp_path: Path, capsys: pytest.CaptureFixtur
     trainer = fit(tmp_path, 2)
     value, low, high = (float(trainer.callback_metrics[f"gradient/{NAME}/noise_scale{end}"]) for end in ENDS)
     shown = show_interval(value, low, high)
-    assert re.fullmatch(r"(inf|[\d,.]+) \([\d,.]+\.\.(inf|[\d,.]+)\)", shown)
+    assert re.fullmatch(r"> [\d,.]+|[\d,.]+ \((> [\d,.]+|[\d,.]+\.\.[\d,.]+)\)", shown)
     assert shown in capsys.readouterr().out  # that closes the run
     run = recorded(tmp_path)
     print_run(run, ["gradient"])

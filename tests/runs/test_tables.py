@@ -95,11 +95,17 @@ def test_a_gain_is_a_line(comparison: Comparison, capsys: Printed, row: Gain, ce
 def test_a_shift_is_a_line(comparison: Comparison, capsys: Printed, row: Shift, cells: list[str]) -> None:
     print_comparison(comparison._replace(shifts=[row]))
     rows = rows_of(capsys.readouterr().out)
-    assert rows[rows.index(cells) - 1] == [row.name.removesuffix(".weight") or "mean of all"]
+    assert rows[rows.index(cells) - 1] == [row.name or "mean of all"]
 
 
 def test_a_name_stands_above_its_lines_and_each_kind_has_a_table(comparison: Comparison, capsys: Printed) -> None:
-    shifts = [shift(name=""), shift(name="b.0"), shift("alpha_tail", "b.0"), shift(name="c"), shift(kind="gradient")]
+    shifts = [
+        shift(name=""),
+        shift(name="b.0"),
+        shift("alpha_tail", "b.0"),
+        shift(name="c"),
+        shift(name="b.0", kind="gradient"),
+    ]
     print_comparison(comparison._replace(shifts=shifts))
     printed = capsys.readouterr().out
     shown = [row[0] for row in rows_of(printed) if row[0] in ("mean of all", "b.0", "c", "RankMe", "alpha_tail")]
