@@ -1,7 +1,7 @@
 """Tables on the terminal: the one that closes a run, and what all have in common."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,24 @@ def shortened(names: Sequence[str], table: Table) -> dict[str, str]:
     table.caption = f"each name ends in {WEIGHT}, which is left out here"
     table.caption_justify = "left"
     return {name: name.removesuffix(WEIGHT) for name in names}
+
+
+def print_advice(sentences: Iterable[tuple[str, str]]) -> None:
+    """Print sentences on what moved, each above the address where that is explained; nothing if there are none.
+
+    Args:
+        sentences: Text and address of each.
+    """
+    said = list(sentences)
+    if not said:
+        return
+    out = console()
+    out.print("what moved beyond its floors, and what that usually means", style="italic")
+    for text, url in said:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row("-", text)
+        out.print(grid)
+        out.print(f"  {url}", soft_wrap=True)  # broken, it could not be followed
 
 
 def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:

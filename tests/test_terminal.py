@@ -9,6 +9,7 @@ from lightning_spectral.terminal import (
     new_table,
     number,
     one_line,
+    print_advice,
     print_table,
     show_interval,
     show_number,
@@ -64,6 +65,20 @@ def test_names_stand_whole_unless_all_are_weights(capsys: pytest.CaptureFixture[
 )
 def test_an_interval_says_what_it_holds(interval: tuple[float, float, float], shown: str) -> None:
     assert show_interval(*interval) == shown
+
+
+def test_advice_is_folded_and_its_addresses_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"https://example.org/{'x' * 200}/#here"
+    print_advice([("word " * 50 + "[end]", url), ("short", "y")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "what moved beyond its floors, and what that usually means"
+    assert f"  {url}" in lines
+    folded = [line for line in lines if "word" in line]
+    assert [line[:2] for line in folded] == ["- ", *["  "] * (len(folded) - 1)]
+    assert all(len(line) <= 120 for line in folded)
+    assert " ".join(" ".join(folded).split()) == "- " + "word " * 50 + "[end]"
+    print_advice([])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_log_file_is_wide_enough_for_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,15 @@ def floor_of_fall(before: Number, after: Number, num_groups: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class Fact:
+    """What a callback knows."""
+
+    prefix: str = ""
+    """Of its keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved(Fact):
     """A number of activation spectra at the first report and the last, the same layers in both."""
 
     quantity: Literal["alpha_tail", "rankme_share"]
@@ -78,7 +86,7 @@ class Drift(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drifted:
+class Drifted(Fact):
     """The drift of all layers at the last report."""
 
     rank: int
@@ -89,7 +97,7 @@ class Drifted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchNoise:
+class BatchNoise(Fact):
     """The gradient noise scale at the last report, beside the batch."""
 
     batch: float
@@ -107,7 +115,7 @@ class BatchNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awaited:
+class Awaited(Fact):
     """The last forecast of a run that has not reached its target."""
 
     monitor: str
@@ -123,7 +131,7 @@ class Awaited:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alarmed:
+class Alarmed(Fact):
     """Layers whose RankMe is in alarm at the last report, each with its numbers in words."""
 
     layers: tuple[tuple[str, str], ...]

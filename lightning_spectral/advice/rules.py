@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from math import isfinite
 from typing import Any, NamedTuple
 
-from lightning_spectral.advice.facts import Alarmed, Awaited, BatchNoise, Drifted, Moved
+from lightning_spectral.advice.facts import Alarmed, Awaited, BatchNoise, Drifted, Fact, Moved
 from lightning_spectral.documentation import page
 
 MOST = 5
@@ -12,6 +12,10 @@ MOST = 5
 
 NO_SKILL = 0.1
 """Above this p-value references forecast each other no better than runs without any relation do."""
+
+
+ROUNDING = 1e-6
+"""Of overlaps: on the same rows weights that stand still have a floor of 1."""
 
 
 class Sentence(NamedTuple):
@@ -94,7 +98,7 @@ def awaited(fact: Awaited) -> str | None:
 
 def drift(fact: Drifted) -> str | None:
     """Of heads whose overlap with the reference is below its sampling floor."""
-    turned = [layer for layer in fact.layers if layer.overlap < layer.floor]  # not where either is NaN
+    turned = [layer for layer in fact.layers if layer.floor - layer.overlap > ROUNDING]  # not where either is NaN
     if not turned:
         return None
     most = min(turned, key=lambda layer: layer.overlap - layer.floor)
@@ -158,14 +162,14 @@ def _change(fact: Moved, up: str, down: str) -> str:
     return (
         f"{word} from {fact.first.value:.3g} at step {fact.steps[0]:,} to {fact.last.value:.3g} at step "
         f"{fact.steps[1]:,} ({layers}), by {abs(fact.last.value - fact.first.value):.2g} where sampling alone gives up "
-        f"to {fact.floor:.1g}"
+        f"to {fact.floor:.2g}"
     )
 
 
 class Rule(NamedTuple):
     """What is said of one type of fact."""
 
-    fact: type
+    fact: type[Fact]
     say: Callable[[Any], str | None]
     """None within the floors, and where they are not known."""
     anchor: str
@@ -183,12 +187,14 @@ RULES = (
 """In the order in which they are said."""
 
 
-def sentences(facts: Iterable[Any]) -> list[Sentence]:
+def sentences(facts: Iterable[Fact]) -> list[Sentence]:
     """What can be said of facts: at most ``MOST`` sentences, by the order of the rules, each once."""
     known = list(facts)
     said: dict[str, Sentence] = {}
     for rule in RULES:
         for fact in known:
             if isinstance(fact, rule.fact) and (text := rule.say(fact)) is not None:
-                said.setdefault(text, Sentence(text[0].upper() + text[1:], page("reading-spectra", rule.anchor)))
+                whose = f"{fact.prefix.rstrip('/')}: " if fact.prefix else ""
+                shown = whose + text[0].upper() + text[1:]
+                said.setdefault(shown, Sentence(shown, page("reading-spectra", rule.anchor)))
     return list(said.values())[:MOST]

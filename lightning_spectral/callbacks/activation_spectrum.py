@@ -1,12 +1,13 @@
 """The callback that watches the eigenvalues of layers' activation covariance."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import nan
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite, nan
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_spectral.advice import UNEQUAL, Fact, Moved, Number
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
@@ -260,7 +261,7 @@ class ActivationSpectrum(LayersCallback):
             beside = self._readout.measured(report.step, self.bands.head[1])
         if self._alarm.is_set:
             beside[ALARM] = self._sound_alarm(report)
-        return beside | {f"activation/{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+        return beside | {f"activation/{name}/{key}": row[key] for name, row in rows.items() for key in self.quantities}
 
     def _sound_alarm(self, report: Report) -> float:
         for message in self._alarm.look(report.step, self.spectra(report)):
@@ -281,6 +282,7 @@ class ActivationSpectrum(LayersCallback):
 
     def _describe(self, spectrum: Spectrum) -> dict[str, float]:
         head, tail = spectrum.exponent(self.bands.head), spectrum.exponent(self.bands.tail)
+        rankme = spectrum.rankme()
         for band in self.bands:
             self.warn_of(spectrum, band)
         return {
@@ -290,9 +292,12 @@ class ActivationSpectrum(LayersCallback):
             "r2_tail": tail.r2,
             "alpha_head": head.value,
             "alpha_head_stderr": head.stderr,
-            "rankme": spectrum.rankme().value,
+            "rankme": rankme.value,
             "head_share": self._head_share(spectrum),
             "num_tokens": float(spectrum.count),
+            # Not logged.
+            "rankme_stderr": rankme.stderr,
+            "width": float(len(spectrum.values)) or nan,
         }
 
     def _head_share(self, spectrum: Spectrum) -> float:
@@ -300,6 +305,31 @@ class ActivationSpectrum(LayersCallback):
         if spectrum.failure is not None:
             return nan
         return float(head_share(spectrum.values, min(hi, width) if isinstance(hi, int) else max(1, int(hi * width))))
+
+    @override
+    def facts(self) -> Iterable[Fact]:
+        assert self.display is not None
+        if self._alarm.is_set and (alarmed := self._alarm.fact(self.prefix)) is not None:
+            yield alarmed
+        if self.display.reports is None:
+            return
+        first, last = self.display.reports
+        for quantity, of in (("alpha_tail", "alpha_tail"), ("rankme_share", "rankme")):
+            pairs = [
+                (_number(before, of), _number(row, of))
+                for name, row in last["rows"].items()
+                if (before := first["rows"].get(name)) is not None and _are_alike(before, row)
+            ]
+            known = [pair for pair in pairs if all(isfinite(part) for number in pair for part in number)]
+            yield Moved(
+                prefix=self.prefix,
+                quantity=quantity,  # type: ignore[arg-type]
+                first=Number.mean([before for before, _ in known]),
+                last=Number.mean([after for _, after in known]),
+                num_layers=len(known),
+                num_groups=self.request.num_groups,
+                steps=(first["step"], last["step"]),
+            )
 
     @override
     def fits(self, report: Report) -> Mapping[str, tuple[Spectrum, Exponent]]:
@@ -311,3 +341,15 @@ class ActivationSpectrum(LayersCallback):
         if report is None:
             return f"activation spectra, {self.source}{self.rows_in_words()}"
         return f"activation covariance, {self.source}, step {report.step}"
+
+
+def _number(row: Mapping[str, float], quantity: str) -> Number:
+    """A quantity of one layer with its error; RankMe as a share of the width."""
+    scale = row.get("width", nan) if quantity == "rankme" else 1.0
+    return Number(row[quantity] / scale, row.get(f"{quantity}_stderr", nan) / scale)
+
+
+def _are_alike(first: Mapping[str, float], last: Mapping[str, float]) -> bool:
+    """Whether two reports of a layer compare: of as many rows, which move both numbers, and of one width."""
+    is_as_many = abs(first["num_tokens"] - last["num_tokens"]) <= UNEQUAL * first["num_tokens"]
+    return is_as_many and first.get("width") == last.get("width")

@@ -41,6 +41,11 @@ class Display:
         self._num_reports += 1
 
     @property
+    def reports(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What was noted first and last, ``{"step": step, "rows": {name: {quantity: value}}}``; None before any."""
+        return None if self._first is None or self._last is None else (self._first, self._last)
+
+    @property
     def is_milestone(self) -> bool:
         """Whether the latest report is the 1st, 2nd, 4th, 8th, ...: a figure costs more than the report it shows."""
         return self._num_reports & (self._num_reports - 1) == 0

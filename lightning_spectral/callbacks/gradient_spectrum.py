@@ -1,13 +1,14 @@
 """The callback that watches the singular values of per-sample gradients."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isnan
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isnan, nan
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_spectral.advice import BatchNoise, Fact
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.host import Host
@@ -25,7 +26,7 @@ from lightning_spectral.measurement import (
     ParameterGradients,
     Session,
 )
-from lightning_spectral.recording import RunRecorder
+from lightning_spectral.recording import RunRecorder, StepSize
 from lightning_spectral.terminal import number, with_error, with_interval
 
 WEIGHTS_RATIO = "gradient/sample_weights_ratio"
@@ -229,6 +230,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         self._weights: list[str] = []
         self._unchecked: list[str] = []
         self._smoothed = SmoothedNoise(float(noise_decay))
+        self._last_noise: dict[str, Any] = {}
         self.display = Display(
             self.kind,
             charts={name: [name] for name in ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm")},
@@ -343,7 +345,35 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         if self._has_whole_key:
             whole = report.noise if self._is_whole_model else NoiseSums.missing()
             values |= {f"gradient/{key}": value for key, value in self._noise(WHOLE_MODEL, whole).items()}
+        self._note_noise(report)
         return values
+
+    def _note_noise(self, report: GradientReport) -> None:
+        """Remember the noise scale of all that is measured."""
+        together = report.noise
+        interval = together.interval
+        self._last_noise = {
+            "scale": float(together.moments_between.noise_scale),  # of the pairs that the interval is of
+            "low": float(interval.low),
+            "high": float(interval.high),
+            "num_parameters": None if self._is_whole_model else len(report.parameters),
+            "step": report.step,
+        }
+
+    @property
+    def _step_size(self) -> StepSize:
+        return StepSize(nan, nan) if self.session is None else self.session.recorder.step_size
+
+    @override
+    def facts(self) -> Iterable[Fact]:
+        if self._last_noise:
+            size = self._step_size
+            yield BatchNoise(
+                prefix=self.prefix,
+                batch=size.samples,
+                tokens_per_sample=size.tokens_per_sample,
+                **self._last_noise,
+            )
 
     def _warn_of_remedies(self) -> None:
         measurement = self.measurement
@@ -394,12 +424,13 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     @override
     def summary(self) -> dict[str, Any]:
-        return {**super().summary(), "noise": self._smoothed.state()}
+        return {**super().summary(), "noise": self._smoothed.state(), "last_noise": self._last_noise}
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
         super().restore(summary)
         self._smoothed.restore(summary.get("noise", {}))
+        self._last_noise = summary.get("last_noise", {})
 
     def _is_worth_a_warning(self, exponent: Exponent, spectrum: Spectrum) -> bool:
         if isnan(exponent.value):

@@ -1,12 +1,13 @@
 """The callback that watches how far the leading eigenvectors of layers' activation covariance move."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_spectral.advice import Drift, Drifted, Fact
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.recorded_bases import RecordedBases
@@ -231,6 +232,16 @@ class HeadDrift(LayersCallback):
         tokens = {name: {"num_tokens": float(spectrum.count)} for name, spectrum in spectra.items()}
         self.display.note(report.step, {name: row | tokens[name] for name, row in rows.items()})
         return {f"drift/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
+
+    @override
+    def facts(self) -> Iterable[Fact]:
+        assert self.display is not None
+        if self.display.reports is not None:
+            _, last = self.display.reports
+            layers = tuple(Drift(name, row["overlap"], row["overlap_floor"]) for name, row in last["rows"].items())
+            yield Drifted(
+                prefix=self.prefix, rank=self.rank, reference=self.reference, layers=layers, step=last["step"]
+            )
 
     def _reference_for(self) -> dict[str, Spectrum]:
         if self._recorded is None:

@@ -129,6 +129,11 @@ class Instrument(Participant, Generic[ReportT]):
         if self.display is not None:
             self.display.draw_figure(boards, self.prefix, report.step, self.title(report), self.fits(report))
 
+    def print_tables(self) -> None:
+        """Print what closes a run; on the rank that prints."""
+        if self.display is not None:
+            self.display.print(f"{self.prefix}{self.title()}")
+
     def summary(self) -> dict[str, Any]:
         """What to find again after a resume: plain numbers, strings, lists, dictionaries and tensors."""
         return {} if self.display is None else self.display.state()
@@ -219,13 +224,11 @@ class Instrument(Participant, Generic[ReportT]):
             )
 
     @override
-    def end_fit(self, host: Host) -> None:
-        if self.display is None or not host.is_global_zero:
-            return
-        if (report := self._seen) is not None and not self.display.is_milestone:
+    def close(self, host: Host) -> None:
+        if self.display is not None and (report := self._seen) is not None and not self.display.is_milestone:
             self._show(host, report, is_last=True)
         try:
-            self.display.print(f"{self.prefix}{self.title()}")
+            self.print_tables()
         except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
             self.warn(f"could not print its table: {error!r}")
 

@@ -1,9 +1,12 @@
 """Who takes part in the session of a loop, whoever runs that."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from lightning_spectral.advice import Fact
+from lightning_spectral.callbacks.conclusion import conclude
 from lightning_spectral.callbacks.host import Host
 from lightning_spectral.measurement import Measurement, Session
 from lightning_spectral.recording import RunRecorder
@@ -61,7 +64,25 @@ class Participant:
         """A validation run, perhaps the sanity check, has ended, and its loss is among the metrics."""
 
     def end_fit(self, host: Host) -> None:
-        """Nothing more will come: show what there is to show at the end."""
+        """Nothing more will come. Who is told first has all close, and then says, once, what they know together."""
+        if self.session is None or not self.session.is_led_by(self) or not host.is_global_zero:
+            return
+        for one in self.companions:
+            one.close(host)
+        conclude(self.companions, self.session.recorder)
+
+    def close(self, host: Host) -> None:
+        """Show what there is to show at the end, on the rank that writes."""
+
+    def facts(self) -> Iterable[Fact]:
+        """What is known at the end of a run, with errors and floors, to be said together with what others know."""
+        return ()
+
+    @property
+    def companions(self) -> "list[Participant]":
+        """All who take part, in the order in which they are told what happens."""
+        members = [] if self.session is None else self.session.members
+        return [member for member in members if isinstance(member, Participant)]
 
     @property
     def tokens(self) -> float:

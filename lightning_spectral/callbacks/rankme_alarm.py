@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_spectral.advice import Alarmed, Number, floor_of_fall
+from lightning_spectral.advice import UNEQUAL, Alarmed, Number, floor_of_fall
 from lightning_spectral.documentation import page
 from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.estimate import Spectrum
@@ -63,12 +63,12 @@ class RankMeAlarm:
         """Layers in alarm at the latest report; NaN before the first."""
         return math.nan if self._step is None else float(len(self._now))
 
-    def fact(self) -> Alarmed | None:
-        """What is to be said at the end of a run; None before the first report."""
+    def fact(self, prefix: str = "") -> Alarmed | None:
+        """What is to be said at the end of a run; None before the first report, or where no alarm was asked for."""
         if self._step is None:
             return None
         layers = tuple((name, "; ".join(numbers)) for name, numbers in self._now.items())
-        return Alarmed(layers=layers, num_watched=self._num_watched, step=self._step)
+        return Alarmed(prefix=prefix, layers=layers, num_watched=self._num_watched, step=self._step)
 
     def _causes(self, name: str, spectrum: Spectrum) -> dict[str, str]:
         """Why a layer is in alarm, with the numbers, by cause; nothing of one that could not be measured."""
@@ -94,7 +94,7 @@ class RankMeAlarm:
         width, groups = len(spectrum.values), len(spectrum.leave_one_out)
         known = self._before.get(name, [])
         # Other numbers of rows, or channels, have another RankMe by themselves.
-        alike = [one for one in known if one[2] == width and abs(one[3] - spectrum.count) <= 0.1 * max(one[3], 1)]
+        alike = [one for one in known if one[2] == width and abs(one[3] - spectrum.count) <= UNEQUAL * one[3]]
         self._before[name] = [*known, [now.value, now.stderr, width, spectrum.count]][-self.within :]
         if not alike:
             return {}

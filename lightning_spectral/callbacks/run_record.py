@@ -69,6 +69,7 @@ class RunRecord(SessionCallback):
 
     @override
     def end_fit(self, host: Host) -> None:
+        super().end_fit(host)
         folder = None if self.session is None else self.session.recorder.folder
         if not self.notes.upload or folder is None:
             return

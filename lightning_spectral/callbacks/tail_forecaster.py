@@ -1,7 +1,7 @@
 """The callback that forecasts, from what runs of a family showed early, how many tokens a run will need."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_spectral.advice import NO_SKILL, Awaited, Fact
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.forecast_table import ForecastTable
 from lightning_spectral.callbacks.host import Host
@@ -42,9 +43,6 @@ NUM_LOSSES = 8
 
 WAYS = ("stack", "tail", "head", "loss", "batch")
 """What a forecast may go by."""
-
-NO_SKILL = 0.1
-"""Above this p-value the rank correlation of forecasts and truths is what references without any relation show."""
 
 
 class TailForecaster(LayersCallback):
@@ -223,6 +221,7 @@ class TailForecaster(LayersCallback):
         self._hopeless = [math.nan, math.nan]
         self._described: dict[str, Any] = {}
         self._table = ForecastTable()
+        self._awaited: tuple[float, float, float] | None = None
 
     @property
     @override
@@ -267,13 +266,16 @@ class TailForecaster(LayersCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
-        return {"losses": self._losses, "hopeless": self._hopeless, "actual": self.actual}
+        known = None if self._awaited is None else list(self._awaited)
+        return {"losses": self._losses, "hopeless": self._hopeless, "actual": self.actual, "awaited": known}
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
         self._losses, self._hopeless = list(summary.get("losses", [])), summary.get("hopeless", [math.nan, math.nan])
         self.actual = summary.get("actual", math.nan)
         self._table = ForecastTable()
+        awaited = summary.get("awaited")
+        self._awaited = None if awaited is None else tuple(awaited)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -345,14 +347,23 @@ class TailForecaster(LayersCallback):
                 self._stop_if_hopeless(host)
 
     @override
-    def end_fit(self, host: Host) -> None:
-        super().end_fit(host)
-        if not host.is_global_zero:
-            return
-        try:
-            self._table.print(f"{self.prefix}{self._title()}", self.actual)
-        except Exception as error:  # a terminal that cannot print is not a reason to fail a finished run
-            self.warn(f"could not print its table: {error!r}")
+    def print_tables(self) -> None:
+        self._table.print(f"{self.prefix}{self._title()}", self.actual)
+
+    @override
+    def facts(self) -> Iterable[Fact]:
+        if self._awaited is not None and math.isnan(self.actual) and self.session is not None:
+            value, low, high = self._awaited
+            yield Awaited(
+                prefix=self.prefix,
+                monitor=self.monitor,
+                target=self.target_loss,
+                tokens=self.session.recorder.tokens,
+                forecast=value,
+                low=low,
+                high=high,
+                p_value=self._hopeless[1],
+            )
 
     def _title(self) -> str:
         by = {"stack": "loss, batch and spectra", "loss": "the loss", "batch": "the batch size"}
@@ -371,6 +382,7 @@ class TailForecaster(LayersCallback):
         values |= self._forecast(spectrum, report.step) | {"alpha_tail": exponent.value, "actual": self.actual}
         self._record_forecast(report.step, values)
         self._table.note(report.step, self.tokens, values)
+        self._awaited = values["tokens_to_target"], values["low"], values["high"]
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
 
     def _forecast(self, spectrum: Spectrum, step: int) -> dict[str, float]:

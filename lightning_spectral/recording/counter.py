@@ -1,4 +1,4 @@
-"""Tokens and losses of training batches, counted on each rank and added up over all when somebody asks."""
+"""Tokens, samples and losses of training batches, counted on each rank and added up over all when somebody asks."""
 
 from collections.abc import Sequence
 from math import nan
@@ -14,7 +14,7 @@ from lightning_spectral.metrics.layout import Layout
 
 
 class BatchCounter:
-    """Counts without waiting for a GPU; only :meth:`agree` does, and is a collective of three numbers.
+    """Counts without waiting for a GPU; only :meth:`agree` does, and is a collective of four numbers.
 
     ``per_sample`` says how tokens are counted, see :func:`lightning_spectral.capture.batch.num_tokens`; on ``device``
     the process group can reduce float64. From the run before come its ``tokens``, and sum and number of the ``losses``
@@ -39,6 +39,7 @@ class BatchCounter:
         self._samples = samples or Samples()
         self.tokens = tokens
         """Tokens over all ranks when they last agreed."""
+        self._num_samples = 0.0
         self.num_batches = 0
         """Batches on this rank."""
         self._device = device
@@ -49,6 +50,7 @@ class BatchCounter:
 
     def _forget(self) -> None:
         self._new_tokens: float | Tensor = 0
+        self._new_samples = 0.0
         self._new_losses: float | Tensor = 0.0
         self._num_new_losses = 0
 
@@ -59,6 +61,9 @@ class BatchCounter:
         number unknown.
         """
         self.num_batches += 1
+        # A user's own cutter takes its time, and is asked at reports only.
+        found = None if self._samples.cutter is not None else self._samples.count(batch)
+        self._new_samples += nan if found is None else found
         if loss is not None:
             exact = torch.float32 if loss.device.type == "mps" else torch.float64
             self._new_losses = self._new_losses + loss.detach().to(exact)
@@ -74,10 +79,11 @@ class BatchCounter:
         """Bring ``tokens`` up to date; a collective if a batch was counted since the last time."""
         if not self.is_behind:
             return
-        tokens, losses, num_losses = self._sum(
-            float(self._new_tokens), float(self._new_losses), float(self._num_new_losses)
+        tokens, samples, losses, num_losses = self._sum(
+            float(self._new_tokens), self._new_samples, float(self._new_losses), float(self._num_new_losses)
         )
         self.tokens += tokens
+        self._num_samples += samples
         self._loss_sum += losses
         self._num_losses += num_losses
         self._agreed_batches = self.num_batches
@@ -113,6 +119,11 @@ class BatchCounter:
     def tokens_per_batch(self) -> float:
         """Mean tokens of a batch, over all ranks, among those agreed on; NaN before the first."""
         return (self.tokens - self._at_start) / self._agreed_batches if self._agreed_batches else nan
+
+    @property
+    def samples_per_batch(self) -> float:
+        """Likewise samples; NaN also where a batch does not tell how many it has."""
+        return self._num_samples / self._agreed_batches if self._agreed_batches else nan
 
     @property
     def estimate(self) -> float:

@@ -50,6 +50,18 @@ class Start(NamedTuple):
     """Metrics that others watch for the least, as EarlyStopping and ModelCheckpoint do, ours not among them."""
 
 
+class StepSize(NamedTuple):
+    """What an optimizer step takes on average, over all ranks; NaN where it is not known."""
+
+    samples: float
+    tokens: float
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean over the samples so far."""
+        return self.tokens / self.samples if self.samples > 0 else nan
+
+
 class RunRecorder:
     """Follows the events of one loop. All ranks count, one writes; nothing that goes wrong in writing stops the run.
 
@@ -122,7 +134,7 @@ class RunRecorder:
         """Add JSON-like facts to what the record says of the run."""
         if self._record is None and self._opening is not None:
             self._late |= facts
-        self._write(lambda record: record.describe(**facts))
+        self._write(lambda record: record.amend(**facts))
 
     def add_forecast(self, forecast: Mapping[str, Any]) -> None:
         """Add what a forecaster says, JSON-like, with its ``step``, to what it said before."""
@@ -132,6 +144,15 @@ class RunRecorder:
     def tokens(self) -> float:
         """Training tokens over all ranks when they last agreed on them; NaN outside training."""
         return self._counter.tokens if self._is_training and self._is_agreed else nan
+
+    @property
+    def step_size(self) -> StepSize:
+        """Of the batches that ranks have agreed on."""
+        if not self._is_training:
+            return StepSize(nan, nan)
+        per_batch = StepSize(self._counter.samples_per_batch, self._counter.tokens_per_batch)
+        batches = self._batches_per_step()
+        return StepSize(*(size * batches for size in per_batch))
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective, which all ranks come to at the same points."""

@@ -287,6 +287,11 @@ class Record:
         write_atomically(self.folder / ABOUT, lambda file: file.write(text.encode()))
         self._is_described = True
 
+    def amend(self, **facts: Any) -> None:
+        """Likewise of a run under way; ValueError if another run writes into the folder by now."""
+        self._check_owner()
+        self.describe(**facts)
+
     def append(self, row: Row) -> None:
         """Add a line to the history; ValueError if another run writes into the folder by now."""
         self._check_owner()

@@ -38,6 +38,10 @@ def _is_band(value: Any) -> bool:
     return True
 
 
+def _is_sentence(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_one_line(value.get(part)) for part in ("text", "url"))
+
+
 _TEXT = _Fact("a text of one line", is_one_line)
 _FLAG = _Fact("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Fact("a count", _is_count)
@@ -45,6 +49,10 @@ _BAND = _Fact("two ascending ranks or fractions", _is_band)
 _TABLE = _Fact("a table", lambda value: isinstance(value, dict))
 _TABLES = _Fact("a table of tables", lambda value: isinstance(value, dict) and all(map(_TABLE.holds, value.values())))
 _NAMES = _Fact("a list of names", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
+_ADVICE = _Fact(
+    "a list of tables with text and url, of one line each",
+    lambda value: isinstance(value, list) and all(map(_is_sentence, value)),
+)
 _LIST = _Fact("a list", lambda value: isinstance(value, list))
 
 _FACTS = {
@@ -58,6 +66,7 @@ _FACTS = {
     "resumed": _LIST,
     "machines": _LIST,
     "setting": _TABLE,
+    "advice": _ADVICE,
 }
 """Of a run."""
 

@@ -121,6 +121,14 @@ class Run(RunSpectra):
         """What the user said of the run."""
         return dict(self.about.get("tags") or {})
 
+    @property
+    def advice(self) -> list[dict[str, str]]:
+        """What was said at the end of the run of what moved beyond its floors: ``text``, and ``url`` of a page on it.
+
+        Empty where nothing did, and where the run has not come to its end.
+        """
+        return [{"text": one["text"], "url": one["url"]} for one in self.about.get("advice") or ()]
+
     @cached_property
     def history(self) -> History:
         """Steps, tokens, seconds and losses; one entry per step, ascending."""

@@ -19,7 +19,7 @@ from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.run_spectra import kind_of
 from lightning_spectral.runs.shifts import Shift
 from lightning_spectral.runs.spread import spread
-from lightning_spectral.terminal import console, new_table, shortened, show_interval, show_number
+from lightning_spectral.terminal import console, new_table, print_advice, shortened, show_interval, show_number
 
 _AT_ONCE = 256
 """Reports whose spectra are in memory together, and fitted together."""
@@ -155,6 +155,7 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
         )
     if run.columns:
         out.print(from_log(run))
+    print_advice((one["text"], one["url"]) for one in run.advice)
     for kind in kinds:
         for series in each_series(run, kind):
             # Of each layer as many as fit, also of one that joined later.

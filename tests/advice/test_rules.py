@@ -63,7 +63,7 @@ def test_a_number_that_moved_by_more_than_its_floor_is_told(quantity: str, sign:
 def test_a_tail_that_fell() -> None:
     assert said(moved()) == (
         "The exponent of the activations' tail fell from 1.4 at step 25 to 1.2 at step 600 (mean of 5 layers), by 0.2 "
-        "where sampling alone gives up to 0.07: variance has gone to more directions, as in small GPTs after their "
+        "where sampling alone gives up to 0.071: variance has gone to more directions, as in small GPTs after their "
         "first 32 to 128 steps; alone it forecasts no tokens"
     )
 
@@ -98,7 +98,9 @@ def test_heads_that_turned_beyond_their_floor() -> None:
     assert "heads of other seeds" in str(said(drifted(*layers, reference="runs/base")))
 
 
-@pytest.mark.parametrize(("overlap", "floor", "is_said"), [(0.95, 0.95, False), (0.9499, 0.95, True)])
+@pytest.mark.parametrize(
+    ("overlap", "floor", "is_said"), [(0.95, 0.95, False), (0.9499, 0.95, True), (1 - 1e-15, 1.0, False)]
+)
 def test_a_head_turned_below_its_floor_only(overlap: float, floor: float, is_said: bool) -> None:
     assert (said(drifted(Drift("a", overlap, floor))) is not None) == is_said
 
@@ -212,3 +214,10 @@ def test_of_nothing_nothing_is_said() -> None:
 def test_no_sentence_promises_that_a_tail_forecasts() -> None:
     for last in (1.2, 1.6):
         assert "alone it forecasts no tokens" in str(said(moved(last=last)))
+
+
+@pytest.mark.parametrize(("prefix", "begins"), [("", "The "), ("val/", "val: The "), ("a", "a: The ")])
+def test_a_sentence_says_whose_it_is(prefix: str, begins: str) -> None:
+    text = said(replace(noise(), prefix=prefix))
+    assert text is not None
+    assert text.startswith(begins)

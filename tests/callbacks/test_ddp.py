@@ -32,6 +32,7 @@ def ranks(folder: Path) -> list[dict]:
         [sys.executable, ddp_run.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert run.returncode == 0, run.stderr[-4000:]
+    (folder / "printed.txt").write_text(run.stdout)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -111,6 +112,14 @@ def test_both_ranks_forecast_from_all_ranks_rows(ranks: list[dict]) -> None:
 
 def test_both_ranks_come_to_the_same_numbers(ranks: list[dict]) -> None:
     np.testing.assert_equal(ranks[0]["metrics"], ranks[1]["metrics"])
+
+
+def test_what_moved_is_said_by_one_rank(ranks: list[dict], folder: Path) -> None:
+    printed = (folder / "printed.txt").read_text()
+    assert printed.count("what moved beyond its floors") == 1
+    advice = Run(folder / "lightning_logs" / "version_0").advice
+    assert advice
+    assert all(printed.count(one["url"]) == sum(other["url"] == one["url"] for other in advice) for one in advice)
 
 
 def test_a_report_costs_four_collectives(ranks: list[dict]) -> None:

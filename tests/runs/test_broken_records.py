@@ -91,6 +91,13 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda run: about(run, forecast={"a": {"actual": "x"}}),
         "forecast.a.actual must be a positive number",
     ),
+    "advice of text": (lambda run: about(run, advice="x"), "advice must be a list of tables with text and url"),
+    "advice of numbers": (lambda run: about(run, advice=[{"text": 1, "url": "u"}]), "advice must be a list of tables"),
+    "advice of two lines": (
+        lambda run: about(run, advice=[{"text": "a\x1b[2J", "url": "u"}]),
+        "advice must be a list of tables with text and url, of one line each",
+    ),
+    "advice without an address": (lambda run: about(run, advice=[{"text": "a"}]), "advice must be a list of tables"),
     "a long step": (lambda run: history(run, "\n100,", "\n" + "9" * 400 + ","), "line 2"),
     "a longer step": (lambda run: history(run, "\n100,", "\n" + "9" * 5000 + ","), "line 2"),
     "endless tokens": (lambda run: history(run, "25000.0", "1e999"), "line 2"),
