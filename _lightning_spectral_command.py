@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import NoReturn
 
-COMMANDS = ("probe", "fit", "validate", "test", "predict", "show", "compare", "forecast")
+COMMANDS = ("probe", "fit", "validate", "test", "predict", "show", "compare", "forecast", "report", "watch")
 """Ours, which win over another package's of the same name; a test holds them to those of the command line."""
 
 NOT_HANDED_ON = ("lightning-spectral", "lightning")

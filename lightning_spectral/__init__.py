@@ -6,6 +6,7 @@ from lightning_spectral.capture import per_sample_gradients
 from lightning_spectral.functional import Exponent, PowerLaw, Spectrum
 from lightning_spectral.metrics import CovarianceSpectrum, PerSampleGradientSpectrum
 from lightning_spectral.probing import Probe, probe
+from lightning_spectral.reporting import report
 from lightning_spectral.runs import Comparison, Run, Verdict, backtest, compare, forecast
 from lightning_spectral.version import __version__
 from lightning_spectral.watch import SpectralWatch
@@ -34,4 +35,5 @@ __all__ = [
     "metrics",
     "per_sample_gradients",
     "probe",
+    "report",
 ]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_spectral.runs.commands import COMMANDS as COMMANDS_ON_RUNS
-from lightning_spectral.runs.commands import run_command
+from lightning_spectral.reporting import commands as reporting
+from lightning_spectral.runs import commands as on_runs
 from lightning_spectral.terminal import one_line
 from lightning_spectral.version import __version__
 
@@ -16,8 +16,11 @@ PACKAGE = Path(__file__).parent
 
 COMMANDS = ("fit", "validate", "test", "predict")
 """Those of Lightning's own command line."""
-RUN_COMMANDS = tuple(COMMANDS_ON_RUNS)
-"""Those that read what runs left behind."""
+RUN_COMMANDS = {
+    **dict.fromkeys(on_runs.COMMANDS, on_runs.run_command),
+    **dict.fromkeys(reporting.COMMANDS, reporting.run_command),
+}
+"""Those that read what runs left behind, or are writing."""
 ALL_COMMANDS = ("probe", *COMMANDS, *RUN_COMMANDS)
 
 USAGE = f"""usage: lightning-spectral COMMAND [--config FILE] [options]
@@ -31,6 +34,8 @@ commands: {", ".join(ALL_COMMANDS)}
   lightning-spectral show lightning_logs/version_0 --plot evolution.png
   lightning-spectral compare 'logs/base/*' 'logs/variant/*' --plot comparison.png
   lightning-spectral forecast 'logs/*' --target 2.0
+  lightning-spectral report 'logs/base/*' 'logs/variant/*' -o report.html
+  lightning-spectral watch lightning_logs
 
 `python -m lightning_spectral` and, for these commands, `lightning` are the same; COMMAND --help lists its options."""
 
@@ -58,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         if words[0] in RUN_COMMANDS:
-            run_command(words)
+            RUN_COMMANDS[words[0]](words)
         elif words[0] == "probe":
             import lightning_spectral.nanogpt  # noqa: F401  (as for Lightning's commands)
             from lightning_spectral.probing.command import run_probe

@@ -72,14 +72,17 @@ def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]
     message = error_of(capsys, "train")
     assert message == (
         "lightning-spectral: error: command must be one of probe, fit, validate, test, predict, show, compare, "
-        "forecast, got 'train': see lightning-spectral --help"
+        "forecast, report, watch, got 'train': see lightning-spectral --help"
     )
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
-    assert "commands: probe, fit, validate, test, predict, show, compare, forecast" in capsys.readouterr().out
+    assert (
+        "commands: probe, fit, validate, test, predict, show, compare, forecast, report, watch"
+        in capsys.readouterr().out
+    )
 
 
 def test_callback_is_added_to_a_model_in_the_current_folder(user_folder: Path) -> None:
@@ -306,7 +309,8 @@ def test_a_foreign_command_is_handed_on_unchanged(words: list[str], other_packag
     assert json.loads(run.stdout) == {"argv": [str(other_package / "lightning"), *words], "torch": False}
     assert run.returncode == 7
     assert run.stderr == (
-        f"lightning-spectral: {words[0]!r} is not one of probe, fit, validate, test, predict, show, compare, forecast: "
+        f"lightning-spectral: {words[0]!r} is not one of probe, fit, validate, test, predict, show, compare, "
+        "forecast, report, watch: "
         "handed on to lightning-sdk\n"
     )
 

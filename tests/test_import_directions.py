@@ -22,6 +22,7 @@ ALLOWED = {
     "version": set(),
     "warner": set(),
     "runs": {"functional", "theory", "terminal"},
+    "reporting": {"advice", "functional", "runs", "terminal", "version"},
     "recording": {"functional", "metrics", "capture", "measurement", "runs", "version", "warner"},
     "callbacks": {
         *("functional", "metrics", "capture", "measurement", "boards"),

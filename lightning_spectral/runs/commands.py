@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_spectral.functional.powerlaw import check_band
 from lightning_spectral.runs.arguments import check_loss
@@ -11,17 +11,10 @@ from lightning_spectral.runs.comparison import compare
 from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecast_tables import print_forecast
 from lightning_spectral.runs.forecasting import BY, forecast
-from lightning_spectral.runs.logs import Columns
+from lightning_spectral.runs.options import Parser, add_columns, columns_of
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_run
 from lightning_spectral.runs.to_json import to_json, to_json_line
-
-
-class _Parser(ArgumentParser):
-    """Says what is wrong in one line, as everything here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}: see {self.prog} --help")
 
 
 def run_command(words: Sequence[str]) -> None:
@@ -33,15 +26,15 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def _show(words: Sequence[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         "lightning-spectral show", description="Show what runs left behind: losses, and how spectra evolved."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="log directory of a run, or a pattern of several")
     parser.add_argument("--kind", help="of spectra: activation, gradient, weight, or one series, as activation-train")
-    _add_columns(parser)
+    add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
-    runs = open_runs(args.runs, columns=_columns(args))
+    runs = open_runs(args.runs, columns=columns_of(args))
     if args.plot is not None:
         _plot_evolution(runs, args)
     if args.json:
@@ -74,7 +67,7 @@ def _plot_evolution(runs: Sequence[Run], args: Namespace) -> None:
 
 
 def _compare(words: Sequence[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         "lightning-spectral compare",
         description="Compare two sides of runs at equal loss: did the variant learn better, or only run faster?",
     )
@@ -91,10 +84,10 @@ def _compare(words: Sequence[str]) -> None:
         action=BooleanOptionalAction,
         help="compare runs of one seed with each other; default: three seeds or more that both sides have",
     )
-    _add_columns(parser)
+    add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
-    base, variant = (open_runs(getattr(args, side), side, _columns(args)) for side in ("base", "variant"))
+    base, variant = (open_runs(getattr(args, side), side, columns_of(args)) for side in ("base", "variant"))
     comparison = compare(base, variant, args.at_loss, args.floor, args.paired)
     if args.plot is not None:
         from lightning_spectral.runs.figures import comparison_figure, save
@@ -107,7 +100,7 @@ def _compare(words: Sequence[str]) -> None:
 
 
 def _forecast(words: Sequence[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         "lightning-spectral forecast",
         description="How many tokens will unfinished runs need, by the finished ones of their family? And how well "
         "would those have been forecast?",
@@ -132,14 +125,14 @@ def _forecast(words: Sequence[str]) -> None:
         metavar="TOKENS",
         help="when to forecast finished runs; default: 10, 25 and 50%% of the fastest",
     )
-    _add_columns(parser)
+    add_columns(parser)
     _add_outputs(parser)
     args = parser.parse_args(words)
     tail = None if args.tail is None else tuple(args.tail)
     if tail is not None:
         check_band("tail", tail)
     check_loss("target", args.target)
-    runs = open_runs(args.runs, columns=_columns(args))
+    runs = open_runs(args.runs, columns=columns_of(args))
     families = forecast(runs, args.target, args.layer, tail, args.at, args.by)
     if args.plot is not None:
         from lightning_spectral.runs.figures import save
@@ -166,29 +159,6 @@ def _numbered(path: str, number: int) -> Path:
     """A file for each of several figures."""
     file = Path(path)
     return file if number == 0 else file.with_stem(f"{file.stem}-{number + 1}")
-
-
-def _add_columns(parser: ArgumentParser) -> None:
-    logs = parser.add_argument_group(
-        "logs of other tools",
-        "CSVLogger, TensorBoard, exports of W&B and MLflow; runs with a record need none of these",
-    )
-    for name, what in (
-        ("loss", "loss, such as val/nll"),
-        ("step", "optimizer steps done"),
-        ("tokens", "training tokens so far"),
-        ("seconds", "training time so far"),
-    ):
-        logs.add_argument(f"--{name}-key", metavar="COLUMN", help=f"the column of {what}")
-    logs.add_argument(
-        "--batch-tokens", metavar="N", help="tokens a step, or a product of hyperparameters: 'batch_size*256'"
-    )
-    logs.add_argument("--family", metavar="NAME", help="the family that they are of")
-
-
-def _columns(args: Namespace) -> Columns:
-    keys = {name: getattr(args, f"{name}_key") for name in ("loss", "step", "tokens", "seconds")}
-    return Columns(**keys, batch_tokens=args.batch_tokens, family=args.family)
 
 
 def _add_outputs(parser: ArgumentParser) -> None:
