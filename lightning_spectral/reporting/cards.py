@@ -36,10 +36,11 @@ def _cards(found: Headline, failed: tuple[int, int, str]) -> Iterator[Card]:
         yield Card(loss.name, "-", "no loss was recorded yet")
     else:
         yield Card(loss.name, f"{loss.last:.4g}", f"from {loss.first:.4g}; lowest {loss.lowest:.4g}")
+    of = "" if found.kind == "activation" else f", {found.kind}s"
     if found.tail is not None:
-        yield _change(f"tail exponent, {found.kind}s", found.tail, lambda value: f"{value:.3g}")
+        yield _change(f"tail exponent{of}", found.tail, lambda value: f"{value:.3g}")
     if found.rankme is not None:
-        yield _change("RankMe of the width", found.rankme, share)
+        yield _change(f"RankMe of width{of}", found.rankme, share)
     if found.turned is not None:
         one = found.turned
         detail = f"overlap {one.overlap:.3g} in {one.most}, floor {one.floor:.3g}"

@@ -46,9 +46,16 @@ def details(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def swatch(colour: int) -> str:
-    """The colour of a run, or of a side."""
+DASHES = ("none", "7 3", "2 3")
+"""Of lines whose colour another run has already."""
+
+NUM_COLOURS = 6
+
+
+def swatch(number: int) -> str:
+    """The colour of a run, or of a side, by its number; as the script draws its lines."""
+    colour, dashes = number % NUM_COLOURS, DASHES[min(number // NUM_COLOURS, len(DASHES) - 1)]
     return (
-        '<svg class="swatch" viewBox="0 0 22 10" aria-hidden="true">'
-        f'<rect width="22" height="10" rx="3" fill="var(--c{colour % 6})"/></svg>'
+        '<svg class="swatch" viewBox="0 0 22 10" aria-hidden="true"><line x2="22" y1="5" y2="5" stroke-width="4" '
+        f'stroke="var(--c{colour})" stroke-dasharray="{dashes}"/></svg>'
     )

@@ -131,10 +131,10 @@ def forecasts(run: Run) -> list[dict[str, Any]]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Short names that tell runs apart: paths without what all have in common."""
+    """Short names that tell runs apart: paths without what all have in common; of one run the last two parts."""
     parts = [list(Path(run.path).absolute().parts) for run in runs]
     while len(parts) > 1 and all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
         parts = [one[1:] for one in parts]
     while len(parts) > 1 and all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1:
         parts = [one[:-1] for one in parts]
-    return [str(Path(*one[-1:] if len(parts) == 1 else one)) for one in parts]
+    return [str(Path(*one[-2:] if len(parts) == 1 else one)) for one in parts]

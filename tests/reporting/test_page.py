@@ -156,9 +156,9 @@ def test_the_first_screen_says_what_the_run_is_and_how_it_stands(trained: Path, 
     assert f"val_loss {losses[-1]:.4g} from {losses[0]:.4g}; lowest {losses.min():.4g}" in text
     last = [run.spectrum("activation", name, run.steps("activation")[-1]) for name in run.names("activation")]
     tails = [one.exponent((0.125, 0.5)).value for one in last]
-    assert f"tail exponent, activations {np.mean(tails):.3g}" in text
+    assert f"tail exponent {np.mean(tails):.3g}" in text
     shares = [one.rankme().value / len(one.values) for one in last]
-    assert f"RankMe of the width {np.mean(shares):.0%}" in text
+    assert f"RankMe of width {np.mean(shares):.0%}" in text
     num_spectra = sum(len(run.names(kind)) * len(run.steps(kind)) for kind in run.kinds)
     assert f"failed 0 of {num_spectra}" in text
     assert "tokens to val_loss 2 500" in text

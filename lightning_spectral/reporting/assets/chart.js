@@ -27,7 +27,7 @@ function short(value, digits = 3) {
   for (const [unit, by, name] of [[1e12, 1e12, " T"], [1e9, 1e9, " G"], [1e6, 1e6, " M"], [1e4, 1e3, " k"]])
     if (Math.abs(value) >= unit) return `${+(value / by).toPrecision(digits)}${name}`;
   if (Math.abs(value) >= 10 ** digits) return Math.round(value).toLocaleString("en");
-  if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(Math.max(digits - 2, 0));
+  if (value !== 0 && Math.abs(value) < 1e-4) return Number(value.toPrecision(digits)).toExponential();
   return `${+value.toPrecision(digits)}`;
 }
 
@@ -155,7 +155,7 @@ function drawLine(plot, line, { x, y, clampY, bottom, logX }) {
       if (line.crosses && point[1] === null) cross(plot, x.at(point[0]), bottom - 5, line.colour);
     }
   }
-  const style = { fill: "none", stroke: line.colour, "stroke-width": line.width || 1.8, "stroke-linejoin": "round" };
+  const style = { fill: "none", stroke: line.colour, "stroke-width": line.width || 1.8, "stroke-linejoin": "round", opacity: line.opacity || 1 };
   if (line.dash) style["stroke-dasharray"] = line.dash;
   element("path", { d: run, ...style }, plot);
   if (line.dots || count === 1)
@@ -173,6 +173,13 @@ function cross(plot, x, y, colour) {
   element("path", { d: `M${x - 3} ${y - 3}l6 6m0 -6l-6 6`, stroke: colour, "stroke-width": 1.5 }, plot);
 }
 
+function swatch(colour, dash) {
+  const svg = element("svg", { class: "swatch", viewBox: "0 0 22 10", "aria-hidden": "true" });
+  const style = dash ? { "stroke-dasharray": dash } : {};
+  element("line", { x1: 0, x2: 22, y1: 5, y2: 5, stroke: colour, "stroke-width": 3, ...style }, svg);
+  return svg;
+}
+
 function drawLegend(figure, lines) {
   const seen = new Map();
   for (const line of lines) if (line.label && !seen.has(line.label)) seen.set(line.label, line);
@@ -180,10 +187,7 @@ function drawLegend(figure, lines) {
   const list = html("ul", { class: "legend" }, figure);
   for (const [label, line] of seen) {
     const item = html("li", {}, list);
-    const svg = element("svg", { viewBox: "0 0 22 10", "aria-hidden": "true" }, item);
-    const style = line.dash ? { "stroke-dasharray": line.dash } : {};
-    element("line", { x1: 0, x2: 22, y1: 5, y2: 5, stroke: line.colour, "stroke-width": 2.5, ...style }, svg);
-    item.append(label);
+    item.append(swatch(line.colour, line.dash), label);
   }
 }
 

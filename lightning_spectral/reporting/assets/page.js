@@ -6,6 +6,8 @@ const QUANTITIES = { alpha_tail: "tail exponent", alpha_head: "head exponent", r
 const state = { key: null, name: null, position: 0, axis: "tokens", isLog: true };
 const isOne = data.runs.length === 1;
 const hasSides = data.comparison !== null;
+// So many legends would fill small charts: the table of runs and the large charts have the same colours.
+const isCrowded = !hasSides && data.runs.length > 4;
 
 function colourOf(index) {
   return `var(--c${(hasSides ? data.runs[index].side : index) % 6})`;
@@ -62,6 +64,12 @@ function domainOf(name) {
   return low < high ? [10 ** (low - 0.1), 10 ** (high + 0.1)] : null;
 }
 
+// Some reports between the first and the last, behind the one at the slider.
+function between(count, most = 8) {
+  const picks = Array.from({ length: most }, (_, k) => Math.round(((k + 1) * (count - 1)) / (most + 1)));
+  return [...new Set(picks)].filter((pick) => pick > 0);
+}
+
 function drawSpectrum() {
   const { picks } = choice().positions[state.position], lines = [], zones = [];
   const few = data.runs.length <= 4;
@@ -70,7 +78,10 @@ function drawSpectrum() {
     if (!held || picks[i] < 0) return;
     const curve = (pick) => (held.log_values[pick] || []).map((value, k) => [held.ranks[k], value === null ? null : 10 ** value]);
     const fitted = held.lines[picks[i]] || [];
-    if (isOne) lines.push({ label: "first report", ghost: true, colour: "var(--ghost)", width: 1.5, points: curve(0) });
+    if (isOne) {
+      for (const pick of between(held.log_values.length)) lines.push({ ghost: true, colour: "var(--ghost)", opacity: 0.45, width: 1, points: curve(pick) });
+      lines.push({ label: "first report", ghost: true, colour: "var(--ghost)", width: 1.8, points: curve(0) });
+    }
     const label = isOne ? "at the slider" : labelOf(i);
     lines.push({ label, colour: colourOf(i), dash: dashOf(i), width: isOne ? 2.4 : 1.8, points: curve(picks[i]) });
     for (const line of few ? fitted : [])
@@ -107,13 +118,15 @@ function fillReadout() {
   const columns = [...new Set(rows.flatMap((row) => Object.keys(row[2])))];
   const table = find("readout");
   const head = html("tr", {});
-  html("th", { scope: "col", class: "text" }, head, "");
+  html("th", { scope: "col", class: "text" }, head, isOne ? choice().noun : "run");
   for (const column of columns) html("th", { scope: "col" }, head, column);
   table.tHead.replaceChildren(head);
   table.tBodies[0].replaceChildren(
     ...rows.map(([label, i, cells]) => {
       const row = html("tr", {});
-      html("th", { scope: "row", style: isOne ? "" : `color:${colourOf(i)}` }, row, label);
+      const name = html("th", { scope: "row" }, row);
+      if (!isOne) name.append(swatch(colourOf(i), dashOf(i)));
+      name.append(label);
       for (const column of columns) html("td", { "data-quantity": column }, row, cells[column] ?? "-");
       return row;
     }),
@@ -135,7 +148,7 @@ function drawNumbers() {
         lines.push({ label: isOne ? choice().short[held.name] : labelOf(i), always: true, crosses: true, colour, dash: isOne ? "" : dashOf(i), width: isOne && isChosen ? 2.8 : 1.6, points: pointsOf(series, held, quantity) });
       });
     });
-    drawChart(figureIn("numbers", quantity), { ...base(), lines, title: isOne ? title : `${title}, ${choice().short[state.name]}`, height: 250 });
+    drawChart(figureIn("numbers", quantity), { ...base(), lines, title: isOne ? title : `${title}, ${choice().short[state.name]}`, height: 250, bare: isCrowded });
   }
 }
 
@@ -167,7 +180,7 @@ function drawDrift() {
         if (isOne) lines[lines.length - 1].label = one === "js" ? "JS" : "overlap";
       });
       const title = `${one === "js" ? "JS divergence, nats" : "overlap of the head"}, ${choice().short[name]}`;
-      drawChart(figureIn("drift", `${one}-${k}`), { ...base(), lines, title, height: 180, domainY: one === "overlap" ? [0, 1.02] : undefined, fromZero: one === "js" });
+      drawChart(figureIn("drift", `${one}-${k}`), { ...base(), lines, title, height: 180, domainY: one === "overlap" ? [0, 1.02] : undefined, fromZero: one === "js", bare: isCrowded });
     });
 }
 
@@ -187,7 +200,7 @@ function drawNoise() {
     if (isKnown(batch) && !rules.some((rule) => rule.y === batch)) rules.push({ y: batch, label: isOne || !hasSides ? "the batch" : `the batch of ${labelOf(i)}`, colour: isOne ? "var(--ink)" : colourOf(i) });
   });
   find("noise-note").textContent =
-    "Of all measured parameters together, with its 80% interval, open above where a gradient of zero is not excluded. " +
+    "Of all measured parameters together, with its 80% interval, open above where a gradient of zero is not excluded; it leaves out pairs of samples of one group, and may lie beside the number. " +
     (isTokens ? "Where the batch lies below it, larger batches cost few tokens; above, smaller ones save them." : "In samples: the record does not say how many tokens a sample has, so the batch in tokens is not drawn beside it.");
   drawChart(find("noise"), { ...base(), logY: true, lines, rules, height: 260, yLabel: isTokens ? "tokens" : "samples", label: "Gradient noise scale over training" });
 }
