@@ -91,14 +91,23 @@ class Cut:
             ones = self.ones[start:stop]
             whole = self.data if len(ones) == self.size else None
             return Cut(ones[0] if len(ones) == 1 else whole, len(ones), ones=ones)
+        part = self._each(lambda tensor, axis: tensor[(slice(None),) * axis + (slice(start, stop),)])
+        return Cut(part, len(range(self.size)[start:stop]), self.axes)
+
+    def pick(self, indices: Tensor) -> "Cut":
+        """The samples of these indices, of a batch that no function cut: the same containers around copies."""
+        part = self._each(lambda tensor, axis: tensor.index_select(axis, indices.to(tensor.device)))
+        return Cut(part, len(indices), self.axes)
+
+    def _each(self, take: Callable[[Tensor, int], Tensor]) -> Any:
+        """The batch with another tensor for each that has an axis of samples."""
         axes = iter(self.axes)
 
         def cut(tensor: Tensor) -> Tensor:
             axis = next(axes)
-            return tensor if axis is None else tensor[(slice(None),) * axis + (slice(start, stop),)]
+            return tensor if axis is None else take(tensor, axis)
 
-        part = apply_to_collection(self.data, Tensor, cut)
-        return Cut(part, len(range(self.size)[start:stop]), self.axes)
+        return apply_to_collection(self.data, Tensor, cut)
 
 
 class Samples:

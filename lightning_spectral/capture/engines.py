@@ -11,7 +11,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
-from lightning_spectral.capture.batch import cut, num_samples, take
+from lightning_spectral.capture.batch import Cut, cut, num_samples, take
+from lightning_spectral.capture.branches import BranchError
 from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss
@@ -41,11 +42,27 @@ class Engine(Protocol):
 
 
 def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
-    """All samples at once: ``vmap(grad(...))`` over the loss of a batch of one. See :class:`Engine`."""
+    """All samples at once: ``vmap(grad(...))`` over the loss of a batch of one. See :class:`Engine`.
+
+    Of a step that branches on its samples, as those of transformers do on whether a mask has padding, those that take
+    the same branches are vectorised together.
+    """
+    batch = cut(batch)
+    try:
+        _vectorise(loss, names, batch, out)
+    except BranchError as error:
+        for indices in error.parts():
+            rows = {name: torch.empty_like(out[name][: len(indices)]) for name in names}
+            by_vmap(loss, names, batch.pick(indices), rows)
+            for name in names:
+                out[name][indices] = rows[name]
+
+
+def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, Tensor]) -> None:
+    """:func:`by_vmap` of samples that take the same branches; BranchError if they do not."""
     loss.freeze()
     keys = {name: loss.parameter(name)[0] for name in names}
     chosen = {keys[name]: loss.parameter(name)[1].detach() for name in names}
-    samples = cut(batch)
     if samples.ones is not None:
         raise ValueError("samples cuts batches into batches of one: use method='loop'")
     whole, axes = samples.data, samples.axes
@@ -66,8 +83,9 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
         return functional_call(loss, parameters | shared | own, (sample,))
 
     in_dims = (None, None, 0, *axes)
+    states = loss.random_states()
     # The fused attention kernels have no rule for vmap.
-    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH), VmapRules():
+    with _parameters_kept(loss), sdpa_kernel(SDPBackend.MATH), VmapRules(lambda: loss.random_states() != states):
         of_one = vmap(grad_and_value(loss_of_one), in_dims=in_dims, randomness="different")
         try:
             gradients, values = of_one(chosen, shared, own, *tensors)
@@ -78,7 +96,7 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
     loss.check(values)
     if not loss.is_dependent and not any(bool(gradient.any()) for gradient in gradients.values()):
         loss.unfreeze()
-        loss.is_reentrant(loss(take(batch, 0, 1)))  # which refuses a loss that depends on nothing
+        loss.is_reentrant(loss(take(samples, 0, 1)))  # which refuses a loss that depends on nothing
         loss.reset()
     loss.is_dependent = True
     for name in names:

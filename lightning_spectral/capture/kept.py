@@ -122,6 +122,14 @@ class Kept:
             put_back()
 
 
+def random_states(kept: Kept | None) -> list[Any]:
+    """The states of the generators that everybody shares, and of those that can be reached."""
+    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    numbers = repr(np.random.get_state(legacy=False))  # noqa: NPY002
+    reached = [] if kept is None else kept.random_state()
+    return [torch.get_rng_state().tolist(), cuda, random.getstate(), numbers, reached]
+
+
 def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
     if isinstance(part, Tensor):
         if _is_copyable(part):

@@ -1,10 +1,8 @@
 """Whether a loss is a weighted mean of its samples' own losses, seen from their gradients alone."""
 
-import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from lightning_spectral.capture.batch import num_samples, take
 from lightning_spectral.capture.common_noise import CommonNoise
 from lightning_spectral.capture.engines import gradients_of
 from lightning_spectral.capture.graph import SHORT
-from lightning_spectral.capture.kept import Kept
+from lightning_spectral.capture.kept import Kept, random_states
 from lightning_spectral.capture.shadow import BatchLoss, isolated
 from lightning_spectral.capture.stand_ins import MetricTermError
 
@@ -118,9 +116,9 @@ def check_span(
         count = min(count, MOST_LOOPED)
     if count < 2:
         return None
-    states = _random_states(kept)
+    states = random_states(kept)
     together = _flat(loss, take(batch, 0, count), parameters)
-    if rows is not None and states == _random_states(kept):
+    if rows is not None and states == random_states(kept):
         own = torch.cat([rows[name][:count].to(together) for name in names], 1)
     else:
         kept.rewind()
@@ -176,9 +174,3 @@ def rounding(loss: BatchLoss) -> float:
         return 0.05
     # TF32 where it is allowed.
     return 1e-5 if parameter.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else 5e-3
-
-
-def _random_states(kept: Kept) -> list[Any]:
-    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numbers = repr(np.random.get_state(legacy=False))  # noqa: NPY002
-    return [torch.get_rng_state().tolist(), cuda, random.getstate(), numbers, kept.random_state()]

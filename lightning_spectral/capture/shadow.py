@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_spectral.capture.batch import batch_of, copied, tensors
 from lightning_spectral.capture.eager import eager
 from lightning_spectral.capture.graph import graph_of
-from lightning_spectral.capture.kept import Kept
+from lightning_spectral.capture.kept import Kept, random_states
 from lightning_spectral.capture.large import LOCKED
 from lightning_spectral.capture.module_copy import copy_of
 from lightning_spectral.capture.one_line import shown
@@ -147,6 +147,10 @@ class BatchLoss(nn.Module):
         """Let the next loss begin where this one did, see :meth:`Kept.reset`; generators go on."""
         if self._kept is not None:
             self._kept.reset(anew)
+
+    def random_states(self) -> list[Any]:
+        """The states of all generators that a loss may draw from, to see whether one has."""
+        return random_states(self._kept)
 
     def is_reentrant(self, value: Tensor) -> bool:
         """Whether reentrant checkpointing hides parameters from ``torch.autograd.grad``.

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
+
+from lightning_spectral.capture.branches import ASKING, ask
 
 _attention = F.scaled_dot_product_attention
 
@@ -63,13 +66,23 @@ _INSTEAD: dict[Any, Any] = {
 
 
 class VmapRules(TorchFunctionMode):
-    """Takes calls that go wrong under torch.func to what does not; raises for one that would end the process."""
+    """Takes calls that go wrong under torch.func to what does not; raises for one that would end the process.
+
+    Args:
+        has_drawn: Whether random numbers were drawn since the step began.
+    """
+
+    def __init__(self, has_drawn: Callable[[], bool]) -> None:
+        super().__init__()
+        self._has_drawn = has_drawn
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__":
             # A segmentation fault.
             raise RuntimeError("tensor.data = other, in training_step, is nothing that torch.func can follow")
+        if getattr(func, "__name__", None) in ASKING and len(args) == 1 and not kwargs:
+            return ask(func, args[0], self._has_drawn)
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
