@@ -43,20 +43,25 @@ def clean_name(root: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def matching(argument: str, patterns: str | Sequence[str], names: list[str]) -> set[str]:
+def matching(argument: str, patterns: str | Sequence[str], names: list[str], frozen: Sequence[str] = ()) -> set[str]:
     """The names that one or several glob patterns mean: those that match at least one.
 
     A name is tried as it stands first, then with brackets taken for what they are, since a ModuleDict may hold them in
     its keys, then as a pattern. ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them.
     ValueError if a pattern matches nothing; the message names the argument that holds the patterns, and lists close
-    names.
+    names. One that matches only some of ``frozen`` is told so.
     """
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched = _matches(pattern, names)
         if not matched:
-            what = argument.removesuffix("s")
-            raise ValueError(f"{argument}={pattern!r} matches no {what}: did you mean {_close(pattern, names)}?")
+            what, close = argument.removesuffix("s"), _close(pattern, names)
+            if others := _matches(pattern, list(frozen)):
+                raise ValueError(
+                    f"{argument}={pattern!r} matches no trained {what}, only such as {others[0]!r} with "
+                    f"requires_grad=False: did you mean {close}?"
+                )
+            raise ValueError(f"{argument}={pattern!r} matches no {what}: did you mean {close}?")
         chosen.update(matched)
     return chosen
 

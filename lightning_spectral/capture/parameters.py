@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_spectral.capture.contraction import is_linear
 from lightning_spectral.capture.layers import resolve_layers
@@ -59,10 +60,11 @@ def resolve_parameters(root: nn.Module, parameters: str | Sequence[str] | None) 
         root: Any module tree; names are relative to it.
         parameters: None takes the weight of the attention output projection of blocks round(i (L - 1) / 4), i = 0..4,
             of the stack of equal blocks, as in *Spectral Lens*; in a block without attention that of its last linear
-            layer. ``"all"`` takes every trainable parameter. Otherwise one or several clean names of trainable
-            parameters, or glob patterns over them: ``*`` and ``?`` stay between two dots, or, where nothing matches
-            so, run across them; brackets are tried as they stand first. A weight that a layer makes of parameters
-            means those, see :func:`trainable_parameters`.
+            layer. Of those that are trained: beside frozen weights it is the last matrix of an adapter. ``"all"`` takes
+            every trainable parameter. Otherwise one or several clean names of trainable parameters, or glob patterns
+            over them: ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them; brackets
+            are tried as they stand first. A weight that a layer makes of parameters means those, see
+            :func:`trainable_parameters`.
 
     Returns:
         Parameters by clean name, at least one, each once.
@@ -73,13 +75,16 @@ def resolve_parameters(root: nn.Module, parameters: str | Sequence[str] | None) 
     """
     if parameters is None:
         return _output_projections(root)
-    trained = [entry for entry in _entries(root) if entry.parameter.requires_grad]
+    entries = _entries(root)
+    trained = [entry for entry in entries if entry.parameter.requires_grad]
     if not trained:
         raise ValueError(f"parameters must be trained, and {type(root).__name__} has none with requires_grad=True")
     if parameters == "all":
         return _once(trained)
     # A tied parameter answers to each of its names.
-    chosen = matching("parameters", parameters, list(dict.fromkeys(entry.alias for entry in trained)))
+    names = list(dict.fromkeys(entry.alias for entry in trained))
+    frozen = [entry.alias for entry in entries if not entry.parameter.requires_grad]
+    chosen = matching("parameters", parameters, names, frozen)
     if not chosen:
         raise ValueError(f"parameters must name at least one, got {parameters!r}: use None for the default, or 'all'")
     return _once(entry for entry in trained if entry.alias in chosen)
@@ -185,14 +190,19 @@ def _output_projections(root: nn.Module) -> dict[str, nn.Parameter]:
     try:
         blocks = resolve_layers(root, None)
     except ValueError as error:
-        example = next(iter(trainable_parameters(root)), "*.weight")
         raise ValueError(
             f"parameters must be patterns or 'all', got None, for there is no stack of equal blocks in "
-            f"{type(root).__name__}: take for example parameters={example!r}"
+            f"{type(root).__name__}: take for example parameters={_example(root)!r}"
         ) from error
     found = {}
     for block_name, block in blocks.items():
-        name, module = _output_projection(block_name, block)
+        projection = _output_projection(block)
+        if projection is None:
+            raise ValueError(
+                f"parameters must be patterns or 'all', got None, for {block_name} has no trained linear layer: take "
+                f"for example parameters={_example(root, f'{block_name}.')!r}"
+            )
+        name, module = projection
         start = f"{block_name}.{name}." if name else f"{block_name}."
         sources = sources_of(module, "weight")
         for source, parameter in sources.items():
@@ -200,17 +210,24 @@ def _output_projections(root: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _output_projection(block_name: str, block: nn.Module) -> tuple[str, nn.Module]:
-    """Name, relative to the block, and module of the projection that leads attention back to the residual stream."""
+def _example(root: nn.Module, start: str = "") -> str:
+    """The name of a trained matrix that could be chosen, if possible one whose name starts so."""
+    matrices = [name for name, p in trainable_parameters(root).items() if not is_lazy(p) and p.ndim > 1]
+    return next((name for name in matrices if name.startswith(start)), next(iter(matrices), "*.weight"))
+
+
+def _output_projection(block: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name, relative to the block, and module of the projection that leads attention back to the residual stream.
+
+    None where nothing linear is trained.
+    """
     projections = {
         clean_name(block, name): module
         for name, module in block.named_modules()
         if is_linear(module) and any(p.requires_grad for p in sources_of(module, "weight").values())
     }
     if not projections:
-        raise ValueError(
-            f"parameters must be patterns or 'all', got None, for {block_name} has no trained linear layer"
-        )
+        return None
     attentions = [clean_name(block, name) for name, _ in block.named_modules() if _is_attention(name)]
     for attention in attentions:
         inside = [name for name in projections if name.startswith(f"{attention}.")]

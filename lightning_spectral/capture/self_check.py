@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_spectral.capture.batch import num_samples, take
 from lightning_spectral.capture.common_noise import CommonNoise
@@ -143,13 +144,24 @@ def check_span(
         # Nobody knows the weight of a sample without a gradient; 16-bit rounding passes for weights.
         is_known = found.is_unique and len(found.weights) == count and rounding(loss) < TOLERANCE
         return SpanCheck(None, found.ratio, found.residual, float(found.weights.sum()) if is_known else float("nan"))
+    found_outside = f"{found.residual:.1%} of the gradient of {count} samples together lies outside their own"
     return SpanCheck(
-        f"the loss is no mean of samples' losses: {found.residual:.1%} of the gradient of {count} samples together "
-        "lies outside their own, as with batch statistics, terms between samples or another axis of samples: "
-        "give loss_fn",
-        float("nan"),
-        found.residual,
+        f"the loss is no mean of samples' losses: {found_outside}, {_why_outside(loss)}", float("nan"), found.residual
     )
+
+
+def _why_outside(loss: BatchLoss) -> str:
+    """What may be the cause that a loss is no mean, and the remedy."""
+    norms = [
+        name
+        for name, part in loss.shadow.named_modules()
+        if isinstance(part, _BatchNorm) and part.training and part.running_mean is not None
+    ]
+    if not norms:
+        return "as with batch statistics, terms between samples or another axis of samples: give loss_fn"
+    more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+    verb = "use" if len(norms) > 1 else "uses"
+    return f"as {norms[0]}{more} {verb} statistics of the batch: use stage='validate', in evaluation mode, or loss_fn"
 
 
 def _flat(loss: BatchLoss, batch: Any, parameters: list[Any]) -> Tensor:

@@ -63,11 +63,31 @@ def test_all_are_the_trained_ones_once() -> None:
     found = resolve_parameters(model, "all")
     assert "embedding.weight" in found
     assert not {"logits.weight", "logits.bias"} & set(found)
-    with pytest.raises(ValueError, match=r"parameters='logits\.bias' matches no parameter"):
+    with pytest.raises(ValueError, match=r"parameters='logits\.bias' matches no trained parameter, only "):
         resolve_parameters(model, "logits.bias")
     # By pattern a tied parameter answers to each of its names, and is one parameter still.
     assert list(resolve_parameters(model, "logits.weight")) == ["logits.weight"]
     assert list(resolve_parameters(model, ["logits.weight", "embedding.weight"])) == ["embedding.weight"]
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer with two trained matrices of low rank beside it, as LoRA has them."""
+
+    def __init__(self, frozen: nn.Linear) -> None:
+        super().__init__()
+        self.weight = frozen.weight
+        self.down, self.up = nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+
+def adapted() -> nn.Module:
+    model = Network().requires_grad_(False)
+    for block in model.blocks:
+        block.mix = Adapter(block.mix)
+    return model
+
+
+def test_default_beside_frozen_weights_is_the_last_matrix_of_an_adapter() -> None:
+    assert list(resolve_parameters(adapted(), None)) == [f"blocks.{i}.mix.up.weight" for i in (0, 1, 2, 4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +101,24 @@ def test_all_are_the_trained_ones_once() -> None:
         (Network(), [], r"parameters must name at least one, got \[\]: use None for the default, or 'all'"),
         (Perceptron(), None, r"got None, for there is no stack of equal blocks in Perceptron: take for example "),
         (nn.ReLU(), "all", "parameters must be trained, and ReLU has none with requires_grad=True"),
-        (Network().requires_grad_(False), None, "for blocks.0 has no trained linear layer"),
+        (
+            Network().requires_grad_(False),
+            None,
+            "for blocks.0 has no trained linear layer: take for example parameters=",
+        ),
+        (
+            nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1)) for _ in range(2))),
+            None,
+            r"for 0 has no trained linear layer: take for example parameters='0\.1\.weight'",
+        ),
+        (
+            adapted(),
+            ["*.up.weight", "blocks.*.mix.weight"],
+            r"='blocks.\*.mix.weight' matches no trained parameter, only such as 'blocks.0.mix.weight' with "
+            r"requires_grad=False: did you mean 'blocks.\d.mix.up.weight', ",
+        ),
     ],
-    ids=["pattern", "empty", "no stack", "nothing", "frozen"],
+    ids=["pattern", "empty", "no stack", "nothing", "frozen", "convolutions", "frozen pattern"],
 )
 def test_mistakes_get_one_line(model: nn.Module, parameters, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
