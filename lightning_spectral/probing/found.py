@@ -172,6 +172,8 @@ class Probe:
     def __str__(self) -> str:
         from lightning_spectral.terminal import console
 
-        out = Console(file=io.StringIO(), width=console().width, highlight=False, markup=False, emoji=False)
+        settings: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+        # In a notebook rich would show it beside the file.
+        out = Console(file=io.StringIO(), width=console().width, force_jupyter=False, **settings)
         out.print(self)
         return out.file.getvalue().rstrip()  # type: ignore[attr-defined]

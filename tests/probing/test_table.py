@@ -71,6 +71,14 @@ def test_names_are_no_markup_on_any_console() -> None:
             assert name in text
 
 
+def test_a_notebook_is_given_the_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = probe(nn.Linear(4, 4), torch.randn(8, 4), layers="", loss_fn=lambda net, x: net(x).square().mean())
+    text = str(found)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(found) == text
+    assert not capsys.readouterr().out
+
+
 def _printed(found: Probe) -> str:
     console = Console(file=io.StringIO(), width=120)  # with markup and pictures
     console.print(found)
