@@ -150,30 +150,48 @@ class LearningOrExecution(Study):
 
     def tuned(self, batch_size: int) -> dict[str, Setting]:
         """Train the tuning runs of the natural arms; of each the one of the best rate."""
-        tried = {name: [Setting(name, factor, 1, batch_size) for factor in FACTORS] for name in NATURAL}
+        tried = {name: tuning(name, batch_size) for name in NATURAL}
         self.train_all([one for settings in tried.values() for one in settings], self.num_tokens)
         return {name: self.best(settings, self.num_tokens) for name, settings in tried.items()}
 
     def natural(self, batch_size: int = BATCH_SIZE) -> dict[str, list[Setting]]:
         """All seeds of the natural arms, seeds in turn."""
-        tuned = self.tuned(batch_size)
-        sides = {name: [replace(one, seed=seed) for seed in SEEDS] for name, one in tuned.items()}
+        sides = {name: seeds_of(one) for name, one in self.tuned(batch_size).items()}
         self.train_all(in_turn(sides), self.num_tokens)
         return sides
 
     def changed(self, rope: Setting) -> dict[str, list[Setting]]:
         """All seeds of what is compared with rope, seeds in turn."""
-        names = (*BASES, *EXECUTION, *CHANGES)
-        sides = {name: [replace(rope, arm=name, seed=seed) for seed in SEEDS] for name in names}
+        sides = {name: seeds_of(rope, name) for name in (*BASES, *EXECUTION, *CHANGES)}
         self.train_all(in_turn(sides), self.num_tokens)
         return sides
 
     def nulls(self, rope: Setting) -> list[tuple[list[Setting], list[Setting]]]:
         """Two runs of rope against two, which ran in turn; none in two comparisons."""
-        seeds = NULL_SEEDS[: 4 * self.num_nulls]
-        self.train_all((replace(rope, seed=seed) for seed in seeds), self.num_tokens)
-        runs = [replace(rope, seed=seed) for seed in seeds]
-        return [(runs[at : at + 4 : 2], runs[at + 1 : at + 4 : 2]) for at in range(0, len(runs), 4)]
+        sides = nulls_of(rope, self.num_nulls)
+        self.train_all(sorted((one for pair in sides for side in pair for one in side), key=seed_of), self.num_tokens)
+        return sides
+
+
+def tuning(arm: str, batch_size: int = BATCH_SIZE) -> list[Setting]:
+    """The tuning runs of a natural arm."""
+    return [Setting(arm, factor, 1, batch_size) for factor in FACTORS]
+
+
+def seeds_of(setting: Setting, arm: str = "") -> list[Setting]:
+    """All seeds at a rate, of its own arm or another."""
+    return [replace(setting, arm=arm or setting.arm, seed=seed) for seed in SEEDS]
+
+
+def nulls_of(rope: Setting, num: int = len(NULL_SEEDS) // 4) -> list[tuple[list[Setting], list[Setting]]]:
+    """The first and third of each four seeds against the second and fourth."""
+    runs = [replace(rope, seed=seed) for seed in NULL_SEEDS[: 4 * num]]
+    return [(runs[at : at + 4 : 2], runs[at + 1 : at + 4 : 2]) for at in range(0, len(runs), 4)]
+
+
+def seed_of(setting: Setting) -> int:
+    """In whose order nulls are trained."""
+    return setting.seed
 
 
 def in_turn(sides: dict[str, list[Setting]]) -> Iterator[Setting]:

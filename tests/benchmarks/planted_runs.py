@@ -12,12 +12,18 @@ from lightning_spectral.runs import Record, Row
 NUM_ROWS = 1024
 
 
+Spectra = Callable[[str, float], np.ndarray]
+"""Values of a layer or parameter at a number of tokens."""
+
+
 def plant(
     folder: Path,
     points: Sequence[tuple[float, float]],
-    spectra: Callable[[str, float], np.ndarray],
+    spectra: Spectra,
     layers: Sequence[str],
     batch_tokens: float,
+    gradients: Spectra | None = None,
+    pace: float = 1e3,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the record of a run.
@@ -25,28 +31,36 @@ def plant(
     Args:
         folder: Its log directory.
         points: Tokens and validation loss of each report.
-        spectra: Eigenvalues ``(width,)`` of a layer at a number of tokens.
+        spectra: Eigenvalues ``(width,)`` of layers.
         layers: That were measured.
         batch_tokens: Of a step.
+        gradients: Singular values ``(n,)`` of a parameter of each layer; None for none.
+        pace: Tokens a second.
         about: What else its record says of it.
 
     Returns:
         The folder.
     """
-    series = {"activation-validate": {"kind": "activation", "stage": "validate", "layers": list(layers)}}
+    of_kinds = {"activation": (spectra, list(layers), "eigenvalues", "num_tokens")}
+    series: dict[str, Any] = {"activation-validate": {"stage": "validate", "layers": list(layers)}}
+    if gradients is not None:
+        parameters = [f"{layer}.out.weight" for layer in layers]
+        of_kinds["gradient"] = gradients, parameters, "singular_values", "num_samples"
+        series["gradient-validate"] = {"stage": "validate", "parameters": parameters, "num_samples": NUM_ROWS}
     facts = {"id": str(folder), "family": "F", "series": series, "batch_tokens": batch_tokens}
     record = Record.begin(folder / "spectra", facts | dict(about or {}))
-    scale = 1 + 1e-3 * np.array([-1, 1, -2, 2])[:, None]
+    tilts = 1e-3 * np.array([-1, 1, -2, 2])[:, None]
     for tokens, loss in points:
         step = round(tokens / batch_tokens)
-        record.append(Row(step, tokens, tokens / 1e3, nan, loss))
-        arrays = {"tokens": np.asarray(tokens)}
-        for layer in layers:
-            values, start = spectra(layer, tokens), f"activation/{layer}"
-            tilted = values * np.arange(1, len(values) + 1) ** (scale - 1)
-            arrays |= {f"{start}/eigenvalues": values, f"{start}/leave_one_out": tilted}
-            arrays |= {f"{start}/dtype": np.asarray("float64"), f"{start}/num_tokens": np.asarray(NUM_ROWS)}
-        record.write_report("activation-validate", step, arrays)
+        record.append(Row(step, tokens, tokens / pace, nan, loss))
+        for kind, (values_at, names, field, count) in of_kinds.items():
+            arrays = {"tokens": np.asarray(tokens)}
+            for name in names:
+                values, start = values_at(name, tokens), f"{kind}/{name}"
+                tilted = np.sort(values * np.arange(1, len(values) + 1) ** tilts)[:, ::-1]
+                arrays |= {f"{start}/{field}": values, f"{start}/leave_one_out": tilted}
+                arrays |= {f"{start}/dtype": np.asarray("float64"), f"{start}/{count}": np.asarray(NUM_ROWS)}
+            record.write_report(f"{kind}-validate", step, arrays)
     return folder
 
 
