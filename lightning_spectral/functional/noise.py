@@ -73,8 +73,13 @@ class NoiseSums(NamedTuple):
 
     @property
     def interval(self) -> NoiseInterval:
-        """80% interval of the noise scale, see :func:`lightning_spectral.functional.noise_interval.noise_interval`."""
-        return noise_interval(*self._filled)
+        """80% interval of the noise scale, see :func:`lightning_spectral.functional.noise_interval.noise_interval`.
+
+        That is made of pairs of samples of different groups. It is widened to hold :attr:`noise_scale`, of all pairs,
+        which lies outside where samples of a group are so much alike that they pass for signal.
+        """
+        low, high = noise_interval(*self._filled)
+        return NoiseInterval(torch.minimum(low, self.noise_scale), torch.maximum(high, self.noise_scale))
 
     @property
     def _filled(self) -> "NoiseSums":

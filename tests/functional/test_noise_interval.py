@@ -51,7 +51,11 @@ def twin(rows: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     limit = stats.t.ppf(0.9, degrees) ** 2 * (noise + rho * (4 * size * v / count - 2 * c) + rho**2 * w)
     kept = rho[(signal - rho * size) ** 2 <= limit]
     low = 1 / max(kept.max(initial=0), noise**0.5 / size / 10) - 1
-    return low, math.inf if not len(kept) or kept.min() == 0 else 1 / kept.min() - 1
+    high = math.inf if not len(kept) or kept.min() == 0 else 1 / kept.min() - 1
+    every = [float(a @ b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+    signal = math.fsum(every) / len(every)
+    estimate = (size - signal) / signal if signal > 0 else math.inf
+    return min(low, estimate), max(high, estimate)
 
 
 @pytest.mark.parametrize("truth", [1.0, 8.0, 200.0])
@@ -101,6 +105,16 @@ def test_likeness_within_groups_is_no_signal() -> None:
     assert float(sums.moments_between.squared_norm.mean()) == pytest.approx(40 * 0.25**2, rel=0.1)
     low, high = sums.interval
     assert 0.7 < float(((low <= truth) & (truth <= high)).double().mean()) < 0.95
+
+
+def test_interval_holds_its_estimate_where_samples_of_a_group_are_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randn(50, 8, 1, 40, dtype=torch.float64, generator=generator)
+    rows = (documents + 0.3 * torch.randn(50, 8, 16, 40, dtype=torch.float64, generator=generator)).flatten(1, 2) + 0.25
+    sums = noise_sums(rows @ rows.mT, torch.arange(128) // 32)
+    low, high = sums.interval
+    assert bool(((low <= sums.noise_scale) & (sums.noise_scale <= high)).all())
+    assert bool((low == sums.noise_scale).any())
 
 
 def test_interval_does_not_know_the_scale_of_gradients_nor_the_order_of_groups() -> None:
