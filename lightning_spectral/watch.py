@@ -1,26 +1,22 @@
 """Watches the spectra of a model in a loop of one's own: the callbacks' instruments without a Trainer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift, RunRecord, TailForecaster
-from lightning_spectral.callbacks.instrument import Instrument
-from lightning_spectral.callbacks.loop_host import LoopHost, device_of
-from lightning_spectral.callbacks.participant import Participant
-from lightning_spectral.capture.one_line import reason_of, shown
+from lightning_spectral.callbacks.instruments import instruments_of, listed, loggers_of
+from lightning_spectral.callbacks.loop import Loop
+from lightning_spectral.callbacks.loop_host import LoopHost
+from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.shadow import LossFunction, load_loss
 from lightning_spectral.functional.arguments import describe
-from lightning_spectral.measurement.backward_gradients import BackwardGradients
-from lightning_spectral.warner import Warner
 
 
 class SpectralWatch:
@@ -98,61 +94,26 @@ class SpectralWatch:
         logger: Any = None,
         log_dir: str | Path | None = None,
     ) -> None:
-        self._optimizers = [_plain_optimizer(one) for one in _listed(optimizer)]
-        loggers = _listed(logger)
-        for one in loggers:
-            if not callable(getattr(one, "log_metrics", None)):
-                raise ValueError(
-                    f"logger must be a Lightning logger, with log_metrics, got {shown(one)}: give a TensorBoardLogger"
-                )
-        self._participants: list[Participant] = [
-            one
-            for one in (
-                _chosen("record", record, RunRecord, needs="RunRecord()"),
-                _chosen("activations", activations, ActivationSpectrum),
-                _chosen("gradients", gradients, GradientSpectrum),
-                _chosen("drift", drift, HeadDrift),
-                _chosen("forecast", forecast, TailForecaster, needs="TailForecaster(target_loss)"),
-            )
-            if one is not None
-        ]
-        self._loggers = loggers
-        self._host = LoopHost(model, loggers, log_dir, load_loss(loss_fn), self._optimizers)
-        self._session = self._host.session
-        self._warner = Warner(type(self).__name__)
-        self._batch: Any = None
-        self._loss: Tensor | None = None
-        self._is_open = self._is_waiting = False
-        self._stepped: set[int] = set()
-        self._validated: dict[str, Tensor] | None = None
-        self._has_started = self._is_closed = False
-        self._handles: list[Any] = []
-        try:
-            for participant in self._participants:
-                if isinstance(participant, Instrument):
-                    participant.begin()
-                participant.join(self._host)
-        except ValueError:
-            self._leave()
-            raise
-        for one in self._optimizers:
-            self._handles.append(one.register_step_pre_hook(self._before_optimizer_step))
-            self._handles.append(one.register_step_post_hook(self._after_optimizer_step))
+        optimizers = [_plain_optimizer(one) for one in listed(optimizer)]
+        participants = instruments_of(activations, gradients, drift, forecast, record)
+        host = LoopHost(model, loggers_of(logger), log_dir, load_loss(loss_fn), optimizers)
+        self._counts = not optimizers
+        self._loop = Loop(host, participants, optimizers)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Latest values, by key; NaN for what is not known yet."""
-        return {key: float(value) for key, value in self._host.metrics.items()}
+        return {key: float(value) for key, value in self._loop.host.metrics.items()}
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps so far, over a resume too."""
-        return self._host.step
+        return self._loop.host.step
 
     @property
     def should_stop(self) -> bool:
         """Whether a TailForecaster would end training."""
-        return self._host.should_stop
+        return self._loop.host.should_stop
 
     @contextmanager
     def step(self, batch: Any, *, accumulates: bool = False) -> Iterator[None]:
@@ -165,75 +126,15 @@ class SpectralWatch:
         Raises:
             ValueError: For an argument of an instrument that does not fit the batch, before there is a report.
         """
-        if accumulates and self._optimizers:
+        if accumulates and not self._counts:
             raise ValueError("accumulates must be False where optimizer is given, whose steps tell, got True")
-        self.start_batch(batch)
+        self._loop.start_batch(batch)
         try:
             yield
         except BaseException:
-            self.drop_batch()
+            self._loop.drop_batch()
             raise
-        self.end_batch()
-        if not self._optimizers:
-            if not accumulates:
-                self._host.count_step()
-            self._finish()
-
-    def start_batch(self, batch: Any) -> None:
-        """What :meth:`step` does first, for loops that cannot hold a block: the forward pass of a batch begins.
-
-        Raises:
-            ValueError: As :meth:`step`.
-        """
-        self._check_idle()
-        self._start()
-        self._settle()
-        self._batch, self._loss, self._is_open = batch, None, True
-        self._stepped = set()
-        self._host.num_batches += 1
-        self._measure(lambda: self._session.start_train_batch(batch, self._host.step, self._host.num_batches - 1))
-
-    def end_batch(self) -> None:
-        """What :meth:`step` does when its block ends: forward and backward pass of the batch are over.
-
-        Raises:
-            ValueError: As :meth:`step`.
-        """
-        self._is_open, self._is_waiting = False, True
-        self._measure(lambda: self._session.after_backward(is_last=True))
-        self._measure(self._check_loss)
-        if self._stepped:
-            self._finish()
-
-    def drop_batch(self) -> None:
-        """The batch under way has come to nothing: it is not counted."""
-        self._is_open = self._is_waiting = False
-        self._batch = self._loss = None
-        for measurement in self._session.measurements:
-            with suppress(Exception):
-                measurement.close()
-
-    def loss(self, loss: Tensor) -> Tensor:
-        """Tell the loss of the batch, before it is divided or scaled; of several the last is recorded.
-
-        Args:
-            loss: A tensor with one number, of which ``backward`` is called, or of a multiple of it.
-
-        Returns:
-            The same tensor.
-
-        Raises:
-            ValueError: If there is no batch under way, or it is not one number.
-        """
-        if not self._is_open:
-            raise ValueError("loss must be told within watch.step(batch), got it outside: call watch.loss(loss) there")
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"loss must be a tensor with one number, got {describe(loss)}")
-        value = loss.detach().clone().reshape(())  # what it is before a loop divides it in place
-        self._loss = value
-        if loss.requires_grad:
-            loss.register_hook(lambda gradient: self._before_backward(value, gradient))
-        return loss
+        self._loop.end_batch(self.num_steps + (not accumulates) if self._counts else None)
 
     @contextmanager
     def validation(self, loader: Any, num_batches: int | None = None) -> Iterator[Iterator[Any]]:
@@ -249,48 +150,35 @@ class SpectralWatch:
         Raises:
             ValueError: As :meth:`step`.
         """
-        self._check_idle()
+        self._loop.check_idle()
         if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 1):
             raise ValueError(f"num_batches must be a positive int, or None for all, got {describe(num_batches)}")
-        of = self._host.validation_pass(loader, num_batches)
-        self.start_validation(of)
+        of = self._loop.host.validation_pass(loader, num_batches)
+        self._loop.start_validation(of)
         batches = self._batches(loader, num_batches, None if of is None else of.num_batches)
         try:
             yield batches
         except BaseException:
             batches.close()
-            self._validated = None
+            self._loop.drop_validation()
             raise
         batches.close()
-        self.end_validation()
+        self._loop.end_validation()
 
-    def start_validation(self, of: Any = None) -> None:
-        """What :meth:`validation` does first, of a pass that is known or not, for loops that cannot hold a block."""
-        self._start()
-        self._settle()
-        for one in self._instruments:
-            if one.stage == "validate":
-                one.check_loader(1)
-        self._publish_pending()
-        self._validated = {}
-        self._measure(lambda: self._session.start_validation(self._host.step, False, [of]))
+    def loss(self, loss: Tensor, factor: float = 1.0) -> Tensor:
+        """Tell the loss of the batch, before it is divided or scaled; of several the last is recorded.
 
-    def start_validation_batch(self, batch: Any, index: int) -> None:
-        """A batch of a validation run begins."""
-        self._measure(lambda: self._session.start_validation_batch(batch, 0, self._host.step, False, index))
+        Args:
+            loss: A tensor with one number, of which ``backward`` is called, or of a multiple of it.
+            factor: What makes it the batch's own, where it was divided before: batches a step, say.
 
-    def end_validation_batch(self, is_last: bool) -> None:
-        """Its forward pass is over."""
-        self._measure(lambda: self._session.end_validation_batch(0, self._host.step, is_last))
-        self._measure(self._check_early)
+        Returns:
+            The same tensor.
 
-    def end_validation(self) -> None:
-        """What :meth:`validation` does last: reports are made, and what was logged within are its losses."""
-        logged, self._validated = self._validated or {}, None
-        self._measure(lambda: self._session.end_validation_rows(self._host.step))
-        self._of_each(lambda one: one.end_validation_rows(self._host))
-        self._measure(lambda: self._session.end_validation(self._host.step, logged, 1))
-        self._of_each(lambda one: one.end_validation(self._host))
+        Raises:
+            ValueError: If there is no batch under way, or it is not one number.
+        """
+        return self._loop.tell_loss(loss, factor)
 
     def log(self, metrics: Mapping[str, Any] | None = None, **named: Any) -> None:
         """Log numbers of one's own at this step: to the loggers, to :attr:`metrics`, and losses to the record.
@@ -302,28 +190,15 @@ class SpectralWatch:
         Raises:
             ValueError: For what is no number.
         """
-        given = {**(metrics or {}), **named}
-        try:
-            numbers = {key: float(value) for key, value in given.items()}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"metrics must be numbers by key, got {shown(given)}: {reason_of(error)}") from error
-        tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
-        self._host.metrics.update(tensors)
-        if self._validated is not None:
-            self._validated.update(tensors)
-        for one in self._host.loggers:
-            one.log_metrics(numbers, step=self._host.step)
+        self._loop.log({**(metrics or {}), **named})
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes: plain numbers, strings, lists, dictionaries and tensors.
 
-        It may be called on one rank alone; a report that is being made beside training there is not waited for.
+        It may be called on one rank alone; of several ranks a report that is being made beside training is not waited
+        for.
         """
-        if self._host.num_ranks == 1:
-            self._settle()
-            self._publish_pending()
-        states = {one.state_key: one.state() for one in self._instruments}
-        return {"step": self._host.step, "run": self._session.recorder.state_dict(), "instruments": states}
+        return self._loop.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, before the first batch.
@@ -331,28 +206,11 @@ class SpectralWatch:
         Raises:
             ValueError: After the first batch.
         """
-        if self._has_started:
-            raise ValueError("state_dict must be loaded before the first batch, got it after: make a new SpectralWatch")
-        self._host.step = state_dict["step"]
-        self._session.recorder.load_state_dict(state_dict["run"])
-        for one in self._instruments:
-            state = state_dict["instruments"].get(one.state_key)
-            if state is not None:
-                one.load_state_dict(state)
+        self._loop.load_state_dict(state_dict)
 
     def close(self) -> None:
         """End: print the tables of first and last reports, end the record, and take all hooks off. Once is enough."""
-        if self._is_closed:
-            return
-        self._settle()
-        if self._has_started:
-            self._publish_pending()
-            self._measure(lambda: self._session.end_training(self._host.step))
-            self._of_each(lambda one: one.end_fit(self._host))
-            for logger in self._host.loggers:
-                if callable(save := getattr(logger, "save", None)):
-                    self._measure(save)
-        self._leave()
+        self._loop.close()
 
     def __enter__(self) -> "SpectralWatch":
         return self
@@ -362,131 +220,21 @@ class SpectralWatch:
     ) -> None:
         if error is None:
             self.close()
-        elif not self._is_closed:
-            # As under a Trainer: what has stopped the loop is what should be seen.
-            with suppress(Exception):
-                if self._host.num_ranks == 1:
-                    self._publish_pending()
-                elif steps := self._session.abandon():
-                    rank_zero_info(f"SpectralWatch drops the report of step {steps[0]}, which was not ready")
-            self._leave()
-
-    @property
-    def _instruments(self) -> list[Any]:
-        return [one for one in self._participants if isinstance(one, Instrument)]
+        else:
+            self._loop.drop()
 
     def _batches(self, loader: Any, num_batches: int | None, length: int | None) -> Any:
         for index, batch in enumerate(loader):
             if index == num_batches:
                 return
-            batch = move_data_to_device(batch, self._host.device)
-            self.start_validation_batch(batch, index)
+            batch = move_data_to_device(batch, self._loop.host.device)
+            self._loop.start_validation_batch(batch, index)
             is_last = False
             try:
                 yield batch
                 is_last = length is not None and index + 1 >= length
             finally:
-                self.end_validation_batch(is_last)
-
-    def _start(self) -> None:
-        if self._has_started:
-            return
-        self._has_started = True
-        if (device := device_of(self._host.module)) != self._host.device:
-            raise ValueError(
-                f"model must be on its device when SpectralWatch is made, got {self._host.device} then and {device} "
-                "now: move it before"
-            )
-        self._session.start_training(self._host.step)
-        self._session.recorder.start(self._host.start())
-        self._of_each(lambda one: one.start_training(self._host))
-
-    def _settle(self) -> None:
-        """End the batch that waits for a step of the optimizer: none came."""
-        if self._is_waiting:
-            self._finish()
-
-    def _finish(self) -> None:
-        batch, loss = self._batch, self._loss
-        self._is_waiting, self._batch, self._loss = False, None, None
-        self._measure(lambda: self._session.end_train_batch(batch, loss, self._host.step))
-        self._of_each(lambda one: one.take_report(self._host))
-
-    def _before_backward(self, loss: Tensor, gradient: Tensor) -> None:
-        factor = gradient.detach()
-        self._measure(lambda: self._session.before_backward(lambda: float(factor), loss * factor))
-
-    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_open or self._is_waiting:
-            self._measure(lambda: self._session.before_optimizer_step(optimizer))
-
-    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._host.count_step()
-        self._stepped.add(id(optimizer))
-        if self._is_waiting and len(self._stepped) == len(self._optimizers):
-            self._finish()
-
-    def _check_loss(self) -> None:
-        """Rows off a backward pass are of the size of its loss, which nobody else can tell."""
-        if self._loss is not None:
-            return
-        for measurement in self._session.measurements:
-            if isinstance(measurement, BackwardGradients) and measurement.is_collecting:
-                error = ValueError(
-                    "loss must be told by watch.loss(loss) within watch.step(batch), for method='hooks' reads its "
-                    "backward pass: call it there, or use method='vmap'"
-                )
-                if self._is_early:
-                    raise error
-                measurement.fail(error)
-
-    def _check_early(self) -> None:
-        for one in self._instruments:
-            one.check_early()
-
-    def _check_idle(self) -> None:
-        if self._is_closed:
-            raise ValueError("watch is closed, and watches nothing any more: make a new SpectralWatch")
-        if self._is_open:
-            raise ValueError("watch.step must have ended before another block begins: end the one of the batch before")
-        if self._validated is not None:
-            raise ValueError("watch.validation must have ended before another block begins: end it before")
-
-    @property
-    def _is_early(self) -> bool:
-        return all(measurement.report is None for measurement in self._session.measurements)
-
-    def _measure(self, work: Callable[[], Any]) -> None:
-        """Do what may fail without ending the loop, but for arguments that do not fit, which show early."""
-        is_early = self._is_early
-        try:
-            work()
-        except Exception as error:
-            if is_early and isinstance(error, ValueError):
-                self._leave()
-                raise
-            self._warner.warn(f"goes on without what failed: {reason_of(error)}", on_this_rank=True)
-
-    def _of_each(self, work: Callable[[Participant], Any]) -> None:
-        for participant in self._participants:
-            self._measure(lambda one=participant: work(one))  # type: ignore[misc]
-
-    def _publish_pending(self) -> None:
-        self._of_each(lambda one: one.publish_pending(self._host))
-
-    def _leave(self) -> None:
-        self._is_closed, self._is_open, self._is_waiting = True, False, False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for participant in self._participants:
-            participant.leave()
-
-
-def _listed(given: Any) -> list[Any]:
-    if given is None or given is False:
-        return []
-    return list(given) if isinstance(given, Sequence) else [given]
+                self._loop.end_validation_batch(is_last)
 
 
 def _plain_optimizer(optimizer: Any) -> Any:
@@ -499,14 +247,3 @@ def _plain_optimizer(optimizer: Any) -> Any:
             "without optimizer each watch.step is a step"
         )
     return optimizer
-
-
-def _chosen(name: str, given: Any, kind: type, needs: str | None = None) -> Any:
-    if given is None or given is False:
-        return None
-    if given is True and needs is None:
-        return kind()
-    if not isinstance(given, kind):
-        remedy = f"give True or {kind.__name__}(...)" if needs is None else f"give {needs}"
-        raise ValueError(f"{name} must be a {kind.__name__}, got {shown(given)}: {remedy}")
-    return given

@@ -29,7 +29,8 @@ ALLOWED = {
         *("runs", "recording", "advice", "documentation", "terminal", "warner"),
     },
     "probing": {"functional", "metrics", "capture", "measurement", "callbacks", "runs", "terminal"},
-    "watch": {"functional", "capture", "measurement", "callbacks", "warner"},
+    "watch": {"functional", "capture", "callbacks"},
+    "integrations": {"capture", "callbacks", "warner"},
     "nanogpt": set(),
 }
 """What each part may import of ours; `__init__` and the command line may import anything."""
@@ -72,6 +73,15 @@ def test_foreign_imports_are_few(part: str) -> None:
     for path in files_of(part):
         roots = {name.split(".")[0] for name in imported_modules(path)} - {"lightning_spectral"}
         assert roots <= FOREIGN[part] | sys.stdlib_module_names, path
+
+
+def test_other_frameworks_are_imported_by_their_own_file_alone() -> None:
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if {name.split(".")[0] for name in imported_modules(path)} & {"transformers", "accelerate"}
+    }
+    assert importers == {"integrations/transformers.py"}  # which no other part may import, by the table
 
 
 def test_every_part_is_in_the_table() -> None:

@@ -299,7 +299,7 @@ def test_steps_without_an_optimizer_are_blocks() -> None:
     watch = SpectralWatch(Network(), ActivationSpectrum(every_n_steps=2, num_groups=1, overlap=False))
     for index, batch in enumerate(token_loader(32)):
         with watch.step(batch, accumulates=index % 2 == 0):
-            loss_of(watch._host.module, batch).backward()
+            loss_of(watch._loop.host.module, batch).backward()
     assert watch.num_steps == 4
     assert watch.metrics["activation/blocks.0/num_tokens"] == 2 * 2 * 32  # the two steps before the report
 
@@ -475,7 +475,7 @@ def test_a_model_that_is_moved_afterwards_is_refused() -> None:
     watch = SpectralWatch(network, activations=True)
     network.to("meta")
     with pytest.raises(ValueError, match="model must be on its device when SpectralWatch is made, got cpu then"):
-        watch.start_batch(next(iter(token_loader())))
+        watch._loop.start_batch(next(iter(token_loader())))
 
 
 def test_a_forecast_is_made_and_asks_to_stop(tmp_path: Path) -> None:
@@ -537,7 +537,7 @@ def of_a_rank(rank: int, folder: str, world: int) -> dict[str, float]:
         with watch.validation(DataLoader(held_out, batch_size=4)) as batches, torch.no_grad():
             losses = [loss_of(model, batch) for batch in batches]
             watch.log(val_loss=torch.stack(losses).mean())
-    host = watch._host
+    host = watch._loop.host
     assert host.broadcast([rank]) == [0]
     assert float(host.mean(torch.tensor(float(rank)))) == (world - 1) / 2
     assert host.any(rank == world - 1)

@@ -95,9 +95,9 @@ class LoopHost:
         """For whoever asks."""
         self.should_stop = True
 
-    def count_step(self) -> None:
-        """An optimizer has stepped."""
-        self.step += 1
+    def count_step(self, step: int) -> None:
+        """So many times optimizers have stepped by now."""
+        self.step = step
         self._per_step = self.num_batches / max(self.step - self._start, 1)
 
     def start(self) -> Start:

@@ -72,11 +72,10 @@ def pass_of(loader: Any, num_batches: float, world: int = 1) -> Pass | None:
     if isinf(num_batches) or num_batches < 1:
         return None
     num_batches = int(num_batches)
-    size = loader.batch_size if isinstance(loader, DataLoader) else None
-    if size is None or not isinstance(loader.batch_sampler, BatchSampler):
+    size, sampler = _batched(loader)
+    if size is None:
         return Pass(num_batches)
     try:
-        sampler = loader.sampler
         num_samples = len(sampler)
         deals = isinstance(sampler, DistributedSampler)
         of_all = len(sampler.dataset) if deals else num_samples * world
@@ -84,3 +83,12 @@ def pass_of(loader: Any, num_batches: float, world: int = 1) -> Pass | None:
         return Pass(num_batches)
     most = num_batches * size
     return Pass(num_batches, min(num_samples, most), size, min(of_all, most * world))
+
+
+def _batched(loader: Any) -> tuple[int | None, Any]:
+    """Samples of each batch, None where a loader has a rule of its own, and what samples them."""
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    if isinstance(batches, BatchSampler) and loader.batch_size is not None:
+        return loader.batch_size, loader.sampler
+    # Handed over by whoever made the loader anew, as accelerate does.
+    return (batches.batch_size, batches.sampler) if type(batches) is BatchSampler else (None, None)

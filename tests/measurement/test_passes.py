@@ -7,7 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from lightning_spectral.capture.batch import Samples
 from lightning_spectral.measurement.collector import Collector
@@ -88,6 +95,8 @@ def test_a_pass_is_as_long_as_its_loader_says() -> None:
     sampler = DistributedSampler(data, num_replicas=4, rank=1, shuffle=False)  # pads 50 to 52
     assert pass_of(DataLoader(data, batch_size=4, sampler=sampler), 4) == Pass(4, 13, 4, 16)
     assert pass_of(DataLoader(data, batch_sampler=[[0, 1], [2]]), 2) == Pass(2)
+    handed_over = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 3, drop_last=False))
+    assert pass_of(handed_over, 4) == pass_of(DataLoader(data, 3), 4)
     assert pass_of([1, 2, 3], 3) == Pass(3)
     assert pass_of(DataLoader(Stream()), 5) == Pass(5)
     assert pass_of(DataLoader(Stream()), math.inf) is None

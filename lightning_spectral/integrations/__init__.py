@@ -1,0 +1,1 @@
+"""The same in the loops of other frameworks: each file imports its framework, and nobody imports the file unasked."""

@@ -1,0 +1,295 @@
+"""The callback for the Trainer of Hugging Face's transformers, over the same core as those for Lightning's."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from lightning_spectral.callbacks import ActivationSpectrum, GradientSpectrum, HeadDrift, RunRecord, TailForecaster
+from lightning_spectral.callbacks.instruments import instruments_of, loggers_of
+from lightning_spectral.callbacks.loop import Loop
+from lightning_spectral.callbacks.loop_host import LoopHost
+from lightning_spectral.capture.one_line import reason_of
+from lightning_spectral.capture.shadow import LossFunction, load_loss
+from lightning_spectral.warner import Warner
+
+STATE = "lightning_spectral.pt"
+"""What a checkpoint's folder holds of ours."""
+
+NUM_ITEMS = "num_items_in_batch"
+"""What the Trainer tells a model of all batches of a step; the loss is divided by it."""
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of a model of transformers, as its forward pass gives it: the mean over the batch it gets."""
+    output = model(**batch)
+    return output["loss"] if isinstance(output, Mapping) else output[0]
+
+
+class HFSpectralCallback(TrainerCallback):
+    """Measures, logs and records under the Trainer of transformers what :class:`SpectralWatch` does in any loop.
+
+    The batch is what the model is called with, which forward hooks on it see: the first call in each training step, and
+    in each step of an evaluation that the Trainer has announced (``control.should_evaluate``). So masks are named as
+    the model calls them, ``mask="attention_mask"``. Steps are the Trainer's ``global_step``, validation losses what it
+    evaluates (``eval_loss``), the training loss and the loss of single samples what the model returns. Where the
+    Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the mean over the
+    batch's own again, and samples are measured by their own means. Where something else is trained
+    (``compute_loss_func``, a ``compute_loss`` of one's own), gradients are NaN with that reason, unless the
+    GradientSpectrum has a ``loss_fn``.
+
+    Checkpoints hold a file ``lightning_spectral.pt``, from which a resumed run goes on.
+
+    Args:
+        activations: As :class:`SpectralWatch` takes it.
+        gradients: Likewise.
+        drift: Likewise.
+        forecast: Likewise; it ends training by ``control.should_training_stop``.
+        record: Likewise.
+        loss_fn: ``loss_fn(model, batch) -> loss``, or its import path; None for the loss that the model returns.
+        logger: As :class:`SpectralWatch` takes it. The Trainer's own reports know nothing of the values.
+        log_dir: Where the record is written; None for the log directory of the first logger, else ``output_dir``.
+        trainer: The Trainer, which knows how long an evaluation is: rows are then read spread over all of it, as under
+            Lightning's, else the first. ``trainer.add_callback(HFSpectralCallback(..., trainer=trainer))``.
+
+    Raises:
+        ValueError: For arguments out of range; when training begins for what does not fit the model, models that are
+            not whole on each rank, ``torch_compile``, and gradients under ``label_smoothing_factor``.
+
+    Example:
+        >>> callback = HFSpectralCallback(activations=ActivationSpectrum(mask="attention_mask"))
+    """
+
+    def __init__(
+        self,
+        *,
+        activations: bool | ActivationSpectrum | None = None,
+        gradients: bool | GradientSpectrum | None = None,
+        drift: bool | HeadDrift | None = None,
+        forecast: TailForecaster | None = None,
+        record: RunRecord | None = None,
+        loss_fn: str | LossFunction | None = None,
+        logger: Any = None,
+        log_dir: str | Path | None = None,
+        trainer: Any = None,
+    ) -> None:
+        self._instruments = instruments_of(activations, gradients, drift, forecast, record)
+        self._has_gradients = bool(gradients)
+        self._loss_fn = load_loss(loss_fn) or model_loss
+        self._loggers, self._log_dir, self._trainer = loggers_of(logger), log_dir, trainer
+        self._warner = Warner(type(self).__name__)
+        self._loop: Loop | None = None
+        self._handles: list[Any] = []
+        self._is_stepping = self._is_in_batch = False
+        self._may_evaluate = self._is_evaluating = self._is_in_evaluated = False
+        self._index = 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Latest values, by key."""
+        return {} if self._loop is None else {key: float(one) for key, one in self._loop.host.metrics.items()}
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave()
+        _check(args, self._has_gradients)
+        model, output = kwargs["model"], Path(args.output_dir or ".")
+        folder = output if self._log_dir is None and not self._loggers else self._log_dir
+        optimizers = [one for one in [kwargs.get("optimizer")] if one is not None]
+        host = LoopHost(model, self._loggers, folder, self._loss_fn, optimizers)
+        self._loop = Loop(host, self._instruments, who=type(self).__name__)
+        self._resume(self._loop, output, state.global_step)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        self._is_stepping = self._is_in_batch = self._is_evaluating = self._is_in_evaluated = False
+        self._may_evaluate = bool(args.eval_on_start)
+
+    @override
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_evaluation({})
+        self._may_evaluate, self._is_stepping = False, True
+
+    @override
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_batch(state.global_step)
+
+    @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._loop is not None and (optimizer := kwargs.get("optimizer")) is not None:
+            self._loop.before_optimizer_step(optimizer)
+
+    @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._end_batch(state.global_step)
+        self._is_stepping = False
+        self._look_at(control)
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._look_at(control)
+
+    @override
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Callbacks after this one may have asked for an evaluation, which comes after the log.
+        self._look_at(control)
+
+    @override
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._loop is None or not self._is_in_evaluated:
+            return
+        self._is_in_evaluated = False
+        try:
+            is_last = self._index >= len(kwargs["eval_dataloader"])
+        except (KeyError, TypeError):
+            is_last = False
+        self._loop.end_validation_batch(is_last)
+
+    @override
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        self._end_evaluation({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
+        self._look_at(control)
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._loop is None or not state.is_world_process_zero:
+            return
+        try:
+            torch.save(self._loop.state_dict(), _state_of(Path(args.output_dir or "."), state.global_step))
+        except Exception as error:  # a checkpoint without it is one
+            self._warner.warn(f"could not save its state in the checkpoint: {reason_of(error)}")
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_evaluation({})
+        self._unhook()
+        if self._loop is not None:
+            self._loop.close()
+
+    def _resume(self, loop: Loop, output: Path, step: int) -> None:
+        file = _state_of(output, step)
+        if step > 0 and file.exists():
+            loop.load_state_dict(torch.load(file, weights_only=True))
+        elif step > 0:
+            self._warner.warn(f"begins anew at step {step}: there is no {file}, which would know of steps before")
+        loop.start_at(step)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        loop = self._loop
+        if loop is None or loop.is_closed:
+            return
+        if model.training:
+            if self._is_stepping and not self._is_in_batch:
+                self._is_in_batch = True
+                loop.start_batch(_batch_of(model, args, kwargs))
+        elif self._may_evaluate and not self._is_in_evaluated:
+            if not self._is_evaluating:
+                self._is_evaluating, self._index = True, 0
+                loader = None if self._trainer is None else self._trainer.callback_handler.eval_dataloader
+                loop.start_validation(None if loader is None else loop.host.validation_pass(loader, None))
+            self._is_in_evaluated = True
+            loop.start_validation_batch(_batch_of(model, args, kwargs), self._index)
+            self._index += 1
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        loop = self._loop
+        if loop is None or not (model.training and self._is_in_batch) or loop.is_closed:
+            return
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loop.tell_loss(loss, _factor(model, kwargs))
+
+    def _end_batch(self, step: int) -> None:
+        if self._loop is not None and self._is_in_batch:
+            self._is_in_batch = False
+            self._loop.end_batch(step)
+
+    def _end_evaluation(self, metrics: dict[str, float]) -> None:
+        if self._loop is not None and self._is_evaluating:
+            self._is_evaluating = self._is_in_evaluated = False
+            self._loop.log(metrics)
+            self._loop.end_validation()
+
+    def _look_at(self, control: TrainerControl) -> None:
+        self._may_evaluate |= control.should_evaluate
+        if self._loop is not None and self._loop.host.should_stop:
+            control.should_training_stop = True
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _leave(self) -> None:
+        """A run that was given up has left its hooks."""
+        self._unhook()
+        if self._loop is not None and not self._loop.is_closed:
+            self._loop.drop()
+
+
+def _state_of(output: Path, step: int) -> Path:
+    """Ours in the Trainer's checkpoint of a step."""
+    return output / f"checkpoint-{step}" / STATE
+
+
+def _check(args: TrainingArguments, has_gradients: bool) -> None:
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile must be False under HFSpectralCallback, got True: what a compiled model is called with "
+            "cannot be seen"
+        )
+    if getattr(args, "deepspeed", None):
+        raise ValueError("deepspeed must be None under HFSpectralCallback: it leaves no rank whole parameters")
+    if args.n_gpu > 1:
+        raise ValueError(f"n_gpu must be at most 1 under HFSpectralCallback, got {args.n_gpu}: launch by torchrun")
+    if has_gradients and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor must be 0 for gradients, got {args.label_smoothing_factor}: the Trainer keeps the "
+            "labels that the loss of a sample needs"
+        )
+
+
+def _batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with, by name."""
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
+    return {name: value for name, value in named.items() if name != NUM_ITEMS and value is not None}
+
+
+def _factor(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | float:
+    """What makes a loss that was divided by the tokens of all batches of a step the mean over those of this batch.
+
+    By whose rule the tokens are counted is seen by the model's loss function; of others' make none is known.
+    """
+    loss_function: Any = getattr(model, "loss_function", None)
+    total = batch.get(NUM_ITEMS)
+    if total is None or not getattr(loss_function, "__module__", "").startswith("transformers.loss"):
+        return 1.0
+    labels, shifted = batch.get("labels"), batch.get("shift_labels")
+    if not isinstance(labels, Tensor):
+        return 1.0
+    if shifted is not None:
+        labels = shifted
+    elif loss_function.__name__ == "ForCausalLMLoss":
+        labels = labels[..., 1:]
+    return total / labels.ne(-100).sum().clamp(min=1)

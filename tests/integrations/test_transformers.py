@@ -1,0 +1,323 @@
+"""Under the Trainer of transformers a model is measured as under Lightning's: the same numbers, keys and records."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, cli, compare, forecast
+from lightning_spectral.integrations.transformers import HFSpectralCallback
+from tests.callbacks.test_do_no_harm import assert_identical
+from tests.models import tiny_trainer
+
+LENGTH = 12
+WEIGHTS = "transformer.h.*.attn.c_proj.weight"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*use_cpu.*")
+
+
+class Padded(Dataset):
+    """Sequences of unequal lengths, padded, whose padding counts in no loss."""
+
+    def __init__(self, num_samples: int = 64, seed: int = 0, num_lengths: int = 4) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self.num_lengths = num_lengths
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        tokens = torch.randint(40, (LENGTH,), generator=generator)
+        mask = (torch.arange(LENGTH) < LENGTH - index % self.num_lengths).long()
+        return {"input_ids": tokens, "attention_mask": mask, "labels": torch.where(mask == 1, tokens, -100)}
+
+
+def gpt2(dropout: float = 0.0, num_layers: int = 3) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=40,
+        n_positions=LENGTH,
+        n_embd=32,
+        n_layer=num_layers,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    # By the class's name the Trainer does not know that labels are shifted, and divides by too many of them.
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 4}
+    steps = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
+    fit = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+    }
+    fit |= {"max_grad_norm": 0.0, "optim": "adamw_torch", "weight_decay": 0.0, "train_sampling_strategy": "sequential"}
+    return TrainingArguments(str(folder), **(quiet | steps | fit | kwargs))
+
+
+def trainer_of(folder: Path, model: nn.Module | None = None, num_lengths: int = 4, **kwargs: Any) -> Trainer:
+    data = {"train_dataset": Padded(64, 0, num_lengths), "eval_dataset": Padded(16, 1, num_lengths)}
+    return Trainer(gpt2() if model is None else model, arguments(folder, **kwargs), **data)
+
+
+def instruments(start: str = "", method: str = "loop", **kwargs: Any) -> dict[str, Any]:
+    gradients = {"num_samples": 16, "method": method} | kwargs
+    return {
+        "activations": ActivationSpectrum(every_n_steps=4, num_tokens=1000, mask="attention_mask", overlap=False),
+        "gradients": GradientSpectrum(f"{start}{WEIGHTS}", every_n_steps=4, **gradients),
+        "drift": HeadDrift(rank=4, every_n_steps=4, num_tokens=96, mask="attention_mask"),
+    }
+
+
+class Lightning(LightningModule):
+    """The same model, data and steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt2()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("eval_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.0)
+
+
+def under_lightning(folder: Path, given: dict[str, Any], num_lengths: int = 4, **kwargs: Any) -> dict[str, float]:
+    limits = {"max_steps": 8, "val_check_interval": 4, "num_sanity_val_steps": 0}
+    trainer = tiny_trainer(folder, callbacks=[*given.values(), RunRecord(family="F")], **(limits | kwargs))
+    trainer.fit(Lightning(), DataLoader(Padded(64, 0, num_lengths), 4), DataLoader(Padded(16, 1, num_lengths), 8))
+    found = {key.replace("model.transformer", "transformer"): float(v) for key, v in trainer.callback_metrics.items()}
+    return {key: value for key, value in found.items() if "/" in key and "seconds" not in key}
+
+
+def numbers(callback: HFSpectralCallback) -> dict[str, float]:
+    return {key: value for key, value in callback.metrics.items() if "/" in key and "seconds" not in key}
+
+
+def watched(folder: Path, given: dict[str, Any], **kwargs: Any) -> HFSpectralCallback:
+    """A whole run."""
+    trainer = trainer_of(folder, **kwargs)
+    callback = HFSpectralCallback(**given, record=RunRecord(family="F"), trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    return callback
+
+
+def assert_same(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_numbers_keys_and_record_are_those_of_the_callbacks(tmp_path: Path, method: str) -> None:
+    expected = under_lightning(tmp_path / "lightning", instruments("model.", method))
+    found = numbers(watched(tmp_path / "hf", instruments("", method)))
+    assert_same(found, expected)
+    assert found["activation/failed"] == found["gradient/failed"] == found["drift/failed"] == 0
+    assert found["activation/transformer.h.0/num_tokens"] == 4 * (12 + 11 + 10 + 9)  # without padding
+    runs = [Run(tmp_path / name) for name in ("lightning", "hf")]
+    for name in ("step", "tokens", "train_loss", "val_loss"):
+        mine, theirs = (getattr(run.history, name) for run in runs)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, err_msg=name)
+    same = ("batch_tokens", "validation_data", "validation_samples", "val_loss", "world_size")
+    assert [runs[0].about[key] for key in same] == [runs[1].about[key] for key in same]
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_accumulation_is_seen(tmp_path: Path, method: str) -> None:
+    """Under it the Trainer has each loss divided by the tokens of all batches of a step."""
+    kwargs = {"accumulate_grad_batches": 2, "val_check_interval": 8}
+    expected = under_lightning(tmp_path / "lightning", instruments("model.", method), 1, **kwargs)
+    found = numbers(watched(tmp_path / "hf", instruments("", method), num_lengths=1, gradient_accumulation_steps=2))
+    assert_same(found, expected)
+    runs = [Run(tmp_path / name) for name in ("lightning", "hf")]
+    np.testing.assert_allclose(runs[0].history.train_loss, runs[1].history.train_loss, rtol=1e-5)
+    assert runs[0].about["batch_tokens"] == runs[1].about["batch_tokens"] == 96
+
+
+def test_a_model_whose_labels_the_trainer_miscounts_passes_the_self_check(tmp_path: Path) -> None:
+    model = gpt2()
+    model.loss_type = None
+    callback = watched(tmp_path, {"gradients": instruments()["gradients"]}, model=model)
+    assert callback.metrics["gradient/failed"] == 0
+    assert not math.isnan(callback.metrics["gradient/transformer.h.0.attn.c_proj.weight/alpha_tail"])
+
+
+class Custom(Trainer):
+    """Trains something else than what the model returns."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return model(**inputs).logits.square().mean()
+
+
+def test_gradients_of_another_loss_than_is_trained_are_nan(tmp_path: Path) -> None:
+    trainer = Custom(gpt2(), arguments(tmp_path, max_steps=4, eval_strategy="no"), train_dataset=Padded())
+    callback = HFSpectralCallback(gradients=instruments()["gradients"])
+    trainer.add_callback(callback)
+    with pytest.warns(UserWarning, match="NaN, because no backward pass went through the loss that was told"):
+        trainer.train()
+    assert math.isnan(callback.metrics["gradient/transformer.h.0.attn.c_proj.weight/alpha_tail"])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # as it is called in the oldest version
+def test_training_is_bit_identical(tmp_path: Path) -> None:
+    def trained(given: dict[str, Any]) -> tuple[Any, ...]:
+        model = gpt2(dropout=0.1)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer = trainer_of(tmp_path / "run", model, seed=3)
+        callback = HFSpectralCallback(**given)
+        if given:
+            trainer.add_callback(callback)
+        trainer.train()
+        hooks = [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in trainer.model.modules()]
+        logged = [{key: value for key, value in one.items() if "loss" in key} for one in trainer.state.log_history]
+        rows = callback.metrics.get("activation/transformer.h.0/num_tokens")
+        return trainer.model.state_dict(), torch.get_rng_state(), hooks, logged, rows
+
+    *expected, nothing = trained({})
+    *found, rows = trained(instruments())
+    assert nothing is None
+    assert rows == 4 * 42  # what checkpointing repeats is not counted
+    assert_identical(found, expected)
+
+
+def test_without_the_trainer_the_first_rows_of_an_evaluation_are_read(tmp_path: Path) -> None:
+    drift = HeadDrift(rank=4, every_n_steps=4, num_tokens=96)
+    trainer = Trainer(
+        gpt2(),
+        arguments(tmp_path),
+        train_dataset=Padded(),
+        eval_dataset=Padded(16, 1),
+        callbacks=[HFSpectralCallback(drift=drift, log_dir=tmp_path / "elsewhere")],
+    )
+    readings = []
+    trainer.add_callback(Spy(lambda: readings.append(drift.measurement and drift.measurement.reading)))
+    trainer.train()
+    assert readings[0] == "the first of a pass whose length is not known"
+    assert Run(tmp_path / "elsewhere").steps("activation") == [4, 8]
+
+
+class Spy(TrainerCallback):
+    """Looks after each evaluation."""
+
+    def __init__(self, look: Any) -> None:
+        self.look = look
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.look()
+
+
+def test_a_forecaster_ends_training(tmp_path: Path) -> None:
+    callback = HFSpectralCallback(activations=ActivationSpectrum(every_n_steps=2, num_groups=1, overlap=False))
+    trainer = trainer_of(tmp_path)
+    trainer.add_callback(callback)
+    trainer.add_callback(Spy(lambda: callback._loop.host.stop()))
+    trainer.train()
+    assert trainer.state.global_step == 5  # the evaluation after step 4 was the last before
+
+
+def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    def part(**kwargs: Any) -> tuple[dict[str, float], Run]:
+        trainer = trainer_of(tmp_path / "run", save_strategy="steps", save_steps=4)
+        drift = HeadDrift(rank=4, every_n_steps=2, stage="train", num_tokens=96, overlap=False)
+        callback = HFSpectralCallback(drift=drift)
+        trainer.add_callback(callback)
+        trainer.train(**kwargs)
+        return numbers(callback), Run(tmp_path / "run")
+
+    expected, whole = part()
+    found, resumed = part(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
+    assert resumed.history.tokens[-1] == whole.history.tokens[-1] == 8 * 48
+    assert resumed.steps("activation") == [2, 4, 6, 8]
+
+
+def test_a_run_without_a_state_says_so(tmp_path: Path) -> None:
+    trainer_of(tmp_path, save_strategy="steps", save_steps=4).train()
+    trainer = trainer_of(tmp_path)
+    trainer.add_callback(HFSpectralCallback(activations=ActivationSpectrum(every_n_steps=2, num_groups=1)))
+    with (
+        pytest.warns(UserWarning, match="HFSpectralCallback begins anew at step 4: there is no"),
+        pytest.warns(UserWarning, match="RunRecord cannot tell how many tokens the first 4 steps took"),
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert math.isnan(Run(tmp_path).history.tokens[-1])
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"torch_compile": True}, {}, "torch_compile must be False"),
+    ({"label_smoothing_factor": 0.1}, {"gradients": GradientSpectrum(WEIGHTS)}, "label_smoothing_factor must be 0"),
+    ({}, {"activations": ActivationSpectrum("nothing.*")}, "matches no layer"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "given", "message"), REFUSED, ids=[message[:14] for *_, message in REFUSED])
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, kwargs: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    trainer = trainer_of(tmp_path)
+    callback = HFSpectralCallback(**given)
+    for name, value in kwargs.items():
+        setattr(trainer.args, name, value)
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+
+
+def copying(folder: Path, batch_size: int, seed: int, steps: int) -> None:
+    """A run that learns to repeat itself."""
+    model = gpt2(num_layers=2)
+    kwargs = {"max_steps": steps, "per_device_train_batch_size": batch_size, "seed": seed}
+    trainer = Trainer(model, arguments(folder, **kwargs), train_dataset=Same(), eval_dataset=Same(16))
+    spectrum = ActivationSpectrum("transformer.h.1", every_n_steps=4, num_tokens=96, num_groups=2, stage="validate")
+    trainer.add_callback(HFSpectralCallback(activations=spectrum, trainer=trainer))
+    trainer.train()
+
+
+class Same(Padded):
+    """One token again and again."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = super().__getitem__(index)["input_ids"][:1].expand(LENGTH).contiguous()
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def test_its_runs_are_shown_compared_and_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for batch_size in (2, 4, 8):
+        for seed in (0, 1):
+            copying(tmp_path / f"{batch_size}-{seed}", batch_size, seed, 40)
+    copying(tmp_path / "new", 4, 2, 8)
+    cli.main(["show", str(tmp_path / "2-0")])
+    assert "transformer.h.1" in capsys.readouterr().out
+    assert not compare(str(tmp_path / "2-*"), str(tmp_path / "8-*")).left_out
+    (found,) = forecast(str(tmp_path / "*"), target=2.9)
+    (new,) = found.forecasts
+    assert new.reason is None
+    assert new.low < new.value < new.high
