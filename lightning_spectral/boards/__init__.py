@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_spectral.boards import comet, mlflow, tensorboard, wandb
-from lightning_spectral.boards.board import Board
+from lightning_spectral.boards.board import Board, Margin
 from lightning_spectral.boards.figure import spectrum_figure
 from lightning_spectral.boards.histogram import Histogram, log10_histogram
 
@@ -12,6 +12,7 @@ __all__ = [
     "BOARDS",
     "Board",
     "Histogram",
+    "Margin",
     "boards_of",
     "log10_histogram",
     "spectrum_figure",

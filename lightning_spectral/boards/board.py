@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lightning_spectral.boards.histogram import Histogram
 
@@ -10,6 +10,14 @@ if TYPE_CHECKING:  # matplotlib takes a while to import, and a run without figur
     from matplotlib.figure import Figure
 
 METHODS = ("histogram", "figure", "table", "charts", "artifact")
+
+
+class Margin(NamedTuple):
+    """The tags of a chart of one scalar within its interval."""
+
+    value: str
+    low: str
+    high: str
 
 
 class Board:
@@ -42,7 +50,7 @@ class Board:
         """Keep a table: by heading, equally many Python numbers or strings."""
 
     def charts(self, category: str, charts: Mapping[str, Sequence[str]]) -> None:
-        """Lay out charts of several scalars each, given by exact tags; those laid out already are not written again."""
+        """Lay out charts of scalars, given by exact tags: lines, or a margin; what is there is not written again."""
 
     def artifact(self, folder: Path, name: str) -> None:
         """Keep a copy of all files below a folder; its name is of letters, digits, dots, dashes and underscores."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_spectral.boards.board import Board
+from lightning_spectral.boards.board import Board, Margin
 from lightning_spectral.boards.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -50,8 +50,15 @@ class TensorBoardBoard(Board):
     def charts(self, category: str, charts: Mapping[str, Sequence[str]]) -> None:
         """The last layout in a run replaces those before it, so the union of all that was asked is written again."""
         layout = _layouts.setdefault(self.logger.experiment, {})
-        wanted = {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+        wanted = {title: _chart(tags) for title, tags in charts.items()}
         if layout.get(category, {}).items() >= wanted.items():
             return
         layout.setdefault(category, {}).update(wanted)
         self.logger.experiment.add_custom_scalars(layout)
+
+
+def _chart(tags: Sequence[str]) -> list[Any]:
+    """As SummaryWriter has it: a margin's tags are taken as they are, those of lines are patterns."""
+    return (
+        ["Margin", list(tags)] if isinstance(tags, Margin) else ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+    )

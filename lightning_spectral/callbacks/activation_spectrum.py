@@ -13,6 +13,7 @@ from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.overview import mean_of_all
 from lightning_spectral.callbacks.rankme_alarm import ALARM, RankMeAlarm
 from lightning_spectral.callbacks.readout import ReadoutMember
 from lightning_spectral.capture.batch import load_cutter
@@ -129,6 +130,7 @@ class ActivationSpectrum(LayersCallback):
         "head_share",
         "num_tokens",
     )
+    headlines = ("tail_exponent", "rankme_share")
 
     def __init__(
         self,
@@ -262,6 +264,14 @@ class ActivationSpectrum(LayersCallback):
         if self._alarm.is_set:
             beside[ALARM] = self._sound_alarm(report)
         return beside | {f"activation/{name}/{key}": row[key] for name, row in rows.items() for key in self.quantities}
+
+    @override
+    def headline(self) -> dict[str, float]:
+        rows = self.last_rows
+        return {
+            "tail_exponent": mean_of_all(row["alpha_tail"] for row in rows),
+            "rankme_share": mean_of_all(row["rankme"] / row["width"] for row in rows),
+        }
 
     def _sound_alarm(self, report: Report) -> float:
         for message in self._alarm.look(report.step, self.spectra(report)):

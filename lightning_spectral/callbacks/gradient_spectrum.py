@@ -34,6 +34,9 @@ WEIGHTS_RATIO = "gradient/sample_weights_ratio"
 WHOLE_MODEL = ""
 """What stands for a parameter's name where all are meant."""
 
+MEASURED = "*"
+"""What stands for one where those are meant that are measured, together."""
+
 NOISE_QUANTITIES = ("noise_scale", "noise_scale_low", "noise_scale_high", "noise_scale_smoothed")
 
 SHARDING = ("FSDP", "DeepSpeed")
@@ -176,6 +179,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         "grad_norm",
         "num_samples",
     )
+    headlines = ("tokens_in_batch", "tokens_in_noise_scale")
     weight_quantities = ("alpha_tail", "r2_tail", "alpha_head", "rankme")
     measurement: GradientMeasurement | None
 
@@ -231,6 +235,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         self._unchecked: list[str] = []
         self._smoothed = SmoothedNoise(float(noise_decay))
         self._last_noise: dict[str, Any] = {}
+        self._last_smoothed = nan
         self.display = Display(
             self.kind,
             charts={name: [name] for name in ("alpha_tail", "alpha_head", "rankme", "noise_scale", "grad_norm")},
@@ -345,11 +350,11 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         if self._has_whole_key:
             whole = report.noise if self._is_whole_model else NoiseSums.missing()
             values |= {f"gradient/{key}": value for key, value in self._noise(WHOLE_MODEL, whole).items()}
-        self._note_noise(report)
+        self._note_noise(report, values["gradient/noise_scale_smoothed"] if self._is_whole_model else None)
         return values
 
-    def _note_noise(self, report: GradientReport) -> None:
-        """Remember the noise scale of all that is measured."""
+    def _note_noise(self, report: GradientReport, smoothed: float | None) -> None:
+        """Remember the noise scale of all that is measured; its smoothed one is known where that is the whole model."""
         together = report.noise
         interval = together.interval
         self._last_noise = {
@@ -359,6 +364,13 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
             "num_parameters": None if self._is_whole_model else len(report.parameters),
             "step": report.step,
         }
+        self._last_smoothed = self._smoothed.update(MEASURED, together) if smoothed is None else smoothed
+
+    @override
+    def headline(self) -> dict[str, float]:
+        size = self._step_size
+        noise_scale = self._last_smoothed * size.tokens_per_sample
+        return {"tokens_in_batch": size.tokens, "tokens_in_noise_scale": noise_scale}
 
     @property
     def _step_size(self) -> StepSize:

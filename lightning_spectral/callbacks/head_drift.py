@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_spectral.advice import Drift, Drifted, Fact
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.overview import mean_of_all
 from lightning_spectral.callbacks.recorded_bases import RecordedBases
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.functional.arguments import describe
@@ -107,6 +108,7 @@ class HeadDrift(LayersCallback):
 
     kind = "drift"
     quantities = ("overlap", "overlap_floor", "max_angle", "max_angle_floor", "js", "js_floor")
+    headlines = ("turned_beyond_floor",)
 
     def __init__(
         self,
@@ -153,7 +155,10 @@ class HeadDrift(LayersCallback):
         self._recorded: RecordedBases | None = None
         self.display = Display(
             self.kind,
-            charts={quantity: (quantity, f"{quantity}_floor") for quantity in ("overlap", "max_angle", "js")},
+            # Of their own: floors drawn beside drifts pass for drifts.
+            charts={
+                name: [name] for quantity in ("overlap", "max_angle", "js") for name in (quantity, f"{quantity}_floor")
+            },
             columns={
                 "overlap": number("overlap", 4),
                 "its floor": number("overlap_floor", 4),
@@ -234,6 +239,11 @@ class HeadDrift(LayersCallback):
         return {f"drift/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
 
     @override
+    def headline(self) -> dict[str, float]:
+        beyond = (_beyond_floor(row["overlap"], row["overlap_floor"]) for row in self.last_rows)
+        return {"turned_beyond_floor": mean_of_all(beyond)}
+
+    @override
     def facts(self) -> Iterable[Fact]:
         assert self.display is not None
         if self.display.reports is not None:
@@ -305,3 +315,8 @@ def _distance(sample: Spectrum, reference: Spectrum) -> tuple[float, float]:
     assert reference.vectors is not None
     overlap = subspace_overlap(sample.vectors, reference.vectors)
     return float(overlap), float(principal_angles(sample.vectors, reference.vectors)[0])
+
+
+def _beyond_floor(overlap: float, floor: float) -> float:
+    """How much less of the head is left than sampling alone leaves; NaN where either is not known."""
+    return math.nan if math.isnan(overlap + floor) else max(0.0, floor - overlap)

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_spectral.boards import Board, boards_of
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.host import Host
+from lightning_spectral.callbacks.overview import FAILED, GROUP, overview_charts
 from lightning_spectral.callbacks.participant import Participant
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Exponent, Spectrum
@@ -46,6 +47,8 @@ class Instrument(Participant, Generic[ReportT]):
     """First part of the keys: a row of the table of kinds."""
     display: Display | None = None
     """How reports are shown; None for a callback that only logs."""
+    headlines: tuple[str, ...] = ()
+    """What it says in the overview that stands first on a board, see :meth:`headline`."""
 
     def __init__(self, request: Request, prefix: str) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class Instrument(Participant, Generic[ReportT]):
         self._request = request
         self._warner = Warner(type(self).__name__)
         self._seen: ReportT | None = None
-        self._writes_seconds = False
+        self._writes_seconds = self._writes_failed = False
         self._has_average = False
         self._restored: dict[str, Any] | None = None
         self._kept: dict[str, Any] | None = None
@@ -80,6 +83,16 @@ class Instrument(Participant, Generic[ReportT]):
     def measured(self, report: ReportT) -> dict[str, float]:
         """What a report comes to, by key without the prefix; it may hold more than was asked for here."""
         raise NotImplementedError
+
+    def headline(self) -> dict[str, float]:
+        """What the report that was measured just now comes to over all layers, by name, for the overview."""
+        return {}
+
+    @property
+    def last_rows(self) -> list[dict[str, float]]:
+        """What the ``display`` was told of each name at the latest report."""
+        reports = None if self.display is None else self.display.reports
+        return [] if reports is None else list(reports[1]["rows"].values())
 
     def follow(self, module: nn.Module) -> None:
         """Take up, before a report, what the measurement has come to know of a module that has changed."""
@@ -148,8 +161,9 @@ class Instrument(Participant, Generic[ReportT]):
         session = super().join(host)
         self.measurement = session.share(self, self._request, host.scene())
         self.names = self.watch(host.module)
-        session.claim((self.prefix + key for key in self.keys()), self)
+        session.claim((self.prefix + key for key in self.own_keys), self)
         self._writes_seconds = session.claim_shared(self.prefix + SECONDS, self)
+        self._writes_failed = session.claim_shared(self.prefix + FAILED, self)
         self._take_up()
         self._has_average = host.lends_averages
         self.set_unknown(host)
@@ -184,8 +198,18 @@ class Instrument(Participant, Generic[ReportT]):
 
     def set_unknown(self, host: Host) -> None:
         """Set all keys to NaN: EarlyStopping and ModelCheckpoint refuse a key that is not there."""
-        keys = [*self.keys(), SECONDS] if self._writes_seconds else self.keys()
-        self._set_metrics(host, dict.fromkeys(keys, math.nan))
+        self._set_metrics(host, dict.fromkeys(self.all_keys, math.nan))
+
+    @property
+    def own_keys(self) -> list[str]:
+        """The keys that nobody else may write, without the prefix."""
+        return [*self.keys(), *(f"{GROUP}/{name}" for name in self.headlines)]
+
+    @property
+    def all_keys(self) -> list[str]:
+        """With those that it writes for all who have its prefix."""
+        shared = {SECONDS: self._writes_seconds, FAILED: self._writes_failed}
+        return [*self.own_keys, *(key for key, is_mine in shared.items() if is_mine)]
 
     def publish(self, host: Host, values: dict[str, float], step: int) -> None:
         """Send values, by key without the prefix, to every logger and to the metrics that others monitor."""
@@ -249,23 +273,35 @@ class Instrument(Participant, Generic[ReportT]):
             return
         try:
             if boards := boards_of(host.loggers):
+                charts = overview_charts(self.prefix, (key for one in self._beside for key in one.all_keys))
+                for board in boards:
+                    board.charts("overview", charts)  # before all others, and so above them
                 (self.draw_figure if is_last else self.draw)(boards, report)
         except Exception as error:  # a full disk is not a reason to stop training
             self.warn(f"could not draw into {', '.join(type(board).__name__ for board in boards)}: {error!r}")
 
     def _values(self, report: ReportT) -> dict[str, float]:
         """The values of all keys; NaN for what failed, whatever the cause."""
+        num_before = self.num_failed
         for name, spectrum in self.failures(report):
             self.num_failed += 1
             self.warn(f"at step {report.step}, {name}: NaN, because {spectrum.failure}", spectrum.failed_here)
-        values = dict.fromkeys(self.keys(), math.nan)
+        values = dict.fromkeys(self.own_keys, math.nan)
         try:
             values |= self.measured(report)
+            values |= {f"{GROUP}/{name}": value for name, value in self.headline().items()}
         except Exception as error:  # whatever it is, the training run is worth more than the measurement
             self.num_failed += 1
             self.warn(f"at step {report.step}: NaN, because {error!r}")
         values[f"{self.kind}/failed"] = float(self.num_failed)
+        if self._writes_failed or self.num_failed > num_before:
+            values[FAILED] = float(sum(one.num_failed for one in self._beside))
         return values
+
+    @property
+    def _beside(self) -> "list[Instrument[Any]]":
+        """All who write under this prefix."""
+        return [one for one in self.companions if isinstance(one, Instrument) and one.prefix == self.prefix]
 
     def state(self) -> dict[str, Any] | None:
         """What :meth:`load_state_dict` takes; of the latest run, and None before any."""

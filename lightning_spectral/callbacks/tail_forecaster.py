@@ -132,6 +132,7 @@ class TailForecaster(LayersCallback):
     """
 
     kind = "forecast"
+    headlines = ("tokens_to_target",)
     quantities = (
         "tokens_to_target",
         "low",
@@ -384,6 +385,10 @@ class TailForecaster(LayersCallback):
         self._table.note(report.step, self.tokens, values)
         self._awaited = values["tokens_to_target"], values["low"], values["high"]
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
+
+    @override
+    def headline(self) -> dict[str, float]:
+        return {"tokens_to_target": math.nan if self._awaited is None else self._awaited[0]}
 
     def _forecast(self, spectrum: Spectrum, step: int) -> dict[str, float]:
         """What the references make of what this run shows, at its tokens."""

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor
 
-from lightning_spectral.boards import boards_of, log10_histogram
+from lightning_spectral.boards import Margin, boards_of, log10_histogram
 
 
 @pytest.fixture
@@ -60,3 +60,17 @@ def test_the_last_layout_holds_all_charts(logger: TensorBoardLogger) -> None:
         r"^activation/blocks\.0/alpha_tail$",
         r"^activation/blocks\.1/alpha_tail$",
     ]
+
+
+def test_a_margin_is_drawn_as_one(logger: TensorBoardLogger) -> None:
+    (board,) = boards_of([logger])
+    board.charts("forecast", {"tokens": Margin("forecast/tokens", "forecast/low", "forecast/high")})
+    content = read(logger).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    (chart,) = Layout.FromString(content).category[0].chart
+    (series,) = chart.margin.series
+    assert (chart.title, series.value, series.lower, series.upper) == (
+        "tokens",
+        "forecast/tokens",
+        "forecast/low",
+        "forecast/high",
+    )

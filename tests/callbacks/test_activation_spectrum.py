@@ -177,7 +177,9 @@ def test_figures_are_drawn_at_reports_1_2_4_and_the_last(run: SimpleNamespace) -
 def test_one_layout_holds_the_charts_of_both_callbacks(run: SimpleNamespace) -> None:
     # The last layout written is the one that TensorBoard shows.
     content = run.events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-    charts = {chart.title: list(chart.multiline.tag) for c in Layout.FromString(content).category for chart in c.chart}
+    overview, *others = Layout.FromString(content).category
+    assert overview.title == "overview"
+    charts = {chart.title: list(chart.multiline.tag) for category in others for chart in category.chart}
     shown = ("alpha_tail", "alpha_tail_corrected", "alpha_head", "rankme", "head_share")
     assert set(charts) == {f"{prefix}activation/{quantity}" for prefix in ("", "val/") for quantity in shown}
     for prefix in ("", "val/"):

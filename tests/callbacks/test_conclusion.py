@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from scipy.stats import t
 
-from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, boards
+from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, SpectralWatch, boards
 from lightning_spectral.advice import MOST, Fact, sentences
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks import conclusion
@@ -130,6 +130,8 @@ def test_the_batch_stands_beside_the_noise_scale(tmp_path: Path, accumulated: in
     assert fact.low == logged["noise_scale_low"]
     assert fact.high == logged["noise_scale_high"]
     assert fact.num_parameters is None
+    assert logged["tokens_in_batch"] == accumulated * BATCH * LENGTH
+    assert logged["tokens_in_noise_scale"] == pytest.approx(LENGTH * logged["noise_scale_smoothed"])
     assert [one["text"] for one in Run(tmp_path).advice] == [one.text for one in sentences([fact])]
 
 
@@ -283,3 +285,22 @@ def test_another_runs_record_is_left_alone(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="is no longer the record of this run"):
         fit(tmp_path, Intruder(), spectra())
     assert "advice" not in Run(tmp_path).about
+
+
+def test_any_loop_is_concluded_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed_everything(0, verbose=False)
+    model = Fast()
+    optimizer = model.configure_optimizers()
+    with SpectralWatch(model, activations=spectra(), drift=drift(), optimizer=optimizer, log_dir=tmp_path) as watch:
+        for index, batch in enumerate(token_loader(48, BATCH), start=1):
+            with watch.step(batch):
+                watch.loss(model.loss(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if index % 4 == 0:
+                with watch.validation(token_loader(64, seed=1)) as batches, torch.no_grad():
+                    for held_out in batches:
+                        model.loss(held_out)
+    printed = capsys.readouterr().out
+    assert printed.count(HEADING) == 1
+    assert said(printed) == [one["text"] for one in Run(tmp_path).advice] != []

@@ -69,6 +69,13 @@ def test_noise_scale_and_interval_are_those_of_one_process_with_all_rows(ranks: 
         assert metrics == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_batch_is_that_of_all_ranks(ranks: list[dict]) -> None:
+    sizes = [size for batches in gradient_ddp_run.TRAIN_BATCHES.values() for size in batches]
+    for found in ranks:
+        in_batch = found["metrics"]["vmap/a_overview/tokens_in_batch"]
+        assert in_batch == sum(sizes) / gradient_ddp_run.STEPS  # samples, for these have no tokens
+
+
 def test_what_one_rank_cannot_measure_is_nan_on_all(ranks: list[dict]) -> None:
     assert [found["broken"] for found in ranks] == ["rank 1: rank 1 cannot", "rank 1 cannot"]
     assert [found["metrics"]["broken/gradient/failed"] for found in ranks] == [1, 1]

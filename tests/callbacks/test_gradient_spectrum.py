@@ -176,6 +176,8 @@ def keys_of(prefix: str) -> set[str]:
 
 def test_keys_are_those_of_the_contract(run: SimpleNamespace) -> None:
     expected = set().union(*map(keys_of, PREFIXES))
+    expected |= {f"{prefix}a_overview/tokens_in_{what}" for prefix in PREFIXES for what in ("batch", "noise_scale")}
+    expected |= {f"{prefix}a_problems/failures" for prefix in PREFIXES}
     for held in (run.events.Tags()["scalars"], run.metrics, run.csv[0]):
         assert {key for key in held if key.startswith(tuple(PREFIXES))} == expected
 
