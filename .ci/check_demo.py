@@ -22,6 +22,7 @@ FORECAST_QUANTITIES = {
 KINDS = ("activation", "gradient", "drift", "forecast")
 DRIFT_QUANTITIES = {"overlap", "max_angle", "js", "overlap_floor", "max_angle_floor", "js_floor"}
 WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
+OVERVIEW = {"tail_exponent", "rankme_share", "turned_beyond_floor", "tokens_in_batch", "tokens_in_noise_scale", "failed"}
 NUM_SAMPLES = 128
 LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
 
@@ -40,6 +41,7 @@ def main(folder: Path) -> None:
     wanted |= {f"gradient/{weight}/{quantity}" for weight in weights for quantity in GRADIENT_QUANTITIES}
     wanted |= {f"weight/{weight}/{quantity}" for weight in weights for quantity in WEIGHT_QUANTITIES}
     wanted |= {f"forecast/{quantity}" for quantity in FORECAST_QUANTITIES}
+    wanted |= {f"a_overview/{quantity}" for quantity in OVERVIEW}
     wanted |= {f"{kind}/failed" for kind in KINDS} | {"spectral/seconds"}
     missing = wanted - set(tags["scalars"])
     assert not missing, f"missing: {missing}"
