@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_spectral import Run, compare
+from lightning_spectral import Run, compare, report
 from lightning_spectral.cli import main
 from tests.fuzz_case import Case
 from tests.fuzz_damage import change_bytes, cut
@@ -78,6 +78,8 @@ def draw_log(rng: random.Random, folder: Path) -> Case:
         "show": partial(main, ["show", str(log)]),
         "show --json": partial(main, ["show", str(log), "--json", "--loss-key", "val_loss"]),
         "compare": partial(compare, str(log), base),
+        "report": partial(report, [str(log), base], folder / "report.html"),
+        "watch": partial(main, ["watch", str(log), "--once"]),
         "compare, both": partial(main, ["compare", base, str(log), "--batch-tokens", "64", "--json"]),
     }
     read = rng.choice(list(reads))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_spectral import Run, compare, forecast
+from lightning_spectral import Run, compare, forecast, report
 from lightning_spectral.cli import main
 from lightning_spectral.runs.record import Record, read_about
 from tests.fuzz_case import Case
@@ -96,6 +96,9 @@ def draw_record(rng: random.Random, folder: Path) -> Case:
         "compare": partial(compare, str(run), f"{base}1"),
         "compare, two": partial(main, ["compare", f"{base}[12]", str(run), "--json"]),
         "forecast": partial(forecast, [str(run), f"{base}[1-4]"], 1.0),
+        "report": partial(report, str(run), folder / "report.html"),
+        "report, two": partial(main, ["report", f"{base}1", str(run), "-o", f"{folder}/report.html"]),
+        "watch": partial(main, ["watch", str(run), "--once"]),
     }
     name = rng.choice(list(reads))
     # Of a pattern, or a comparison, another run's name may stand beside; a setting that differs is one that is named.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import isfinite, isnan
 from typing import Any, NamedTuple
 
-from lightning_spectral.reporting.headline import Change, Headline, Noise
+from lightning_spectral.reporting.headline import Change, Forecast, Headline, Noise
 from lightning_spectral.reporting.words import interval, share, short
 
 
@@ -77,13 +77,10 @@ def _noise(noise: Noise) -> Card:
     return Card("noise scale", value, f"80%: {interval(noise.low, noise.high)}{batch}", unit)
 
 
-def _forecast(line: dict[str, Any], tokens: float) -> Card:
-    target = line.get("target")
-    title = "forecast" if target is None else f"tokens to {line.get('monitor') or 'loss'} {target:g}"
-    if line.get("actual"):
-        return Card(title, short(line["actual"]), "reached")
-    value, low, high = (line.get(key) for key in ("tokens_to_target", "low", "high"))
-    if value is None:
-        return Card(title, "-", f"no forecast at step {line['step']:,.0f}")
-    detail = f"80%: {interval(*(float('nan') if end is None else end for end in (low, high)))}; now {short(tokens)}"
-    return Card(title, short(value), detail)
+def _forecast(found: Forecast, tokens: float) -> Card:
+    title = "forecast" if isnan(found.target) else f"tokens to {found.monitor} {found.target:g}"
+    if not isnan(found.actual):
+        return Card(title, short(found.actual), "reached")
+    if isnan(found.tokens):
+        return Card(title, "-", f"no forecast at step {short(found.step)}")
+    return Card(title, short(found.tokens), f"80%: {interval(found.low, found.high)}; now {short(tokens)}")

@@ -1,13 +1,14 @@
 """What comes first of a run: its loss, its spectra now and how they moved, noise beside batch, forecast, failures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import isfinite, isnan, nan
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning_spectral.advice.facts import UNEQUAL, Number, floor_of_change
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.reporting.drift import drift
+from lightning_spectral.reporting.words import number
 from lightning_spectral.runs import NoiseScale, Run
 from lightning_spectral.runs.measured import bands_of
 
@@ -70,6 +71,19 @@ class Noise(NamedTuple):
     """NaN where it is not known in this unit."""
 
 
+class Forecast(NamedTuple):
+    """A forecast; NaN where there was none."""
+
+    monitor: str
+    target: float
+    step: float
+    tokens: float
+    low: float
+    high: float
+    actual: float
+    """Tokens at which the target was reached; NaN before."""
+
+
 class Headline(NamedTuple):
     """What comes first of a run; None for what was not measured."""
 
@@ -83,8 +97,8 @@ class Headline(NamedTuple):
     """As a share of the width."""
     turned: Turned | None
     noise: Noise | None
-    forecast: dict[str, Any] | None
-    """The last line of forecasts, with the ``target`` and what is monitored."""
+    forecast: Forecast | None
+    """The last one."""
 
 
 def headline(run: Run) -> Headline:
@@ -137,7 +151,7 @@ def mean_change(
     first: Mapping[str, Spectrum],
     last: Mapping[str, Spectrum],
     steps: tuple[int, int],
-    number: Callable[[Spectrum], Number],
+    measure: Callable[[Spectrum], Number],
 ) -> Change | None:
     """Change of the mean over the layers of which a number is known in both reports; None if there is none."""
     known: list[tuple[Number, Number]] = []
@@ -146,7 +160,7 @@ def mean_change(
         earlier = first.get(name)
         if earlier is None or not are_alike(earlier, spectrum):
             continue
-        pair = number(earlier), number(spectrum)
+        pair = measure(earlier), measure(spectrum)
         if isfinite(pair[0].value) and isfinite(pair[1].value):
             known.append(pair)
             groups.append(min(len(earlier.leave_one_out), len(spectrum.leave_one_out)))
@@ -175,18 +189,16 @@ def turned_heads(first: Mapping[str, Spectrum], last: Mapping[str, Spectrum]) ->
 
 def tokens_per_sample(run: Run) -> float:
     """Tokens of a sample in the mean, where a record has the batch in both; NaN elsewhere."""
-    samples, tokens = run.about.get("batch_samples"), run.about.get("batch_tokens")
-    if not (isinstance(samples, (int, float)) and samples > 0 and isinstance(tokens, (int, float))):
-        return nan
-    return tokens / samples
+    samples, tokens = (number(run.about.get(f"batch_{unit}")) for unit in ("samples", "tokens"))
+    return tokens / samples if samples > 0 else nan
 
 
 def in_unit(scale: NoiseScale, run: Run) -> Noise:
     """A noise scale in tokens beside the batch in tokens, or in samples where tokens of a sample are not known."""
     size = tokens_per_sample(run)
     if isnan(size):
-        return Noise("samples", scale.value, scale.low, scale.high, float(run.about.get("batch_samples") or nan))
-    batch = float(run.about["batch_tokens"])
+        return Noise("samples", scale.value, scale.low, scale.high, number(run.about.get("batch_samples")))
+    batch = number(run.about.get("batch_tokens"))
     return Noise("tokens", scale.value * size, scale.low * size, scale.high * size, batch)
 
 
@@ -197,11 +209,11 @@ def noise_of(run: Run) -> Noise | None:
     return in_unit(run.noise_scale(run.steps("gradient")[-1]), run)
 
 
-def last_forecast(run: Run) -> dict[str, Any] | None:
+def last_forecast(run: Run) -> Forecast | None:
     """The last forecast, with its target; None where no forecaster was."""
-    lines: Sequence[dict[str, Any]] = run.forecasts
-    if not lines:
+    if not run.forecasts:
         return None
-    last = lines[-1]
-    facts = (run.about.get("forecast") or {}).get(last.get("prefix", ""), {})
-    return {**last, "target": facts.get("target_loss"), "monitor": facts.get("monitor")}
+    last = run.forecasts[-1]
+    facts = (run.about.get("forecast") or {}).get(str(last.get("prefix", ""))) or {}
+    values = (number(last.get(key)) for key in ("step", "tokens_to_target", "low", "high", "actual"))
+    return Forecast(str(facts.get("monitor") or "loss"), number(facts.get("target_loss")), *values)

@@ -162,7 +162,7 @@ def footer(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"Written by lightning-spectral {__version__} from {', '.join(run['path'] for run in runs[:6])}"]
     if len(runs) > 6:
         lines[0] += f" and {len(runs) - 6} more"
-    lines.append("eigenvalues closer together than a pixel, and entries of a loss curve likewise, are left out")
+    lines.append("of wide spectra and long loss curves it holds what a chart can show")
     thinned = {
         f"{key} of {run['label']}: spectra and drift of {len(one['shown'])} of {one['num_reports']:,} reports"
         for run in runs

@@ -1,7 +1,6 @@
 """What a page holds of one run: what it is, its history, its spectra, and what was forecast and advised."""
 
 from collections.abc import Sequence
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning_spectral.reporting.cards import cards
 from lightning_spectral.reporting.headline import headline, tokens_per_sample
 from lightning_spectral.reporting.series import MOST_SHOWN, gather, key_of, series_of
 from lightning_spectral.reporting.thinning import kept_points
-from lightning_spectral.reporting.words import duration, short
+from lightning_spectral.reporting.words import duration, number, short
 from lightning_spectral.runs import Run
 
 FORECAST = ("step", "tokens", "tokens_to_target", "low", "high", "actual")
@@ -51,7 +50,7 @@ def run_data(run: Run, label: str, side: int | None = None, most_shown: int = MO
         "loss_name": run.history.loss_name,
         "history": history(run),
         "series": series,
-        "batch_tokens": float(run.about.get("batch_tokens") or nan),
+        "batch_tokens": number(run.about.get("batch_tokens")),
         "tokens_per_sample": tokens_per_sample(run),
         "forecasts": forecasts(run),
     }
@@ -74,11 +73,11 @@ def failures(series: dict[str, Any]) -> tuple[int, int, str]:
 def facts(run: Run) -> list[list[str]]:
     """What a run is, in words: pairs of a question and its answer, without those that are not known."""
     about, history = run.about, run.history
-    model = about.get("model") if isinstance(about.get("model"), dict) else {}
-    name = str((model or {}).get("class") or "").rpartition(".")[2]
-    size = (model or {}).get("num_parameters")
+    given = about.get("model")
+    model = given if isinstance(given, dict) else {}
+    name, size = str(model.get("class") or "").rpartition(".")[2], number(model.get("num_parameters"))
     known = [
-        ("model", f"{name}, {short(size)} parameters" if name and isinstance(size, int) else name),
+        ("model", f"{name}, {short(size)} parameters" if name and size > 0 else name),
         ("family", run.family),
         ("steps", short(float(history.step[-1])) if len(history.step) else ""),
         ("tokens", short(float(history.tokens[-1])) if len(history.tokens) else ""),
@@ -119,14 +118,10 @@ def forecasts(run: Run) -> list[dict[str, Any]]:
     for line in run.forecasts:
         prefix = str(line.get("prefix", ""))
         facts = targets.get(prefix) or {}
-        one = found.setdefault(
-            prefix,
-            {"prefix": prefix, "target": facts.get("target_loss"), "monitor": facts.get("monitor")}
-            | {name: [] for name in FORECAST},
-        )
+        said = {"target": number(facts.get("target_loss")), "monitor": str(facts.get("monitor") or "loss")}
+        one = found.setdefault(prefix, {"prefix": prefix, **said, **{name: [] for name in FORECAST}})
         for name in FORECAST:
-            value = line.get(name)
-            one[name].append(float(value) if isinstance(value, (int, float)) else nan)
+            one[name].append(number(line.get(name)))
     return list(found.values())
 
 

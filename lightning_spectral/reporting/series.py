@@ -20,7 +20,10 @@ MOST_NUMBERS = 2_000
 """Reports whose numbers a page holds; of more they are spread over training."""
 
 MOST_SHOWN = 240
-"""Reports of one run whose spectra and drift a page holds: more than a slider has places to stop."""
+"""Reports of one run whose spectra and drift a page holds: as many as a slider has places to stop."""
+
+MOST_VALUES = 600_000
+"""Values of spectra of a series, which bring a page to some megabytes: of many wide layers fewer reports are held."""
 
 LEAST_SHOWN = 24
 """Likewise, of each of many runs."""
@@ -64,9 +67,10 @@ def gather(run: Run, kind: str, most_shown: int = MOST_SHOWN) -> dict[str, Any]:
     """
     every = run.steps(kind)
     steps = spread(every, MOST_NUMBERS)
-    shown = spread(range(len(steps)), most_shown)
     bands, settings = bands_of(run, kind), run.settings(kind)
     found = {name: _Held(name, len(steps)) for name in run.names(kind)}
+    most_values = MOST_VALUES // max(_num_values(run, kind, steps[-1]), 1)
+    shown = spread(range(len(steps)), max(min(most_shown, most_values), min(most_shown, LEAST_SHOWN)))
     has_drift = kind == "activation"
     first: dict[str, Spectrum] = {}
     for start in range(0, len(steps), _AT_ONCE):
@@ -101,6 +105,12 @@ def gather(run: Run, kind: str, most_shown: int = MOST_SHOWN) -> dict[str, Any]:
     }
 
 
+def _num_values(run: Run, kind: str, step: int) -> int:
+    """How many values of one report a page holds."""
+    spectra = run.spectra(kind, step, without=("leave_one_out", "vectors", "leave_one_out_vectors"))
+    return sum(len(kept_ranks(len(spectrum.values))) for spectrum in spectra.values() if len(spectrum.values))
+
+
 def _read(run: Run, kind: str, step: int, with_vectors: bool) -> dict[str, Spectrum]:
     return run.spectra(kind, step, without=() if with_vectors else ("vectors", "leave_one_out_vectors"))
 
@@ -133,7 +143,7 @@ class _Held:
         if spectrum.failure is not None:
             self.num_failed += 1
             self.why[index] = {"all": spectrum.failure}
-        self.width = max(self.width, len(spectrum.values))
+        self.width = len(spectrum.values) or self.width
         self.count = spectrum.count
         self.num_groups = max(self.num_groups, len(spectrum.leave_one_out))
 
@@ -149,7 +159,7 @@ class _Held:
 
     def add_spectrum(self, index: int, spectrum: Spectrum, bands: dict[str, Band]) -> None:
         """Take the values of a report, and the ends of the lines that exponents are slopes of."""
-        if spectrum.failure is not None:
+        if spectrum.failure is not None or not len(spectrum.values):
             return
         fits = [spectrum.exponent(band) for band in bands.values()]
         if len(self.ranks) == 0 or self.ranks[-1] != len(spectrum.values):
@@ -161,6 +171,10 @@ class _Held:
 
     def as_dict(self, shown: Sequence[int]) -> dict[str, Any]:
         """As a page has it; columns of which nothing is known are left out."""
+        for index, values in self.log_values.items():
+            if len(values) != len(self.ranks):
+                reason = f"it is of another width than the latest, {self.width}"
+                self.why.setdefault(index, {})["curve"] = reason
         known = {key: column for key, column in self.columns.items() if not all(map(isnan, column))}
         return {
             "name": self.name,

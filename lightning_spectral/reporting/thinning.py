@@ -72,6 +72,8 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if isinstance(value, (bool, int, str)) or value is None:
         return value
+    if not isinstance(value, (float, np.number)):
+        return str(value)
     number = float(value)
     if isnan(number):
         return None

@@ -1,12 +1,21 @@
 """Numbers as they stand in a text: on a page, and in a terminal."""
 
-from math import isfinite, isinf, isnan
+from math import isfinite, isinf, isnan, nan
 from typing import Any
+
+
+def number(value: Any) -> float:
+    """What a record says where a number is expected; NaN for anything else, and for what no float holds."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else nan
+    except OverflowError:
+        return nan
 
 
 def short(value: Any, digits: int = 3) -> str:
     """A number in so many significant digits, large ones with a unit: ``1.23 M``; a dash for what is not known."""
-    if not isinstance(value, (int, float)) or isnan(value):
+    value = number(value)
+    if isnan(value):
         return "-"
     if isinf(value):
         return "unbounded" if value > 0 else "-unbounded"

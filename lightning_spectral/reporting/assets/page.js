@@ -51,6 +51,8 @@ function drawLoss() {
   const matched = hasSides && isKnown(data.comparison.loss);
   const rules = matched ? [{ y: data.comparison.loss, label: `compared at ${data.comparison.loss_text}` }] : [];
   drawChart(find("loss"), { ...base(), lines, rules, height: 300, yLabel: "loss", label: "Loss over training", empty: `no losses over ${AXES[state.axis]} were recorded` });
+  const missing = data.runs.filter((run) => !axisOf(run.history).some(isKnown)).map((run) => run.label);
+  if (missing.length && missing.length < data.runs.length) html("p", { class: "note" }, find("loss"), `not known over ${AXES[state.axis]}, and not drawn: ${missing.join(", ")}`);
 }
 
 // The range of all reports, so that the axes stand still while the slider moves.
@@ -112,6 +114,8 @@ function fillReadout() {
     if (held.js) cells["JS, nats (floor)"] = against("js", 5);
     if (held.count) cells[kind === "gradient" ? "samples" : "rows"] = held.count.toLocaleString("en");
     rows.push([isOne ? state.name : run.label, i, cells]);
+    const isReported = held.rankme && held.rankme[index] !== null;
+    if (!isReported && !held.why[index]) reasons.push(`${isOne ? state.name : run.label}: not reported at step ${series.step[index]}`);
     for (const [quantity, reason] of Object.entries(held.why[index] || {}))
       reasons.push(`${isOne ? "" : `${run.label}: `}no ${quantity === "all" ? "spectrum" : QUANTITIES[quantity] || quantity} at step ${series.step[index]}: ${reason}`);
   });
