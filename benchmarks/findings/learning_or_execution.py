@@ -153,7 +153,7 @@ def compared(base: Sequence[Run], variant: Sequence[Run], loss: float) -> Fact:
     """A comparison at a loss, or why there is none."""
     never = [run.path.name for run in (*base, *variant) if isnan(run.tokens_to(loss))]
     if never:
-        return {"loss": loss, "why": f"{', '.join(never)} did not come down to {loss:.3f}"}
+        return {"loss": loss, "why": f"{', '.join(never)} did not pass {loss:.3f} after the first validation"}
     return fact_of(compare(list(base), list(variant), at_loss=loss))
 
 

@@ -130,7 +130,7 @@ def test_losses_are_those_of_the_plan(found: dict[str, Any], runs: Path) -> None
     assert row["at"]["half"]["loss"] == pytest.approx(np.mean([losses[2] for losses in base]))
     assert row["at"]["three quarters"]["loss"] == pytest.approx(np.mean([losses[3] for losses in base]))
     slow = next(row for row in found["changes"] if row["variant"] == "quarter_rate")
-    assert "quarter_rate-batch_8-lr_x1-seed_1" in slow["at"]["half"]["why"], "it never came down so far"
+    assert "quarter_rate-batch_8-lr_x1-seed_1" in slow["at"]["half"]["why"], "it never comes down so far"
     assert slow["is_stable"] is None
 
 
