@@ -22,7 +22,9 @@ FORECAST_QUANTITIES = {
 KINDS = ("activation", "gradient", "drift", "forecast")
 DRIFT_QUANTITIES = {"overlap", "max_angle", "js", "overlap_floor", "max_angle_floor", "js_floor"}
 WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
-OVERVIEW = {"tail_exponent", "rankme_share", "turned_beyond_floor", "tokens_in_batch", "tokens_in_noise_scale", "failed"}
+OVERVIEW = {
+    *("tail_exponent", "rankme_share", "turned_beyond_floor", "tokens_in_batch", "tokens_in_noise_scale", "failed"),
+}
 NUM_SAMPLES = 128
 LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
 
