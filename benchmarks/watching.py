@@ -41,6 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.harness import Target, console, main, min_and_median, seconds_of
 from lightning_spectral import ActivationSpectrum
+from lightning_spectral.callbacks.host import Host
 from lightning_spectral.nanogpt import NanoGPT, next_token_loss
 
 NUM_BINS = 64
@@ -62,8 +63,8 @@ class Timed(ActivationSpectrum):
         finally:
             self.seconds[part] += perf_counter() - start
 
-    def join(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        session = super().join(trainer, pl_module)
+    def join(self, host: Host) -> Any:
+        session = super().join(host)
         measurement: Any = self.measurement
         make_report = measurement.make_report
 
@@ -93,9 +94,9 @@ class Timed(ActivationSpectrum):
         with self._clock("figure"):
             super().draw_figure(boards, report)
 
-    def publish(self, trainer: Trainer, values: dict[str, float], step: int) -> None:
+    def publish(self, host: Host, values: dict[str, float], step: int) -> None:
         with self._clock("scalars"):
-            super().publish(trainer, values, step)
+            super().publish(host, values, step)
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of the one report, which add up to all of it."""
