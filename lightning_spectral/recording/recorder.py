@@ -350,7 +350,9 @@ class RunRecorder:
         self._write(lambda record: record.append(row))
         is_new = self._record is not None and "batch_tokens" not in self._record.about
         if is_new and not isnan(self._counter.tokens_per_batch):
-            self.describe(batch_tokens=self._counter.tokens_per_batch * self._batches_per_step())
+            size = self.step_size
+            samples = {"batch_samples": size.samples} if size.samples > 0 else {}  # not where it is unknown
+            self.describe(batch_tokens=size.tokens, **samples)
 
     def _write(self, write: Callable[[Record], None]) -> None:
         """Write into the record, and first begin it where there was no room before; a run is worth more than either."""

@@ -93,13 +93,9 @@ def facts(run: Run) -> list[list[str]]:
 
 
 def advice(run: Run) -> list[dict[str, str]]:
-    """Sentences that the run left of what moved; none of other shapes."""
-    given = run.about.get("advice")
-    if not isinstance(given, list):
-        return []
-    said = [one for one in given if isinstance(one, dict) and isinstance(one.get("text"), str)]
-    urls = [one["url"] if str(one.get("url", "")).startswith("https://") else "" for one in said]
-    return [{"text": one["text"], "url": url} for one, url in zip(said, urls, strict=True)]
+    """What the run left of what moved; of addresses those that a page may point to."""
+    is_safe = [one["url"].startswith("https://") for one in run.advice]
+    return [one | {"url": one["url"] if safe else ""} for one, safe in zip(run.advice, is_safe, strict=True)]
 
 
 def history(run: Run) -> dict[str, list[float]]:

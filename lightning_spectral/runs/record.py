@@ -22,7 +22,15 @@ FORECASTS = "forecasts.jsonl"
 FORMAT = 1
 """Version of the record's layout; a reader refuses others."""
 
-_LASTING = ("started", "setting", "batch_tokens", "validation_data", "validation_samples", "val_loss")
+_LASTING = (
+    "started",
+    "setting",
+    "batch_tokens",
+    "batch_samples",
+    "validation_data",
+    "validation_samples",
+    "val_loss",
+)
 """What is known of a run only once it is under way, and after a resume at first no more."""
 
 _MOST_DIGITS = len(str(MAX_STEP)) + 1

@@ -62,6 +62,7 @@ _FACTS = {
     "series": _TABLES,
     "forecast": _TABLES,
     "batch_tokens": _Fact("a positive number", _is_positive),
+    "batch_samples": _Fact("a positive number", _is_positive),
     "val_loss": _TEXT,
     "resumed": _LIST,
     "machines": _LIST,

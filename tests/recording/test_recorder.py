@@ -87,6 +87,7 @@ def test_record_holds_history_reports_and_a_description(tmp_path: Path) -> None:
     about = run.about
     assert about["tags"] == {"note": "first"}
     assert about["batch_tokens"] == 4 * LENGTH
+    assert about["batch_samples"] == 4
     assert (about["world_size"], about["precision"], about["seed"]) == (1, "32-true", 0)
     assert set(about["versions"]) == {"lightning-spectral", "lightning", "torch", "python"}
     settings = run.settings("activation")
@@ -200,6 +201,7 @@ def test_tokens_of_a_step(tmp_path: Path, model: Any, kwargs: dict[str, Any], to
     run = Run(tmp_path)
     assert run.history.tokens[-1] == steps * tokens
     assert run.about["batch_tokens"] == tokens
+    assert run.about["batch_samples"] == tokens / LENGTH
     assert np.isfinite(run.history.train_loss).any() == module.automatic_optimization
 
 

@@ -17,6 +17,7 @@ from lightning_spectral.functional.powerlaw import power_law
 from lightning_spectral.functional.spectrum import js_divergence
 from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.reporting.commands import run_command
+from tests.models import LENGTH
 from tests.reporting.conftest import EVIL, REASON
 from tests.runs.made_up import LAYER, made_up
 
@@ -143,11 +144,13 @@ def test_history_noise_and_forecasts_are_there(trained: Path, tmp_path: Path) ->
 def test_the_noise_scale_is_in_tokens_where_a_sample_has_some(trained: Path, tmp_path: Path) -> None:
     run = Run(trained)
     found = page_of(trained, tmp_path)
-    assert found.data["runs"][0]["tokens_per_sample"] is None
-    run.about["batch_samples"], run.about["batch_tokens"] = 4, 32.0
+    assert found.data["runs"][0]["tokens_per_sample"] == LENGTH
+    assert "tokens 80%" in found.text or "not seen 80%" in found.text
+    assert f"the batch is {4 * LENGTH}" in found.text
+    del run.about["batch_samples"]
     found = page_of(run, tmp_path)
-    assert found.data["runs"][0]["tokens_per_sample"] == 8
-    assert "the batch is 32" in found.text
+    assert found.data["runs"][0]["tokens_per_sample"] is None
+    assert "the batch is" not in found.text
 
 
 def test_the_first_screen_says_what_the_run_is_and_how_it_stands(trained: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_one_summary_says_how_the_run_stands(trained: Path, capsys: pytest.Captu
     run = Run(trained)
     losses = run.history.with_loss()[1]
     assert re.search(rf"val_loss +{losses[-1]:.4g} +from {losses[0]:.4g}", shown)
-    assert re.search(r"noise scale +\S+ samples|noise scale +not seen", shown)
+    assert re.search(r"noise scale +(\S+ tokens|not seen) +80%: .*; the batch is 32", shown)
     assert "last written" in shown
     step = run.steps("activation")[-1]
     for name in run.names("activation"):

@@ -204,7 +204,7 @@ function drawNoise() {
     if (isKnown(batch) && !rules.some((rule) => rule.y === batch)) rules.push({ y: batch, label: isOne || !hasSides ? "the batch" : `the batch of ${labelOf(i)}`, colour: isOne ? "var(--ink)" : colourOf(i) });
   });
   find("noise-note").textContent =
-    "Of all measured parameters together, with its 80% interval, open above where a gradient of zero is not excluded; it leaves out pairs of samples of one group, and may lie beside the number. " +
+    "Of all measured parameters together, with its 80% interval, open above where a gradient of zero is not excluded. " +
     (isTokens ? "Where the batch lies below it, larger batches cost few tokens; above, smaller ones save them." : "In samples: the record does not say how many tokens a sample has, so the batch in tokens is not drawn beside it.");
   drawChart(find("noise"), { ...base(), logY: true, lines, rules, height: 260, yLabel: isTokens ? "tokens" : "samples", label: "Gradient noise scale over training" });
 }
