@@ -30,6 +30,9 @@ def write_report(results: Found, folder: Path) -> None:
             ("D3: is the deepest layer where batch sizes differ most?", [_layers(one) for one in complete]),
             ("All runs", [_run(run) for one in complete for run in one["runs"]]),
         ]
+    late = [dict(zip(("run", "why"), entry.split(": ", 1), strict=True)) for one in complete for entry in one["late"]]
+    if late:
+        sections.append(("Runs that the stage gate finds too early", late))
     missing = [{"depth": str(one["depth"]), "run": name} for one in depths for name in one["missing"]]
     if missing:
         sections.append(("Missing", missing))
@@ -53,7 +56,7 @@ def _first(depths: Sequence[Found], outcome: Found) -> str:
         rates = sorted({run["rate"] for run in one["runs"]})
         words.append(
             f"{one['depth']} layers: {min(took):,.0f} to {max(took):,.0f} tokens to {one['loss']} nats, at "
-            f"{' and '.join(f'{rate:g}' for rate in rates)} times the rate."
+            f"{' and '.join(f'{rate:g}' for rate in rates)} times the rate, of 0.5, 1 and 2."
         )
     return " ".join(words)
 
@@ -93,7 +96,7 @@ def _second(depths: Sequence[Found], outcome: Found) -> str:
         "The stage gate is met."
         if not late
         else f"The stage gate is not met: {len(steps)} runs have had fewer than 122 steps, {len(late) - len(steps)} "
-        f"are not past their tail's maximum ({'; '.join(late)}).",
+        "are not past their tail's maximum (named below).",
         ", ".join(f"{name} {_yes(outcome[name])}" for name in ("D1", "D2", "D3")) + ".",
     ]
     return " ".join(words)
@@ -166,5 +169,5 @@ def _draw_tails(axis: Axes, one: Found) -> None:
         runs = [run for run in one["runs"] if run["batch_size"] == size and isfinite(run["tokens"])]
         tails, tokens = ([run[name] for run in runs] for name in ("alpha_tail", "tokens"))
         axis.plot(tails, [count / 1e3 for count in tokens], "o", color=colour, label=f"B = {size}")
-    axis.set_xlabel(f"tail of the last layer at {one['tokens']:,.0f} tokens (rho {one['rho']:+.2f})")
+    axis.set_xlabel(f"last layer's tail at {one['tokens']:,.0f} tokens (rho {one['rho']:+.2f})", fontsize=9)
     axis.legend(frameon=False, fontsize=7)
