@@ -139,6 +139,7 @@ def test_a_report_that_failed_is_a_gap_with_its_reason(browser: Chromium, failed
     assert "Gram matrix is not finite" in browser.run("document.getElementById('why').textContent")
     gaps = browser.run("document.querySelector('#numbers-rankme path[fill=none]').getAttribute('d')")
     assert gaps.count("M") == 2  # two stretches, with nothing between
+    assert browser.run("document.querySelector('#drift path[fill=none]').getAttribute('d')").count("M") == 2
     assert_whole(browser, path, 390)
 
 

@@ -178,7 +178,7 @@ function drawDrift() {
         const series = seriesOf(run), held = heldBy(run, name);
         if (!held || !held[one]) return;
         const at = axisOf(series), limit = held[`${one}_floor`] || [];
-        const shown = series.shown.filter((index) => held[one][index] !== null || limit[index] !== null);
+        const shown = series.shown; // others have no drift; of these one that failed is a gap
         const floor = shown.map((index) => (one === "js" ? [at[index], 0, limit[index] ?? null] : [at[index], limit[index] ?? null, 1]));
         lines.push({ label: isOne ? "" : labelOf(i), colour: isOne ? depthOf(k, every.length) : colourOf(i), dash: isOne ? "" : dashOf(i), width: 2, points: shown.map((index) => [at[index], held[one][index]]), floor: isOne || i === 0 || hasSides ? floor : [] });
         if (isOne) lines[lines.length - 1].label = one === "js" ? "JS" : "overlap";
