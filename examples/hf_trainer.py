@@ -39,8 +39,7 @@ def callback(every: int, trainer: Trainer) -> HFSpectralCallback:
     common: dict[str, Any] = {"every_n_steps": every, "mask": "attention_mask", "num_tokens": 8192}
     return HFSpectralCallback(
         activations=ActivationSpectrum(**common),
-        # A loop over samples: vmap cannot vectorise over the mask of this model.
-        gradients=GradientSpectrum(every_n_steps=every, num_samples=64, method="loop"),
+        gradients=GradientSpectrum(every_n_steps=every, num_samples=64),
         drift=HeadDrift(**common),
         trainer=trainer,
     )

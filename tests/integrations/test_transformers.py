@@ -1,6 +1,7 @@
 """Under the Trainer of transformers a model is measured as under Lightning's: the same numbers, keys and records."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, cli, compare, forecast
 from lightning_spectral.integrations.transformers import HFSpectralCallback
 from tests.callbacks.test_do_no_harm import assert_identical
+from tests.distributed import run_distributed
 from tests.models import tiny_trainer
 
 LENGTH = 12
@@ -321,3 +323,29 @@ def test_its_runs_are_shown_compared_and_forecast(tmp_path: Path, capsys: pytest
     (new,) = found.forecasts
     assert new.reason is None
     assert new.low < new.value < new.high
+
+
+def of_a_rank(rank: int, folder: str, world: int) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the Trainer's, on being run by two processes of a test
+        given = {
+            "activations": ActivationSpectrum(every_n_steps=4, num_tokens=10_000, mask="attention_mask", num_groups=1),
+            "gradients": GradientSpectrum(WEIGHTS, every_n_steps=4, num_samples=16, num_groups=1, method="hooks"),
+            "drift": HeadDrift(rank=4, every_n_steps=4, num_tokens=10_000, mask="attention_mask", num_groups=1),
+        }
+        kwargs = {"per_device_train_batch_size": 4 // world, "per_device_eval_batch_size": 8 // world}
+        return numbers(watched(Path(folder), given, num_lengths=1, **kwargs))
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    expected = of_a_rank(0, str(tmp_path / "one"), 1)
+    found = run_distributed(of_a_rank, 2, str(tmp_path / "two"), 2)
+    assert found[0] == pytest.approx(found[1], rel=1e-12, nan_ok=True)
+    assert expected["activation/transformer.h.0/num_tokens"] == 4 * 48
+    # Of two samples a rank none can be told from a mean of others.
+    assert expected.pop("gradient/sample_weights_ratio") == pytest.approx(1)
+    assert math.isnan(found[0].pop("gradient/sample_weights_ratio"))
+    assert found[0] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    assert one.history.tokens.tolist() == two.history.tokens.tolist()
+    np.testing.assert_allclose(one.history.train_loss, two.history.train_loss, rtol=1e-5)
