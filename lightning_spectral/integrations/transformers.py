@@ -35,7 +35,8 @@ class HFSpectralCallback(TrainerCallback):
     """Measures, logs and records under the Trainer of transformers what :class:`SpectralWatch` does in any loop.
 
     The batch is what the model is called with, which forward hooks on it see: the first call in each training step, and
-    in each step of an evaluation that the Trainer has announced (``control.should_evaluate``). So masks are named as
+    in each step of an evaluation that the Trainer has announced (``control.should_evaluate``); of several sets the
+    first is read. So masks are named as
     the model calls them, ``mask="attention_mask"``. Steps are the Trainer's ``global_step``, validation losses what it
     evaluates (``eval_loss``), the training loss and the loss of single samples what the model returns. Where the
     Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the mean over the
@@ -168,6 +169,8 @@ class HFSpectralCallback(TrainerCallback):
         metrics = kwargs.get("metrics") or {}
         self._end_evaluation({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
         self._look_at(control)
+        # What follows is of another set, or somebody's who tries the model.
+        self._may_evaluate = False
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -233,6 +233,18 @@ class Spy(TrainerCallback):
         self.look()
 
 
+def test_what_others_try_after_an_evaluation_is_none(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, eval_steps=2)
+    drift = HeadDrift(rank=4, every_n_steps=1, num_tokens=10_000)
+    trainer.add_callback(HFSpectralCallback(drift=drift, trainer=trainer))
+    trainer.add_callback(Spy(lambda: trainer.model(torch.zeros(1, 2, dtype=torch.long))))
+    trainer.train()
+    run = Run(tmp_path)
+    assert run.steps("activation") == [2, 4, 6, 8]
+    assert {run.spectrum("activation", "transformer.h.0", step).count for step in (2, 8)} == {16 * LENGTH}
+    assert np.isfinite(run.history.val_loss).tolist() == [True] * 4
+
+
 def test_a_forecaster_ends_training(tmp_path: Path) -> None:
     callback = HFSpectralCallback(activations=ActivationSpectrum(every_n_steps=2, num_groups=1, overlap=False))
     trainer = trainer_of(tmp_path)
