@@ -25,6 +25,9 @@ from lightning_spectral.version import __version__
 SIDES = 2
 """So many arguments are the two sides of a comparison."""
 
+SCRIPTS = ("chart.js", "views.js", "page.js")
+"""Parts of the page's script, in the order in which they need each other."""
+
 
 def report(
     runs: RunPaths | Sequence[RunPaths],
@@ -146,7 +149,7 @@ def page(found: Mapping[str, Any]) -> str:
         "tables": tables(runs),
         "footer": escape(footer(runs)),
         "style": asset("page.css"),
-        "script": asset("chart.js") + asset("page.js"),
+        "script": "".join(map(asset, SCRIPTS)),
         "data": data,
     }
     pieces = asset("page.html").split("{{")
