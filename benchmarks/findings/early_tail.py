@@ -25,10 +25,13 @@ from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import environment
 from lightning_spectral import Run
 from lightning_spectral.functional import stack
-from lightning_spectral.runs.early_numbers import EARLY_LOSS, LOG_BATCH, early_of, spectral_measures
+from lightning_spectral.runs.early_numbers import EARLY_LOSS, LOG_BATCH, spectral_measures
+from lightning_spectral.runs.reference_numbers import SPECTRAL, Look, ReferenceNumbers
+from lightning_spectral.runs.references import KIND, Reference
 
 LAYER = "gpt.blocks.11"
 TAIL = (0.125, 0.5)
+HEAD = (1, 10)
 NAMES = ("alpha_tail", "alpha_head", "RankMe")
 SHARES = (0.25, 0.5)
 """Of the tokens of the fastest run at which is measured; the last is primary."""
@@ -108,6 +111,12 @@ def gate(runs: Sequence[Seen], counts: Sequence[float], batch_tokens: int, at: i
     return late
 
 
+def numbers_of(runs: Sequence[Run], target: float) -> ReferenceNumbers:
+    """What runs that reached the target showed."""
+    references = [Reference(run, run.tokens_to(target), KIND) for run in runs]
+    return ReferenceNumbers(references, Look(LAYER, TAIL, HEAD), target)
+
+
 def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: Sequence[float], at: int) -> list[Any]:
     """The three tests of each number at a count."""
     tuned = [run for run in runs if run.is_tuned]
@@ -117,7 +126,7 @@ def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: S
     tiers = list(dict.fromkeys(run.tier for run in runs))
     settings = torch.tensor([tiers.index(runs[number].tier) for number in reached])
     tokens = torch.tensor([runs[number].tokens for number in reached], dtype=torch.float64)
-    measures = spectral_measures(LAYER, TAIL)
+    numbers = numbers_of(references, target)
     found = []
     for name in (*NAMES, "early loss", "all spectra"):
         row: dict[str, Any] = {"number": name}
@@ -129,8 +138,8 @@ def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: S
             partial = rank_correlation(means(varied, at, name), truth, given, num=NUM_PERMUTATIONS)
             row |= {"varied": alone.tolist(), "varied_given_loss": partial.tolist() if given else [math.nan] * 2}
         if name != "early loss":
-            chosen = [one for one in measures if name in (one.name, "all spectra")]
-            early = early_of(references, target, counts[at], chosen, counts[at])
+            chosen = [one for one in SPECTRAL if name in ("all spectra", "RankMe" if one == "rankme" else one)]
+            early = numbers.early(counts[at], dict.fromkeys(chosen, counts[at]))
             told = stack(early, tokens, None, settings)
             row |= {
                 "gain": told.spectral_gain,
@@ -147,7 +156,7 @@ def forecasts(runs: Sequence[Seen], opened: Sequence[Run], target: float, count:
     known = [number for number, run in enumerate(runs) if math.isfinite(run.tokens)]
     tokens = torch.tensor([runs[number].tokens for number in known], dtype=torch.float64)
     settings = torch.tensor([tiers.index(runs[number].tier) for number in known])
-    told = stack(early_of([opened[number] for number in known], target, count), tokens, None, settings)
+    told = stack(numbers_of([opened[number] for number in known], target).early(count, {}), tokens, None, settings)
     mean = math.nan if tokens.numel() == 0 else float((tokens.log() - tokens.log().mean()).abs().mean())
     return {"median_error": told.median_error, "mean_log_error": told.mean_log_error, "spread_of_log_tokens": mean}
 

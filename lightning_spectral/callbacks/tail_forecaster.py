@@ -4,45 +4,32 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_spectral.advice import NO_SKILL, Awaited, Fact
+from lightning_spectral.advice import Awaited, Fact
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.forecast_table import ForecastTable
+from lightning_spectral.callbacks.forecaster import Forecaster
 from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.functional.arguments import describe, is_finite_number
-from lightning_spectral.functional.early import PREDICTORS, Early
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
-from lightning_spectral.functional.stacking import StackedForecast, forecast_by_line, stack
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
+from lightning_spectral.runs import predicting
 from lightning_spectral.runs.arguments import check_paths
 from lightning_spectral.runs.bundled import bundled
-from lightning_spectral.runs.early_numbers import log_of, vector
-from lightning_spectral.runs.history import History
-from lightning_spectral.runs.reference_numbers import ReferenceNumbers, Tails, curve_of
-from lightning_spectral.runs.references import References, Wanted, find_references
-from lightning_spectral.runs.settings import settings_of
-
-MIN_STEPS = 32
-"""Optimizer steps before which no tail is gone by. In small GPTs its exponent rises to a peak at 32 to 128 steps and
-falls from there on: before, the steepest is the one that has come farthest."""
-
-NUM_LOSSES = 8
-"""Of a run's losses that are kept, those that say most of how it falls."""
-
-WAYS = ("stack", "tail", "head", "loss", "batch")
-"""What a forecast may go by."""
+from lightning_spectral.runs.logarithms import log_of
+from lightning_spectral.runs.predicting import BY, Seen, Shown
+from lightning_spectral.runs.reference_numbers import Look
+from lightning_spectral.runs.references import References, Wanted
 
 
 class TailForecaster(LayersCallback):
@@ -59,14 +46,18 @@ class TailForecaster(LayersCallback):
     steps and falls from there on, so that runs of few steps and of many, at equal tokens, lie on both sides of it. By
     itself (``predictor="tail"``) it was no match for loss and batch size (``benchmarks/README.md``).
 
+    The rule is that of ``lightning-spectral forecast``, which says of the run's record at that step the same.
+
     Values lie under ``forecast/``:
 
-    - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens; no less than those so far.
+    - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens. Once the run has come into the
+      interval, they are those of what is left of it; past nearly all of it there is no forecast, and a warning.
     - ``steps``: the same in optimizer steps, at this run's tokens a step.
     - ``relative``: the forecast over the fewest tokens that a reference needed; 1 is as good as the best.
     - ``num_references``, ``num_settings``: how many were usable here, and of how many settings (runs that differ by
       their seeds alone are of one, see :func:`lightning_spectral.runs.settings.settings_of`); with fewer than four, or
-      of fewer than three settings, all forecasts are NaN. References that have reached the target by now are none.
+      of fewer than three settings, all forecasts are NaN. By the loss, alone or in the stack, references that have
+      reached the target by now are none.
     - ``extrapolated``: 1 where this run lies beyond the references in a number that is gone by, and the interval is the
       wider; 0 inside. Beyond them by more than half their range there is no forecast.
     - ``skill``, ``median_error``: how well the references forecast each other at this point: rank correlation of
@@ -203,8 +194,8 @@ class TailForecaster(LayersCallback):
         check_paths("references", references)
         check_band("tail", tail)
         check_band("head", head)
-        if predictor not in WAYS:
-            raise ValueError(f"predictor must be one of {', '.join(WAYS)}, got {describe(predictor)}: try 'stack'")
+        if predictor not in BY:
+            raise ValueError(f"predictor must be one of {', '.join(BY)}, got {describe(predictor)}: try 'stack'")
         self.target_loss = float(target_loss)
         self.monitor = monitor
         self.references = tuple(references) if isinstance(references, (list, tuple)) else (references,)
@@ -213,16 +204,16 @@ class TailForecaster(LayersCallback):
         self.tail, self.head = cast(Band, tuple(tail)), cast(Band, tuple(head))
         self.predictor = predictor
         self.stop_if_relative_above = stop_if_relative_above
-        self.actual = math.nan
-        """Tokens that the target took; NaN until it is reached."""
-        self._found = References([], {})
-        self._settings = torch.zeros(0)
-        self._numbers = ReferenceNumbers([], "", self.target_loss, self.warn)
-        self._losses: list[list[float]] = []
-        self._hopeless = [math.nan, math.nan]
+        self._loss = WatchedLoss(monitor, self.target_loss)
+        self._forecaster = Forecaster(References([], {}), None, self.target_loss, predictor, self.warn)
         self._described: dict[str, Any] = {}
         self._table = ForecastTable()
-        self._awaited: tuple[float, float, float] | None = None
+        self._awaited: tuple[float, ...] | None = None
+
+    @property
+    def actual(self) -> float:
+        """Tokens that the target took; NaN until it is reached."""
+        return self._loss.actual
 
     @property
     @override
@@ -268,12 +259,11 @@ class TailForecaster(LayersCallback):
     @override
     def summary(self) -> dict[str, Any]:
         known = None if self._awaited is None else list(self._awaited)
-        return {"losses": self._losses, "hopeless": self._hopeless, "actual": self.actual, "awaited": known}
+        return {**self._loss.state(), "awaited": known}
 
     @override
     def restore(self, summary: dict[str, Any]) -> None:
-        self._losses, self._hopeless = list(summary.get("losses", [])), summary.get("hopeless", [math.nan, math.nan])
-        self.actual = summary.get("actual", math.nan)
+        self._loss = WatchedLoss(self.monitor, self.target_loss, summary)
         self._table = ForecastTable()
         awaited = summary.get("awaited")
         self._awaited = None if awaited is None else tuple(awaited)
@@ -290,38 +280,15 @@ class TailForecaster(LayersCallback):
     @override
     def start_training(self, host: Host) -> None:
         super().start_training(host)
-        assert self.session is not None
-        recorder = self.session.recorder
         (layer,) = self.names
         self._described = {}
         # The family of the run is known now.
-        reached = (recorder.family, self.target_loss, self.monitor)
+        reached = (host.session.recorder.family, self.target_loss, self.monitor)
         names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx", "channel_dim")
         needs_spectra = self.predictor in ("tail", "head")
         wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names}, needs_spectra)
-        found = References([], {})
-        if host.is_global_zero:
-            found = find_references(self.references, wanted, recorder.run_id)
-        # Ranks that look by themselves, while other runs come to their end, might find different ones.
-        self._found = host.broadcast(found)
-        usable = self._found.usable
-        self._settings = torch.tensor(settings_of([reference.run for reference in usable]))
-        self._numbers = ReferenceNumbers(usable, layer, self.target_loss, self.warn)
-        num_without = sum(not reference.series for reference in usable)
-        if (num_usable := len(self._found.usable)) < MIN_REFERENCES:
-            reasons = self._found.reasons()
-            self.warn(
-                f"makes no forecast: it needs {MIN_REFERENCES} reference runs and has {num_usable}"
-                f"{f', besides {reasons}' if reasons else ''}. Train runs of this family to a loss of "
-                f"{self.target_loss:g}, with this callback or an ActivationSpectrum of the same settings, and give "
-                "their log directories as references"
-            )
-        elif self._found.skipped:
-            rank_zero_info(f"TailForecaster uses {num_usable} references, and not: {self._found.reasons()}")
-        if num_without and self.predictor == "stack" and num_usable >= MIN_REFERENCES:
-            rank_zero_info(
-                f"TailForecaster goes by loss and batch alone: {num_without} references have no such spectra"
-            )
+        look = Look(layer, self.tail, self.head)
+        self._forecaster = Forecaster.find(host, self.references, wanted, look, self.predictor, self.warn)
 
     @override
     def take_report(self, host: Host) -> None:
@@ -354,7 +321,7 @@ class TailForecaster(LayersCallback):
     @override
     def facts(self) -> Iterable[Fact]:
         if self._awaited is not None and math.isnan(self.actual) and self.session is not None:
-            value, low, high = self._awaited
+            value, low, high, p_value = self._awaited
             yield Awaited(
                 prefix=self.prefix,
                 monitor=self.monitor,
@@ -363,7 +330,7 @@ class TailForecaster(LayersCallback):
                 forecast=value,
                 low=low,
                 high=high,
-                p_value=self._hopeless[1],
+                p_value=p_value,
             )
 
     def _title(self) -> str:
@@ -380,140 +347,41 @@ class TailForecaster(LayersCallback):
         exponent = spectrum.exponent(self.tail)
         if math.isnan(exponent.value):
             self.warn_of(spectrum, self.tail)
-        values |= self._forecast(spectrum, report.step) | {"alpha_tail": exponent.value, "actual": self.actual}
+        shown = self._shown(spectrum).late_enough(report.step)
+        values |= self._forecaster.forecast(shown, report.step, self.tokens, self._loss.is_there)
+        values |= {"alpha_tail": exponent.value, "actual": self.actual}
         self._record_forecast(report.step, values)
         self._table.note(report.step, self.tokens, values)
-        self._awaited = values["tokens_to_target"], values["low"], values["high"]
+        self._awaited = values["tokens_to_target"], values["low"], values["high"], self._forecaster.p_value
         return {f"forecast/{quantity}": value for quantity, value in values.items()}
 
     @override
     def headline(self) -> dict[str, float]:
         return {"tokens_to_target": math.nan if self._awaited is None else self._awaited[0]}
 
-    def _forecast(self, spectrum: Spectrum, step: int) -> dict[str, float]:
-        """What the references make of what this run shows, at its tokens."""
-        self._hopeless = [math.nan, math.nan]
-        is_there = bool(self._losses) and self._losses[-1][2] <= self.target_loss
-        if is_there or len(self._found.usable) < MIN_REFERENCES:
-            return {"num_references": float(len(self._found.usable))}
-        if self.predictor == "tail" and step < MIN_STEPS:
-            self.warn(f"makes no forecast by the tail before {MIN_STEPS} optimizer steps, which still rises: at {step}")
-            return {}
-        found = self._found_by(spectrum, step)
-        values = {"num_references": float(found.num_references), "num_settings": float(found.num_settings)}
-        if found.num_references < MIN_REFERENCES:
-            is_spectral = self.predictor in ("tail", "head")
-            what = "have reports on both sides" if is_spectral else "were measured and still above the target"
-            self.warn(f"makes no forecast where fewer than {MIN_REFERENCES} references {what}")
-            return values
-        self._warn_of(found)
-        value, low, high = (max(tokens, self.tokens) for tokens in (found.value, found.low, found.high))
-        if math.isnan(found.value):
-            value = low = high = math.nan
-        self._hopeless = [low / self._found.best, found.p_value]
-        return values | {
-            "tokens_to_target": value,
-            "low": low,
-            "high": high,
-            "relative": value / self._found.best,
-            "steps": value / self.tokens * step if self.tokens > 0 else math.nan,
-            "extrapolated": math.nan if math.isnan(value) else float(found.extrapolated),
-            "skill": found.skill,
-            "median_error": found.median_error,
-            "spectral_gain": found.spectral_gain,
-            "spectral_gain_low": found.spectral_gain_low,
-            "spectral_gain_high": found.spectral_gain_high,
+    def _shown(self, spectrum: Spectrum) -> Shown:
+        assert self.session is not None
+        numbers = {
+            "alpha_tail": spectrum.exponent(self.tail).value,
+            "alpha_head": spectrum.exponent(self.head).value,
+            "rankme": log_of(spectrum.rankme().value),
         }
-
-    def _found_by(self, spectrum: Spectrum, step: int) -> StackedForecast:
-        """The forecast of the predictor that was asked for."""
-        numbers = self._numbers
-        if self.predictor in ("tail", "head"):
-            band = self.tail if self.predictor == "tail" else self.head
-            own = spectrum.exponent(band).value
-            tails = numbers.tails(band, self.tokens)
-            if self.predictor == "tail":
-                self._warn_of_peaks(tails)
-            return forecast_by_line(tails.values, numbers.tokens, own, self._settings)
-        _, at, loss = self._losses[-1] if self._losses else (math.nan,) * 3
-        gap, gaps = log_of(loss - self.target_loss), numbers.log_gap(at)
-        # Those that have reached the target by now say nothing of a run that has not.
-        tokens = torch.where(gaps.isfinite(), numbers.tokens, math.nan)
-        if self.predictor == "loss":
-            return forecast_by_line(gaps, tokens, gap, self._settings)
-        own_batch = vector([log_of(self.tokens / step) if step else math.nan])
-        if self.predictor == "batch":
-            query, references = Early(vector([gap]), own_batch), Early(gaps, numbers.log_batch)
-            return stack(references, tokens, query, self._settings, predictors=("batch law",))
-        spectral, own_spectral = self._spectral(spectrum, step)
-        points = np.asarray(self._losses, dtype=np.float64).reshape(-1, 3)
-        curve = vector([curve_of(points[:, 1], points[:, 2], self.target_loss)])
-        query = Early(vector([gap]), own_batch, curve, own_spectral)
-        references = Early(gaps, numbers.log_batch, numbers.log_curve(at), spectral)
-        return stack(references, tokens, query, self._settings, predictors=tuple(PREDICTORS))
-
-    def _spectral(self, spectrum: Spectrum, step: int) -> tuple[Tensor, Tensor]:
-        """Head, RankMe and, once it may be gone by, tail: of the references, and of this run."""
-        columns = [self._numbers.exponents(self.head, self.tokens), self._numbers.log_rankme(self.tokens)]
-        own = [spectrum.exponent(self.head).value, log_of(spectrum.rankme().value)]
-        if step >= MIN_STEPS:
-            tails = self._numbers.tails(self.tail, self.tokens)
-            self._warn_of_peaks(tails)
-            columns.append(tails.values)
-            own.append(spectrum.exponent(self.tail).value)
-        return torch.stack(columns, 1), vector(own)[None]
-
-    def _warn_of_peaks(self, tails: Tails) -> None:
-        """Name the references whose tails still rise where those of others fall."""
-        paths = [str(reference.run.path) for reference in self._found.usable]
-        rising = [path for path, is_past in zip(paths, tails.is_past_peak, strict=True) if is_past is False]
-        if rising and any(tails.is_past_peak):
-            shown = ", ".join(rising[:3]) + (", ..." if len(rising) > 3 else "")
-            self.warn(
-                f"at {self.tokens:,.0f} tokens goes by tails on both sides of their own peaks, where the sign of tail "
-                f"against tokens changes: those of {len(rising)} references still rise ({shown})"
-            )
-
-    def _warn_of(self, found: StackedForecast) -> None:
-        at = f"at {self.tokens:,.0f} tokens"
-        if found.reason is not None:
-            self.warn(f"makes no forecast {at}: {found.reason}")
-        elif found.extrapolated:
-            self.warn(f"forecasts beyond its references {at}, where the interval is the wider")
-        if math.isnan(found.p_value):
-            self.warn(
-                f"cannot tell its skill {at}: its references are of {found.num_settings} settings, "
-                "or alike in what they show or in their tokens. Train references of other batch sizes or learning rates"
-            )
-        elif found.p_value > NO_SKILL:
-            self.warn(
-                f"has no skill {at}: its references forecast each other with a rank "
-                f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"
-            )
+        spectral = {name: Seen(self.tokens, value) for name, value in numbers.items()}
+        loss, log_batch = self._loss, log_of(self.session.recorder.batch_tokens)
+        return Shown(loss.tokens, loss.log_gap, log_batch, loss.curve.log_tokens_to(self.target_loss), spectral)
 
     def _take_loss(self, host: Host) -> None:
-        if self.monitor not in host.metrics:
-            known = ", ".join(key for key in host.metrics if "loss" in key) or "no losses"
-            raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
+        loss = self._loss.read(host)
         if host.is_checking or self.session is None:
             return
-        # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
-        loss = float(host.mean(host.metrics[self.monitor].detach().to(torch.float32)))
-        self._losses = thinned([*self._losses, [float(host.step), self.session.recorder.tokens, loss]], NUM_LOSSES)
-        if math.isnan(self.actual) and loss <= self.target_loss:
-            self.actual = self._crossing()
+        recorder = self.session.recorder
+        if self._loss.add(float(host.step), recorder.tokens, loss):
             self.publish(host, {"forecast/actual": self.actual}, host.step)
         facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self.names[0]}
         facts |= {"actual": _known(self.actual)}
         if facts != self._described:
-            self._described, recorder = facts, self.session.recorder
+            self._described = facts
             recorder.describe(forecast=recorder.described("forecast") | {self.prefix: facts})
-
-    def _crossing(self) -> float:
-        """Tokens at which the target was crossed since the look at the loss before; NaN if this is the first."""
-        steps, tokens, losses = np.asarray(self._losses[-2:], dtype=np.float64).T
-        point = History(steps, tokens, np.zeros_like(steps), losses, losses).first_at(self.target_loss)
-        return point.tokens
 
     def _record_forecast(self, step: int, values: dict[str, float]) -> None:
         if self.session is not None:
@@ -521,17 +389,17 @@ class TailForecaster(LayersCallback):
             self.session.recorder.add_forecast({"prefix": self.prefix, "step": step, **known})
 
     def _stop_if_hopeless(self, host: Host) -> None:
-        if self.stop_if_relative_above is None:
+        if self.stop_if_relative_above is None or self._loss.is_there:
             return
-        low, p_value = self._hopeless
-        is_hopeless = low > self.stop_if_relative_above and p_value <= NO_SKILL
-        if host.any(is_hopeless):
+        # A rank that could not read a reference goes by other numbers: those that are logged count, on all.
+        low, p_value = host.broadcast((self._forecaster.low, self._forecaster.p_value))
+        if low > self.stop_if_relative_above and p_value <= predicting.NO_SKILL:
             host.stop()
             rank_zero_info(
                 f"TailForecaster ends training: it is to take at least {low:.2f} times the tokens of the family's best "
                 f"run, the low end of its interval, which is more than stop_if_relative_above="
                 f"{self.stop_if_relative_above:g}; its references forecast each other better than chance "
-                f"(p = {p_value:.3f}, {NO_SKILL:g} at most)"
+                f"(p = {p_value:.3f}, {predicting.NO_SKILL:g} at most)"
             )
 
     @override
@@ -548,13 +416,3 @@ class TailForecaster(LayersCallback):
 def _known(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
-
-
-def thinned(points: list[list[float]], most: int) -> list[list[float]]:
-    """The last points of a curve and, of those before, the ones that lie farthest apart in ln tokens."""
-    while len(points) > most:
-        # Neither the last two, between which a crossing is, nor the first go.
-        at = [math.log(max(tokens, 1.0)) for _, tokens, _ in points]
-        gaps = [at[index + 1] - at[index - 1] for index in range(1, len(points) - 2)]
-        del points[1 + gaps.index(min(gaps))]
-    return points

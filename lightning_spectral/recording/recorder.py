@@ -94,6 +94,8 @@ class RunRecorder:
         self._is_training = self._is_validating = False
         self.family = ""
         """Name that runs of this one's kind share; known from the start of training on."""
+        self.batch_tokens = nan
+        """Training tokens of an optimizer step over all ranks, as the record says it; NaN until its first line."""
 
     @property
     def notes(self) -> Notes:
@@ -181,6 +183,7 @@ class RunRecorder:
         self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses, samples, start.layout)
         self._fingerprint = Fingerprint(start.layout.rank, start.layout.world, samples, start.layout.counts)
         self._is_training, self._is_validating = True, False
+        self.batch_tokens = before.get("batch_tokens", nan)
         self._name_series(start, {})
         self._state = {"id": before.get("id", uuid.uuid4().hex), "folder": before.get("folder")}
         self._late = {}
@@ -348,11 +351,13 @@ class RunRecorder:
         train_loss = self._counter.take_loss()
         row = Row(step, self.tokens, self._clock.seconds, train_loss, val_loss)
         self._write(lambda record: record.append(row))
+        if isnan(self.batch_tokens) and not isnan(self._counter.tokens_per_batch):
+            self.batch_tokens = self.step_size.tokens
         is_new = self._record is not None and "batch_tokens" not in self._record.about
-        if is_new and not isnan(self._counter.tokens_per_batch):
+        if is_new and not isnan(self.batch_tokens):
             size = self.step_size
             samples = {"batch_samples": size.samples} if size.samples > 0 else {}  # not where it is unknown
-            self.describe(batch_tokens=size.tokens, **samples)
+            self.describe(batch_tokens=self.batch_tokens, **samples)
 
     def _write(self, write: Callable[[Record], None]) -> None:
         """Write into the record, and first begin it where there was no room before; a run is worth more than either."""
@@ -401,7 +406,7 @@ class RunRecorder:
         """
         if self._state is None or not self._is_training:
             return self._state
-        counted = {"tokens": self._counter.estimate, "losses": self._counter.losses}
+        counted = {"tokens": self._counter.estimate, "losses": self._counter.losses, "batch_tokens": self.batch_tokens}
         return {**self._state, **counted, "seconds": self._clock.seconds}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:

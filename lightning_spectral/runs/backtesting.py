@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.early import PREDICTORS
 from lightning_spectral.functional.forecast import (
     Forecast,
     extrapolate_loss,
@@ -27,14 +26,15 @@ from lightning_spectral.runs.early_numbers import (
     LOG_BATCH,
     Measure,
     curve_until,
-    early_of,
     spectral_measures,
     tail_of,
-    vector,
 )
 from lightning_spectral.runs.families import Basis, Family, basis_of, families_of
 from lightning_spectral.runs.finding import RunPaths
-from lightning_spectral.runs.references import KIND
+from lightning_spectral.runs.logarithms import vector
+from lightning_spectral.runs.predicting import predictors_for
+from lightning_spectral.runs.reference_numbers import ReferenceNumbers
+from lightning_spectral.runs.references import KIND, Reference
 from lightning_spectral.runs.run import Run
 
 FRACTIONS = (0.1, 0.25, 0.5)
@@ -46,9 +46,6 @@ TAIL_BANDS: tuple[Band, ...] = ((1 / 8, 1 / 4), (1 / 6, 1 / 3), (1 / 4, 1 / 2), 
 
 LARGE = 0.5
 """Batches of at least this share of the largest are the largest batches: their runs have taken the fewest steps."""
-
-MOST_SETTINGS = 60
-"""Beyond so many the Gaussian process, whose time grows with their square, is left out of the stack."""
 
 
 class Predictor(NamedTuple):
@@ -239,7 +236,7 @@ def _check_at(at: Sequence[float], first: float, fastest: float) -> None:
 
 def _point(basis: Basis, target: float, at: float) -> Point:
     spectral = [] if basis.band is None else spectral_measures(basis.layer, basis.band)
-    stacked, gain, uses_spectra = _stacked(basis, spectral, target, at)
+    stacked, gain, uses_spectra = _stacked(basis, target, at)
     predictors = [stacked, *(_predictor(measure, basis, at) for measure in (*spectral, EARLY_LOSS, LOG_BATCH))]
     predictors.append(_extrapolation(basis, at, target))
     by_layer = {}
@@ -258,22 +255,15 @@ def _point(basis: Basis, target: float, at: float) -> Point:
     return Point(at, at / min(basis.tokens), predictors, by_layer, (min(steps), max(steps)), gain, uses_spectra)
 
 
-def _stacked(
-    basis: Basis, spectral: Sequence[Measure], target: float, at: float
-) -> tuple[Predictor, tuple[float, float, float], bool]:
+def _stacked(basis: Basis, target: float, at: float) -> tuple[Predictor, tuple[float, float, float], bool]:
     """The stack, of runs whose loss is known; what spectra add to it, and whether it goes by them."""
     losses = [EARLY_LOSS.latest(run, at) for run in basis.runs]
     known = [index for index, there in enumerate(losses) if isfinite(there)]
-    runs = [basis.runs[index] for index in known]
     truth, settings = vector(basis.tokens), torch.tensor(basis.settings)
     forecasts, gain, uses_spectra = [Forecast(nan, nan, nan)] * len(truth), (nan, nan, nan), False
     if known:
-        reported = nan
-        if spectral and all(basis.spectral[index] for index in known):
-            reported = min((there for run in runs if isfinite(there := spectral[0].latest(run, at))), default=nan)
-        early = early_of(
-            runs, target, min(losses[index] for index in known), spectral if isfinite(reported) else (), reported
-        )
+        numbers = numbers_of([basis.references[index] for index in known], basis, target)
+        early = numbers.early(min(losses[index] for index in known), numbers.latest(at))
         found = stack(early, truth[known], None, settings[known], predictors=predictors_for(basis.settings))
         gain = (found.spectral_gain, found.spectral_gain_low, found.spectral_gain_high)
         uses_spectra = found.uses_spectra
@@ -282,10 +272,9 @@ def _stacked(
     return _judged("stack", forecasts, basis, is_relative=True), gain, uses_spectra
 
 
-def predictors_for(settings: Sequence[int]) -> tuple[str, ...]:
-    """Those of a stack of so many settings."""
-    few = len(set(settings)) <= MOST_SETTINGS
-    return tuple(name for name in PREDICTORS if few or name != "Gaussian process")
+def numbers_of(references: Sequence[Reference], basis: Basis, target: float) -> ReferenceNumbers:
+    """What some runs showed, of which each report is read once for all that ask."""
+    return ReferenceNumbers(references, basis.look, target)
 
 
 def _judged(

@@ -10,8 +10,9 @@ from lightning_spectral.runs.arguments import check_loss
 from lightning_spectral.runs.comparison import compare
 from lightning_spectral.runs.finding import open_runs
 from lightning_spectral.runs.forecast_tables import print_forecast
-from lightning_spectral.runs.forecasting import BY, forecast
+from lightning_spectral.runs.forecasting import forecast
 from lightning_spectral.runs.options import Parser, add_columns, columns_of
+from lightning_spectral.runs.predicting import BY
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.tables import each_series, evolution, print_comparison, print_run
 from lightning_spectral.runs.to_json import to_json, to_json_line
@@ -109,7 +110,7 @@ def _forecast(words: Sequence[str]) -> None:
         "runs", nargs="+", metavar="RUN", help="log directory of a run, finished or not, or a pattern of several"
     )
     parser.add_argument("--target", type=float, required=True, metavar="X", help="the loss to come down to")
-    parser.add_argument("--by", choices=tuple(BY), default="stack", help="what forecasts go by; default: the stack")
+    parser.add_argument("--by", choices=BY, default="stack", help="what forecasts go by; default: the stack")
     parser.add_argument("--layer", help="whose spectra; the deepest that was measured if none")
     parser.add_argument(
         "--tail",

@@ -7,7 +7,8 @@ from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.runs.finding import RunPaths, open_runs
 from lightning_spectral.runs.measured import bands_of, check_comparable, check_tokens_known, series_used
-from lightning_spectral.runs.references import KIND, longest_by_id
+from lightning_spectral.runs.reference_numbers import Look
+from lightning_spectral.runs.references import KIND, Reference, longest_by_id
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.settings import settings_of
 
@@ -58,6 +59,14 @@ class Basis(NamedTuple):
     """None likewise."""
     series: tuple[str, ...]
     """Of runs with several series of activations, which is meant, in words."""
+    look: Look | None
+    """At what of spectra is looked; None where fewer than four runs have any."""
+
+    @property
+    def references(self) -> list[Reference]:
+        """The runs as those that reached the target."""
+        each = zip(self.runs, self.tokens, self.spectral, strict=True)
+        return [Reference(run, tokens, KIND if has_spectra else "") for run, tokens, has_spectra in each]
 
 
 def families_of(paths: RunPaths, target: float, layer: str | None) -> list[Family]:
@@ -110,6 +119,7 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
         there = f"there are {', '.join(known)}" if known else "none has activation spectra"
         raise ValueError(f"layer must be one that a run of {family.name} measured, got {layer!r}: {there}")
     band: Band | None = None
+    look: Look | None = None
     if sum(spectral) < MIN_REFERENCES:
         layer = ""
     else:
@@ -118,7 +128,9 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
         layer = layer or first.names(KIND)[-1]
         if tail is not None:
             resolve_band(tail, len(first.spectrum(KIND, layer, first.steps(KIND)[0]).values), "tail")
-        band = tail or bands_of(first, KIND)["tail"]
+        bands = bands_of(first, KIND)
+        band = tail or bands["tail"]
+        look = Look(layer, band, bands["head"])
     return Basis(
         family.finished,
         [run.tokens_to(family.target) for run in family.finished],
@@ -128,4 +140,5 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
         layer,
         band,
         tuple(series_used(measured, KIND)),
+        look,
     )

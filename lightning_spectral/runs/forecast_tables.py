@@ -9,13 +9,12 @@ from rich.text import Text
 from lightning_spectral.functional.forecast import MIN_SETTINGS
 from lightning_spectral.runs.backtesting import LARGE, FamilyBacktest, Point, Predictor
 from lightning_spectral.runs.forecasting import FamilyForecast, RunForecast
+from lightning_spectral.runs.predicting import NO_SKILL
 from lightning_spectral.runs.tables import from_log
 from lightning_spectral.terminal import console, new_table, show_number
 
 ROOMY = 100
 """Columns of a terminal from which on there is room for intervals of correlations."""
-NO_SKILL = 0.1
-"""Above this p-value forecasts of the references are what runs without any relation show."""
 
 
 def print_forecast(family: FamilyForecast) -> None:

@@ -1,46 +1,28 @@
 """How many tokens unfinished runs will need, from the finished runs of their family, and how far to trust that."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from math import exp, inf, isfinite, isnan, log, nan
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from math import inf, isfinite, isnan, nan
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from scipy.special import ndtr, ndtri
 
-from lightning_spectral.functional.early import PREDICTORS
-from lightning_spectral.functional.forecast import MIN_REFERENCES, Forecast, backtest, forecast_tokens
-from lightning_spectral.functional.line import setting_means
+from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.functional.stacking import StackedForecast, stack
 from lightning_spectral.runs.arguments import check_choice
 from lightning_spectral.runs.backtesting import (
     FamilyBacktest,
     check_questions,
+    numbers_of,
     of_family,
-    predictors_for,
     why_none,
 )
-from lightning_spectral.runs.early_numbers import EARLY_LOSS, Measure, early_of, spectral_measures, vector
+from lightning_spectral.runs.early_numbers import log_batch
 from lightning_spectral.runs.families import Basis, Family, basis_of, families_of
 from lightning_spectral.runs.finding import RunPaths
-from lightning_spectral.runs.references import loss_at
+from lightning_spectral.runs.predicting import BY, By, Seen, Shown, from_now_on, predict
+from lightning_spectral.runs.reference_numbers import ReferenceNumbers
+from lightning_spectral.runs.references import KIND, Reference, loss_at
 from lightning_spectral.runs.run import Run
-
-By = Literal["stack", "tail", "head", "loss", "batch"]
-BY: dict[str, tuple[str, ...]] = {
-    "stack": tuple(PREDICTORS),
-    "loss": ("loss",),
-    "batch": ("batch law",),
-    "tail": (),
-    "head": (),
-}
-"""What forecasts can go by, with the predictors of a stack that are meant; lines on a spectrum's exponent have none."""
-
-
-BEYOND_EXPECTATION = 0.99
-"""A run that has taken more than so large a share of its forecast's distribution is not as its references are."""
 
 
 class RunForecast(NamedTuple):
@@ -142,7 +124,7 @@ def forecast(
         [(one.run.path, one.value, one.low, one.high) for one in family.forecasts]
     """
     check_questions(target, layer, tail, at)
-    check_choice("by", by, tuple(BY))
+    check_choice("by", by, BY)
     families = families_of(paths, target, layer)
     if all(family.too_few is not None for family in families):
         raise ValueError(f"runs must be references enough: {why_none(families)}")
@@ -160,25 +142,25 @@ def _of_family(
 
 
 def _forecast(run: Run, family: Family, basis: Basis, by: str) -> RunForecast:
-    spectral = [] if basis.band is None or not family.has_spectra(run) else spectral_measures(basis.layer, basis.band)
-    make: Callable[[float], RunForecast]
-    if by in ("tail", "head"):
-        if not spectral:
-            why = family.without_spectra.get(str(run.path), f"has not {MIN_REFERENCES} references with spectra")
-            return _nothing(run, nan, f"it {why}")
-        measure = spectral[by == "head"]
-        make = partial(_by_line, measure, run, basis)
-    else:
-        measure = EARLY_LOSS
-        make = partial(_by_stack, spectral, BY[by], run, basis, family.target)
-    points = [there for there in measure.known_at(run, inf) if there > 0]
+    has_spectra = basis.look is not None and family.has_spectra(run)
+    if by in ("tail", "head") and not has_spectra:
+        why = family.without_spectra.get(str(run.path), f"has not {MIN_REFERENCES} references with spectra")
+        return _nothing(run, nan, f"it {why}")
+    numbers = numbers_of(basis.references, basis, family.target)
+    own = numbers_of([Reference(run, nan, KIND if has_spectra else "")], basis, family.target)
+    at = (
+        run.history.tokens[run.history.with_loss()[0]]
+        if by not in ("tail", "head")
+        else run.course(KIND).tokens_until(inf)
+    )
+    points = [float(there) for there in at if there > 0]
     if not points:
         return _nothing(run, nan, "it is not known at any tokens yet")
-    found = make(points[-1])
+    found = _at(inf, run, own, numbers, basis, by)
     earlier = [there for there in points if there < min(min(basis.tokens), points[-1])]
     if isnan(found.value) and earlier:
         # Where few references are above the target still: where all of them were.
-        before = make(earlier[-1])
+        before = _at(earlier[-1], run, own, numbers, basis, by)
         found = found if isnan(before.value) else before
     return found
 
@@ -191,74 +173,18 @@ def _nothing(run: Run, tokens: float, reason: str | None) -> RunForecast:
     return RunForecast(run, step, tokens, loss, batch, nan, nan, nan, nan, False, reason, 0, 0)
 
 
-def _filled(known: RunForecast, found: Forecast | StackedForecast, basis: Basis, **facts: Any) -> RunForecast:
-    """With a forecast, or why there is none."""
-    value, low, high = found[:3]
-    # By now, which may be later than the point that the forecast goes by.
-    taken = float(known.run.history.tokens[known.run.history.with_loss()[0][-1]])
-    if low < taken:
-        value, low, high = _given_above(taken, value, high)
-        if isnan(value):
-            facts["reason"] = f"it has taken more tokens than the {found.high:,.0f} that its references let expect"
-    return known._replace(
-        value=value, low=low, high=high, relative=value / min(basis.tokens), extrapolated=found.extrapolated, **facts
-    )
-
-
-def _given_above(tokens: float, value: float, high: float) -> tuple[float, float, float]:
-    """Median and 80% interval of a log-normal, given that it is above some tokens; NaN for a case in a hundred."""
-    deviation = log(high / value) / float(ndtri(0.9))
-    below = float(ndtr(log(tokens / value) / deviation)) if deviation > 0 else 1.0
-    if not below < BEYOND_EXPECTATION:
-        return nan, nan, nan
-    middle, low, high = (value * exp(deviation * float(ndtri(below + (1 - below) * part))) for part in (0.5, 0.1, 0.9))
-    return middle, low, high
-
-
-def _by_line(measure: Measure, run: Run, basis: Basis, tokens: float) -> RunForecast:
-    """By a line on the exponent of a spectrum."""
-    has = torch.tensor(basis.spectral)
-    references = [one for one, has_spectra in zip(basis.runs, basis.spectral, strict=True) if has_spectra]
-    values = vector([measure.value(reference, tokens) for reference in references])
-    truth, settings = vector(basis.tokens)[has], torch.tensor(basis.settings)[has]
-    found, skill = (
-        forecast_tokens(values, truth, measure.value(run, tokens), settings=settings),
-        backtest(values, truth, settings),
-    )
-    known, errors = values.isfinite(), (skill.predictions / truth).log().abs()
-    forecast_known = errors.isfinite()
-    return _filled(
-        _nothing(run, tokens, found.reason),
-        found,
-        basis,
-        num_references=int(known.sum()),
-        num_settings=len(settings[known].unique()),
-        skill=skill.rank_correlation,
-        p_value=skill.p_value,
-        median_error=skill.median_error,
-        mean_log_error=float(setting_means(errors[forecast_known], settings[forecast_known]).mean()),
-    )
-
-
-def _by_stack(
-    spectral: Sequence[Measure], predictors: tuple[str, ...], run: Run, basis: Basis, target: float, tokens: float
-) -> RunForecast:
-    """By a stack of predictors, or one of them."""
-    reported = spectral[0].latest(run, tokens) if spectral and all(basis.spectral) else nan
-    measures = spectral if isfinite(reported) and len(predictors) > 1 else ()
-    references, query = (early_of(runs, target, tokens, measures, reported) for runs in (basis.runs, [run]))
-    allowed = predictors_for(basis.settings)
-    found = stack(
-        references,
-        vector(basis.tokens),
-        query,
-        torch.tensor(basis.settings),
-        predictors=tuple(name for name in predictors if name in allowed),
-    )
-    return _filled(
-        _nothing(run, tokens, found.reason),
-        found,
-        basis,
+def _at(until: float, run: Run, own: ReferenceNumbers, numbers: ReferenceNumbers, basis: Basis, by: str) -> RunForecast:
+    """A forecast by what a run had shown when it had come so far."""
+    shown = shown_by(run, own, until)
+    found = predict(by, shown, numbers, basis.settings)
+    left = from_now_on(found, _last_loss(run, inf))  # by now, which may be later than the point that it goes by
+    at = shown.spectral[f"alpha_{by}"].tokens if f"alpha_{by}" in shown.spectral else shown.tokens
+    return _nothing(run, at, left.reason)._replace(
+        value=left.value,
+        low=left.low,
+        high=left.high,
+        relative=left.value / min(basis.tokens),
+        extrapolated=found.extrapolated,
         num_references=found.num_references,
         num_settings=found.num_settings,
         skill=found.skill,
@@ -269,3 +195,19 @@ def _by_stack(
         uses_spectra=found.uses_spectra,
         spectral_gain=(found.spectral_gain, found.spectral_gain_low, found.spectral_gain_high),
     )
+
+
+def shown_by(run: Run, own: ReferenceNumbers, until: float) -> Shown:
+    """What a run, of which these are the numbers, had shown up to some tokens."""
+    tokens = _last_loss(run, until)
+    latest = own.latest(until)
+    spectral = {name: Seen(there, float(own.spectral(name, there))) for name, there in latest.items()}
+    shown = Shown(tokens, float(own.log_gap(tokens)), log_batch(run), float(own.log_curve(tokens)), spectral)
+    reported = latest.get("alpha_tail", nan)
+    return shown.late_enough(float(np.interp(reported, run.history.tokens, run.history.step)))
+
+
+def _last_loss(run: Run, until: float) -> float:
+    """Tokens at the last loss up to some tokens; NaN without one."""
+    at = run.history.tokens[run.history.with_loss()[0]]
+    return float(max((there for there in at if 0 < there <= until), default=nan))

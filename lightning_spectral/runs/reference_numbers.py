@@ -1,48 +1,59 @@
-"""What the references of a forecast showed at any number of tokens: loss, batch, tail, head, RankMe."""
+"""What runs showed at any number of tokens: loss, batch and loss curve, tail, head and RankMe."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan, nan
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.forecast import anchored_power_law
+from lightning_spectral.functional.early import Early
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.runs.course import Course
-from lightning_spectral.runs.early_numbers import log_batch, log_of, vector
+from lightning_spectral.runs.early_numbers import log_batch
+from lightning_spectral.runs.logarithms import log_of, vector
+from lightning_spectral.runs.loss_curve import LossCurve
 from lightning_spectral.runs.references import Reference, loss_at
 
 _MOST_REPORTS = 64
 """That are read to find where a tail is steepest, evenly among all."""
 
+SPECTRAL = ("alpha_tail", "alpha_head", "rankme")
+"""Numbers of spectra that forecasts may go by, RankMe by its logarithm."""
 
-class Tails(NamedTuple):
-    """Tail exponents of references at a number of tokens."""
 
-    values: Tensor
-    """``(n,)``."""
-    is_past_peak: list[bool | None]
-    """Of each, whether its tail has been at its steepest by then; None where that is not known."""
+class Look(NamedTuple):
+    """At what of spectra is looked."""
+
+    layer: str
+    tail: Band
+    head: Band
 
 
 class ReferenceNumbers:
-    """Reads each report of each reference once, as far as it is asked.
+    """Reads each report of each run once, as far as it is asked.
 
     Args:
         references: Runs that reached the target.
-        layer: Whose spectra are read.
+        look: Whose spectra are read, and by which bands; None where none have any.
         target: The loss.
-        warn: Told of what cannot be read, and whether only this rank knows.
+        warn: Told of what cannot be read, and whether only this rank knows; None to have it raised as a ValueError.
+        keep: How many reports' spectra stay in memory; None for all, which others who ask the runs then share.
     """
 
     def __init__(
-        self, references: Sequence[Reference], layer: str, target: float, warn: Callable[[str, bool], None]
+        self,
+        references: Sequence[Reference],
+        look: Look | None,
+        target: float,
+        warn: Callable[[str, bool], None] | None = None,
+        keep: int | None = None,
     ) -> None:
-        self._references, self._layer, self._target, self._warn = references, layer, target, warn
+        self._references, self._look, self._target, self._warn = references, look, target, warn
+        self._keep = keep
         self._courses: dict[int, Course] = {}
-        self._peaks: dict[tuple[int, Band], float] = {}
+        self._curves: dict[int, tuple[int, LossCurve]] = {}
+        self._peaks: dict[int, float] = {}
         self.tokens = vector([reference.tokens_to_target for reference in references])
         """``(n,)`` each took to the target."""
         self.log_batch = vector([log_batch(reference.run) for reference in references])
@@ -51,81 +62,111 @@ class ReferenceNumbers:
     def __len__(self) -> int:
         return len(self._references)
 
+    def early(self, tokens: float, spectral: Mapping[str, float]) -> Early:
+        """What all showed, as :func:`lightning_spectral.functional.stack` is given it.
+
+        Args:
+            tokens: At which losses are taken, and up to which loss curves.
+            spectral: Tokens at which numbers of spectra are taken, by name; those that are not there are left out.
+        """
+        columns = [self.spectral(name, spectral[name]) for name in SPECTRAL if name in spectral]
+        return Early(
+            self.log_gap(tokens), self.log_batch, self.log_curve(tokens), torch.stack(columns, 1) if columns else None
+        )
+
     def log_gap(self, tokens: float) -> Tensor:
         """``(n,)`` ln of what the loss lies above the target."""
         return vector([log_of(loss_at(one.run, tokens) - self._target) for one in self._references])
 
     def log_curve(self, tokens: float) -> Tensor:
-        """``(n,)`` ln of tokens to the target by their own loss curves up to there."""
-        found = []
-        for one in self._references:
-            entries, losses = one.run.history.with_loss()
-            at = one.run.history.tokens[entries]
-            # A curve ends where this run's does, and not at the entry before.
-            losses = np.append(losses[at < tokens], loss_at(one.run, tokens))
-            found.append(curve_of(np.append(at[at < tokens], tokens), losses, self._target))
-        return vector(found)
+        """``(n,)`` ln of tokens to the target by their own loss curves, which end there and not at the entry before."""
+        return vector([self._curve(index, tokens).log_tokens_to(self._target) for index in range(len(self))])
 
-    def exponents(self, band: Band, tokens: float) -> Tensor:
-        """``(n,)`` exponents of a band, between the reports on both sides; NaN where there are none."""
-        return vector([self._exponent(index, band, tokens) for index in range(len(self))])
+    def spectral(self, name: str, tokens: float) -> Tensor:
+        """``(n,)`` a number of spectra, between the reports on both sides; NaN where there are none."""
+        return vector([self._spectral(index, name, tokens) for index in range(len(self))])
 
-    def log_rankme(self, tokens: float) -> Tensor:
-        """``(n,)`` ln of RankMe, likewise."""
-        return vector(
-            [log_of(self._read(index, lambda course: course.rankme(self._layer, tokens))) for index in range(len(self))]
-        )
+    def latest(self, tokens: float) -> dict[str, float]:
+        """Tokens at which all knew numbers of spectra when they had come so far, by name; without what nobody knew."""
+        reported = [self._reported(index, tokens) for index in range(len(self))]
+        known = min((there for there in reported if not isnan(there)), default=nan)
+        return {} if isnan(known) else dict.fromkeys(SPECTRAL, known)
 
-    def tails(self, band: Band, tokens: float) -> Tails:
-        """Exponents of tails, and on which side of their own peaks they are."""
-        values = self.exponents(band, tokens)
-        peaks = [nan if isnan(value) else self._peak(index, band) for index, value in enumerate(values.tolist())]
-        return Tails(values, [None if isnan(peak) else tokens >= peak for peak in peaks])
+    def is_past_peak(self, tokens: float) -> list[bool | None]:
+        """Of each, whether its tail has been at its steepest by then; None where that is not known."""
+        tails = [self._spectral(index, "alpha_tail", tokens) for index in range(len(self))]
+        peaks = [nan if isnan(value) else self._peak(index) for index, value in enumerate(tails)]
+        return [None if isnan(peak) else tokens >= peak for peak in peaks]
 
-    def _exponent(self, index: int, band: Band, tokens: float) -> float:
+    def _curve(self, index: int, tokens: float) -> LossCurve:
+        run = self._references[index].run
+        entries, losses = run.history.with_loss()
+        at = run.history.tokens[entries]
+        before = int((at < tokens).sum())
+        num, curve = self._curves.get(index, (0, LossCurve()))
+        if num > before:
+            num, curve = 0, LossCurve()
+        for step, there, loss in zip(
+            run.history.step[entries][num:before], at[num:before], losses[num:before], strict=True
+        ):
+            curve.add(float(step), float(there), float(loss))
+        self._curves[index] = before, curve
+        return curve.until(tokens, loss_at(run, tokens))
+
+    def _spectral(self, index: int, name: str, tokens: float) -> float:
+        look = self._look
+        if look is None:
+            return nan
+        if name == "rankme":
+            return log_of(self._read(index, lambda course: course.rankme(look.layer, tokens)))
+        return self._exponent(index, look.layer, look.tail if name == "alpha_tail" else look.head, tokens)
+
+    def _exponent(self, index: int, layer: str, band: Band, tokens: float) -> float:
         def read(course: Course) -> float:
-            exponent = course.exponent(self._layer, band, tokens)
-            if isnan(exponent) and (why := course.why_unknown(self._layer, band, tokens)) is not None:
+            exponent = course.exponent(layer, band, tokens)
+            if isnan(exponent) and self._warn and (why := course.why_unknown(layer, band, tokens)) is not None:
                 path = self._references[index].run.path
                 self._warn(f"goes without {path} at {tokens:,.0f} tokens, because at {why}", False)
             return exponent
 
         return self._read(index, read)
 
+    def _reported(self, index: int, tokens: float) -> float:
+        return self._read(index, lambda course: max(course.tokens_until(tokens), default=nan))
+
     def _read(self, index: int, read: Callable[[Course], float]) -> float:
         reference = self._references[index]
         if not reference.series:
             return nan
         try:
-            if index not in self._courses:  # training moves on, and what lies behind is not asked for again
-                self._courses[index] = Course(reference.run, reference.series, keep=2)
+            if index not in self._courses:
+                self._courses[index] = self._open(reference)
             return read(self._courses[index])
         except ValueError as error:
+            if self._warn is None:
+                raise
             self._warn(f"goes without {reference.run.path}: {error}", True)
             return nan
 
-    def _peak(self, index: int, band: Band) -> float:
+    def _open(self, reference: Reference) -> Course:
+        if self._keep is None:
+            return reference.run.course(reference.series)
+        # Training moves on, and what lies behind is not asked for again.
+        return Course(reference.run, reference.series, self._keep)
+
+    def _peak(self, index: int) -> float:
         """Tokens at which a tail is steepest."""
-        if (index, band) not in self._peaks:
-            self._peaks[index, band] = self._read(
-                index, lambda _: _steepest(self._references[index], self._layer, band)
-            )
-        return self._peaks[index, band]
+        if index not in self._peaks:
+            self._peaks[index] = self._read(index, lambda _: _steepest(self._references[index], self._look))
+        return self._peaks[index]
 
 
-def _steepest(reference: Reference, layer: str, band: Band) -> float:
+def _steepest(reference: Reference, look: Look | None) -> float:
     run, series = reference.run, reference.series
     steps = run.steps(series)
     steps = steps[:: -(-len(steps) // _MOST_REPORTS)] if steps else []
     course = Course(run, series, keep=2)
     at = [run.tokens_at(series, step) for step in steps]
-    exponents = [(course.exponent(layer, band, tokens), tokens) for tokens in at]
+    exponents = [(course.exponent(look.layer, look.tail, tokens), tokens) for tokens in at] if look else []
     known = [one for one in exponents if not isnan(one[0])]
     return max(known)[1] if known else nan
-
-
-def curve_of(tokens: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray, target: float) -> float:
-    """Logarithm of the tokens to a target by a loss curve of its own; NaN where it does not say."""
-    at, seen = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    known = at > 0
-    return log_of(anchored_power_law(torch.from_numpy(at[known]), torch.from_numpy(seen[known]), target))

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_spectral import Run, TailForecaster
 from lightning_spectral.callbacks import tail_forecaster
+from lightning_spectral.runs import predicting
 from tests.callbacks.test_tail_forecaster import LAYER, Kept, fit
 from tests.models import LENGTH
 from tests.runs.made_up import made_up
@@ -72,12 +73,12 @@ def test_references_without_spectra_serve_by_loss_and_batch(tmp_path: Path) -> N
     assert math.isnan(forecaster.values("spectral_gain")[-1])
     by_tail = stacked(refs, predictor="tail")
     fit(tmp_path / "b", by_tail, max_steps=8)
-    assert {reference.series for reference in by_tail._found.usable} == {"activation-validate"}
-    assert len(by_tail._found.usable) == 5
+    assert {reference.series for reference in by_tail._forecaster.references.usable} == {"activation-validate"}
+    assert len(by_tail._forecaster.references.usable) == 5
 
 
 def test_no_tail_before_so_many_steps(tmp_path: Path) -> None:
-    assert tail_forecaster.MIN_STEPS == 32
+    assert predicting.MIN_STEPS == 32
     forecaster = stacked(references(tmp_path / "refs"), predictor="tail")
     with pytest.warns(UserWarning, match="makes no forecast by the tail before 32 optimizer steps, .*: at 4"):
         fit(tmp_path / "run", forecaster, max_steps=8)
@@ -87,7 +88,7 @@ def test_no_tail_before_so_many_steps(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Kept has no skill", "ignore:Kept makes no forecast", "ignore:Kept forecasts beyond")
 def test_references_on_both_sides_of_their_peaks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail_forecaster, "MIN_STEPS", 0)
+    monkeypatch.setattr(predicting, "MIN_STEPS", 0)
     refs = references(tmp_path / "refs")
     for number in range(6):
         record = Run(tmp_path / "refs" / f"{number}")
@@ -122,7 +123,7 @@ def test_a_run_is_ended_by_the_low_end_and_only_with_skill(tmp_path: Path, monke
     (reason,) = [text for text in said if "ends training" in text]
     assert f"stop_if_relative_above={limit:g}" in reason
     assert "(p = 0." in reason
-    monkeypatch.setattr(tail_forecaster, "NO_SKILL", 0.0)
+    monkeypatch.setattr(predicting, "NO_SKILL", 0.0)
     with pytest.warns(UserWarning, match="has no skill"):
         assert fit(tmp_path / "d", stacked(refs, stop_if_relative_above=limit), max_steps=12).global_step == 12
 
@@ -133,7 +134,7 @@ def test_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         fit(tmp_path / "none", forecaster, max_steps=4)
     capsys.readouterr()
     forecaster = stacked(references(tmp_path / "refs"))
-    with pytest.warns(UserWarning, match="fewer than 4 references were measured and still above the target"):
+    with pytest.warns(UserWarning, match="it has taken more tokens than the 439 that its references let expect"):
         fit(tmp_path / "run", forecaster, max_steps=24, max_epochs=-1)
     shown = capsys.readouterr().out
     assert "Tokens to falling_loss 1, by the batch size" in shown
@@ -156,14 +157,3 @@ def test_bad_input_is_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         TailForecaster(1.0, **arguments)
     assert "\n" not in str(raised.value)
-
-
-def test_losses_that_are_kept_lie_far_apart() -> None:
-    points: list[list[float]] = []
-    for step in range(1, 200):
-        points = tail_forecaster.thinned([*points, [float(step), 10.0 * step, 1 / step]], 8)
-    steps = [int(point[0]) for point in points]
-    assert len(steps) == 8
-    assert steps[0] == 1
-    assert steps[-2:] == [198, 199]
-    assert any(199 / 4 < step < 198 for step in steps)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from lightning_spectral import Run, cli, forecast
 from lightning_spectral.functional import Early, stack
-from lightning_spectral.runs.forecasting import _given_above
+from lightning_spectral.runs.predicting import _given_above
 from lightning_spectral.runs.report_files import ReportFiles
 from tests.runs.made_up import LAYER, made_up
 
@@ -207,5 +207,5 @@ def test_a_run_below_the_target_from_the_first_is_neither(tmp_path: Path) -> Non
 
 
 def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="by must be one of stack, loss, batch, tail, head, got 'x'"):
+    with pytest.raises(ValueError, match="by must be one of stack, tail, head, loss, batch, got 'x'"):
         forecast(tmp_path, 1.0, by="x")

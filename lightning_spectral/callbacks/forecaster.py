@@ -1,0 +1,156 @@
+"""From what a run shows and what its references showed to the values that are logged under ``forecast/``."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_spectral.callbacks.host import Host
+from lightning_spectral.functional.forecast import MIN_REFERENCES
+from lightning_spectral.functional.stacking import StackedForecast
+from lightning_spectral.runs import predicting
+from lightning_spectral.runs.predicting import Shown, from_now_on, predict
+from lightning_spectral.runs.reference_numbers import Look, ReferenceNumbers
+from lightning_spectral.runs.references import References, Wanted, find_references
+from lightning_spectral.runs.settings import settings_of
+
+
+class Forecaster:
+    """Sets what a run shows against its references, and warns of what a forecast is not to be trusted for.
+
+    Args:
+        references: Of the run.
+        look: At what of spectra is looked.
+        target: The loss.
+        predictor: What to go by.
+        warn: Told of what to know before a forecast is believed, and whether only this rank knows.
+    """
+
+    def __init__(
+        self,
+        references: References,
+        look: Look | None,
+        target: float,
+        predictor: str,
+        warn: Callable[[str, bool], None],
+    ) -> None:
+        self.references = references
+        self._predictor, self._warn = predictor, warn
+        self._settings = settings_of([reference.run for reference in references.usable])
+        self._numbers = ReferenceNumbers(references.usable, look, target, warn, keep=2)
+        self.low, self.p_value = math.nan, math.nan
+        """Of the last forecast: the least that the run is to take, relative to the best reference, and how likely
+        references that do not forecast each other do so well."""
+
+    @classmethod
+    def find(
+        cls,
+        host: Host,
+        paths: Sequence[str],
+        wanted: Wanted,
+        look: Look,
+        predictor: str,
+        warn: Callable[[str, bool], None],
+    ) -> "Forecaster":
+        """With the references at some paths, the same on all ranks; says what it found."""
+        found = References([], {})
+        if host.is_global_zero:
+            found = find_references(paths, wanted, host.session.recorder.run_id)
+        # Ranks that look by themselves, while other runs come to their end, might find different ones.
+        found = host.broadcast(found)
+        num, num_without = len(found.usable), sum(not reference.series for reference in found.usable)
+        if num < MIN_REFERENCES:
+            reasons = found.reasons()
+            warn(
+                f"makes no forecast: it needs {MIN_REFERENCES} reference runs and has {num}"
+                f"{f', besides {reasons}' if reasons else ''}. Train runs of this family to a loss of "
+                f"{wanted.target:g}, with this callback or an ActivationSpectrum of the same settings, and give "
+                "their log directories as references",
+                False,
+            )
+        elif found.skipped:
+            rank_zero_info(f"TailForecaster uses {num} references, and not: {found.reasons()}")
+        if num_without and predictor == "stack" and num >= MIN_REFERENCES:
+            rank_zero_info(
+                f"TailForecaster goes by loss and batch alone: {num_without} references have no such spectra"
+            )
+        return cls(found, look, wanted.target, predictor, warn)
+
+    def forecast(self, shown: Shown, step: int, tokens: float, is_there: bool) -> dict[str, float]:
+        """What the references make of what a run shows.
+
+        Args:
+            shown: That.
+            step: Optimizer steps so far.
+            tokens: Training tokens so far.
+            is_there: Whether the run has reached the target; then there is no forecast.
+
+        Returns:
+            Values by quantity; those that are not there are not known.
+        """
+        self.low = self.p_value = math.nan
+        if is_there or len(self.references.usable) < MIN_REFERENCES:
+            return {"num_references": float(len(self.references.usable))}
+        if self._predictor == "tail" and step < predicting.MIN_STEPS:
+            least = predicting.MIN_STEPS
+            self._tell(f"makes no forecast by the tail before {least} optimizer steps, which still rises: at {step}")
+            return {}
+        if self._predictor in ("tail", "stack") and "alpha_tail" in shown.spectral:
+            self._warn_of_peaks(shown.spectral["alpha_tail"].tokens)
+        found = predict(self._predictor, shown, self._numbers, self._settings)
+        values = {"num_references": float(found.num_references), "num_settings": float(found.num_settings)}
+        if found.num_references < MIN_REFERENCES:
+            is_spectral = self._predictor in ("tail", "head")
+            what = "have reports on both sides" if is_spectral else "were measured and still above the target"
+            self._tell(f"makes no forecast where fewer than {MIN_REFERENCES} references {what}")
+            return values
+        left, best = from_now_on(found, shown.tokens), self.references.best
+        self._warn_of(found, left.reason, tokens)
+        # A run that has taken more than was to be expected is to take no less than that.
+        is_beyond = math.isnan(left.value) and not math.isnan(found.value)
+        self.low, self.p_value = (shown.tokens if is_beyond else left.low) / best, found.p_value
+        return values | {
+            "tokens_to_target": left.value,
+            "low": left.low,
+            "high": left.high,
+            "relative": left.value / best,
+            "steps": left.value / tokens * step if tokens > 0 else math.nan,
+            "extrapolated": math.nan if math.isnan(left.value) else float(found.extrapolated),
+            "skill": found.skill,
+            "median_error": found.median_error,
+            "spectral_gain": found.spectral_gain,
+            "spectral_gain_low": found.spectral_gain_low,
+            "spectral_gain_high": found.spectral_gain_high,
+        }
+
+    def _tell(self, message: str) -> None:
+        self._warn(message, False)
+
+    def _warn_of_peaks(self, tokens: float) -> None:
+        """Name the references whose tails still rise where those of others fall."""
+        is_past = self._numbers.is_past_peak(tokens)
+        paths = [str(reference.run.path) for reference in self.references.usable]
+        rising = [path for path, past in zip(paths, is_past, strict=True) if past is False]
+        if rising and any(is_past):
+            shown = ", ".join(rising[:3]) + (", ..." if len(rising) > 3 else "")
+            self._tell(
+                f"at {tokens:,.0f} tokens goes by tails on both sides of their own peaks, where the sign of tail "
+                f"against tokens changes: those of {len(rising)} references still rise ({shown})"
+            )
+
+    def _warn_of(self, found: StackedForecast, reason: str | None, tokens: float) -> None:
+        at = f"at {tokens:,.0f} tokens"
+        if reason is not None:
+            self._tell(f"makes no forecast {at}: {reason}")
+        elif found.extrapolated:
+            self._tell(f"forecasts beyond its references {at}, where the interval is the wider")
+        if math.isnan(found.p_value):
+            self._tell(
+                f"cannot tell its skill {at}: its references are of {found.num_settings} settings, "
+                "or alike in what they show or in their tokens. Train references of other batch sizes or learning rates"
+            )
+        elif found.p_value > predicting.NO_SKILL:
+            self._tell(
+                f"has no skill {at}: its references forecast each other with a rank "
+                f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"
+            )

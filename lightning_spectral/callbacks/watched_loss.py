@@ -1,0 +1,70 @@
+"""The loss that a forecaster watches: how it came down, and where it reached the target."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_spectral.callbacks.host import Host
+from lightning_spectral.runs.history import History
+from lightning_spectral.runs.logarithms import log_of
+from lightning_spectral.runs.loss_curve import LossCurve
+
+
+class WatchedLoss:
+    """The losses of a run so far.
+
+    Args:
+        monitor: Key of the loss among a loop's metrics.
+        target: To be reached from above.
+        state: Of an earlier one, as :meth:`state`.
+    """
+
+    def __init__(self, monitor: str, target: float, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.monitor, self.target = monitor, target
+        self.curve = LossCurve(state.get("losses", ()))
+        self.actual: float = state.get("actual", math.nan)
+        """Tokens that the target took; NaN until it is reached."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and lists, as many whatever there was before."""
+        return {"losses": self.curve.points, "actual": self.actual}
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens at the last loss; NaN before one."""
+        return self.curve.points[-1][1] if self.curve.points else math.nan
+
+    @property
+    def log_gap(self) -> float:
+        """Logarithm of what the last loss lies above the target; NaN where it does not."""
+        return log_of(self.curve.points[-1][2] - self.target) if self.curve.points else math.nan
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the last loss is no more than the target."""
+        return bool(self.curve.points) and self.curve.points[-1][2] <= self.target
+
+    def read(self, host: Host) -> float:
+        """The loss that is among a loop's metrics; a collective.
+
+        Raises:
+            ValueError: If it is not logged.
+        """
+        if self.monitor not in host.metrics:
+            known = ", ".join(key for key in host.metrics if "loss" in key) or "no losses"
+            raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
+        # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
+        return float(host.mean(host.metrics[self.monitor].detach().to(torch.float32)))
+
+    def add(self, step: float, tokens: float, loss: float) -> bool:
+        """Take in the next loss; True where the target is reached only now."""
+        self.curve.add(step, tokens, loss)
+        if not math.isnan(self.actual) or loss > self.target:
+            return False
+        steps, at, losses = np.asarray(self.curve.points[-2:], dtype=np.float64).T
+        # Since the loss before; NaN if this is the first.
+        self.actual = History(steps, at, np.zeros_like(steps), losses, losses).first_at(self.target).tokens
+        return True
