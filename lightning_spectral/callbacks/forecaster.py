@@ -1,7 +1,8 @@
 """From what a run shows and what its references showed to the values that are logged under ``forecast/``."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -13,6 +14,7 @@ from lightning_spectral.runs.predicting import Shown, from_now_on, predict
 from lightning_spectral.runs.reference_numbers import Look, ReferenceNumbers
 from lightning_spectral.runs.references import References, Wanted, find_references
 from lightning_spectral.runs.settings import settings_of
+from lightning_spectral.runs.tables import from_log
 
 
 class Forecaster:
@@ -46,19 +48,23 @@ class Forecaster:
     def find(
         cls,
         host: Host,
-        paths: Sequence[str],
+        asked: Any,
         wanted: Wanted,
         look: Look,
         predictor: str,
         warn: Callable[[str, bool], None],
     ) -> "Forecaster":
-        """With the references at some paths, the same on all ranks; says what it found."""
+        """With the references that were asked for, the same on all ranks; says what it found."""
         found = References([], {})
         if host.is_global_zero:
-            found = find_references(paths, wanted, host.session.recorder.run_id)
+            found = find_references(asked, wanted, host.session.recorder.run_id)
         # Ranks that look by themselves, while other runs come to their end, might find different ones.
         found = host.broadcast(found)
         num, num_without = len(found.usable), sum(not reference.series for reference in found.usable)
+        for log in (reference.run for reference in found.usable if reference.run.columns):
+            rank_zero_info(
+                f"TailForecaster takes {from_log(log)}, as a run of {wanted.family}, for it was given as one"
+            )
         if num < MIN_REFERENCES:
             reasons = found.reasons()
             warn(

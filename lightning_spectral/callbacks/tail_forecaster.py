@@ -1,7 +1,7 @@
 """The callback that forecasts, from what runs of a family showed early, how many tokens a run will need."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +15,7 @@ from lightning_spectral.callbacks.forecast_table import ForecastTable
 from lightning_spectral.callbacks.forecaster import Forecaster
 from lightning_spectral.callbacks.host import Host
 from lightning_spectral.callbacks.layers_callback import LayersCallback
+from lightning_spectral.callbacks.noise_beside import gradients_of, noise_seen
 from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
@@ -24,12 +25,10 @@ from lightning_spectral.functional.powerlaw import Band, check_band, resolve_ban
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
 from lightning_spectral.runs import predicting
-from lightning_spectral.runs.arguments import check_paths
-from lightning_spectral.runs.bundled import bundled
 from lightning_spectral.runs.logarithms import log_of
 from lightning_spectral.runs.predicting import BY, Seen, Shown
 from lightning_spectral.runs.reference_numbers import Look
-from lightning_spectral.runs.references import References, Wanted
+from lightning_spectral.runs.references import References, Wanted, asked_of
 
 
 class TailForecaster(LayersCallback):
@@ -37,7 +36,8 @@ class TailForecaster(LayersCallback):
 
     At each report the loss, the batch, and the tail, head and RankMe of the deepest layer are set against those of
     finished runs of the family *at the same number of tokens*, by a stack of simple predictors of ln tokens-to-target
-    (:func:`lightning_spectral.functional.stack`) with an 80% prediction interval. Nothing later enters it. Two stacks
+    (:func:`lightning_spectral.functional.stack`) with an 80% prediction interval; so is the gradient noise scale, where
+    a GradientSpectrum measures it in this run and did so alike in all references. Nothing later enters it. Two stacks
     are made, by loss and batch alone and with the spectra; which is used is decided by how well either forecasts the
     references from each other.
 
@@ -80,7 +80,11 @@ class TailForecaster(LayersCallback):
         target_loss: Value of ``monitor`` to be reached from above.
         monitor: Key of the loss in ``trainer.callback_metrics``.
         references: Log directories of finished runs, or glob patterns of them, which all ranks must be able to read;
-            ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries.
+            ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries. Logs of
+            other tools (CSVLogger, TensorBoard, exports of W&B and MLflow) serve by loss and batch, as runs of this
+            family, for you give them as such; where their columns are not found by the rules of
+            :class:`lightning_spectral.Run`, say them in a mapping: ``{"path": "csv_logs/*", "loss": "val/nll",
+            "batch_tokens": "batch_size*1024"}``. The loss is the column ``monitor`` unless it is said.
         layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
         stage: ``"validate"`` reads rows spread over a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.
@@ -146,7 +150,7 @@ class TailForecaster(LayersCallback):
         self,
         target_loss: float,
         monitor: str = "val_loss",
-        references: str | Sequence[str] = (),
+        references: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = (),
         layer: str | None = None,
         stage: Literal["train", "validate"] = "validate",
         every_n_steps: int = 100,
@@ -191,7 +195,7 @@ class TailForecaster(LayersCallback):
                 f"stop_if_relative_above must be at least 1, the best of the family, got {describe(limit)}: try 3"
             )
         check_key(monitor=monitor)
-        check_paths("references", references)
+        asked_of(references)
         check_band("tail", tail)
         check_band("head", head)
         if predictor not in BY:
@@ -199,8 +203,6 @@ class TailForecaster(LayersCallback):
         self.target_loss = float(target_loss)
         self.monitor = monitor
         self.references = tuple(references) if isinstance(references, (list, tuple)) else (references,)
-        for reference in self.references:
-            bundled(reference)
         self.tail, self.head = cast(Band, tuple(tail)), cast(Band, tuple(head))
         self.predictor = predictor
         self.stop_if_relative_above = stop_if_relative_above
@@ -286,7 +288,9 @@ class TailForecaster(LayersCallback):
         reached = (host.session.recorder.family, self.target_loss, self.monitor)
         names = ("stage", "normalize", "num_tokens", "mask", "dataloader_idx", "channel_dim")
         needs_spectra = self.predictor in ("tail", "head")
-        wanted = Wanted(*reached, layer, {name: getattr(self.request, name) for name in names}, needs_spectra)
+        settings = {name: getattr(self.request, name) for name in names}
+        _, gradients = gradients_of(host.session)
+        wanted = Wanted(*reached, layer, settings, needs_spectra, gradients)
         look = Look(layer, self.tail, self.head)
         self._forecaster = Forecaster.find(host, self.references, wanted, look, self.predictor, self.warn)
 
@@ -367,6 +371,7 @@ class TailForecaster(LayersCallback):
             "rankme": log_of(spectrum.rankme().value),
         }
         spectral = {name: Seen(self.tokens, value) for name, value in numbers.items()}
+        spectral |= noise_seen(self.session)
         loss, log_batch = self._loss, log_of(self.session.recorder.batch_tokens)
         return Shown(loss.tokens, loss.log_gap, log_batch, loss.curve.log_tokens_to(self.target_loss), spectral)
 

@@ -32,9 +32,10 @@ from lightning_spectral.runs.early_numbers import (
 from lightning_spectral.runs.families import Basis, Family, basis_of, families_of
 from lightning_spectral.runs.finding import RunPaths
 from lightning_spectral.runs.logarithms import vector
+from lightning_spectral.runs.noise_course import GRADIENT
 from lightning_spectral.runs.predicting import predictors_for
 from lightning_spectral.runs.reference_numbers import ReferenceNumbers
-from lightning_spectral.runs.references import KIND, Reference
+from lightning_spectral.runs.references import KIND
 from lightning_spectral.runs.run import Run
 
 FRACTIONS = (0.1, 0.25, 0.5)
@@ -262,7 +263,8 @@ def _stacked(basis: Basis, target: float, at: float) -> tuple[Predictor, tuple[f
     truth, settings = vector(basis.tokens), torch.tensor(basis.settings)
     forecasts, gain, uses_spectra = [Forecast(nan, nan, nan)] * len(truth), (nan, nan, nan), False
     if known:
-        numbers = numbers_of([basis.references[index] for index in known], basis, target)
+        references = basis.references(_typical(basis.runs))
+        numbers = ReferenceNumbers([references[index] for index in known], basis.look, target)
         early = numbers.early(min(losses[index] for index in known), numbers.latest(at))
         found = stack(early, truth[known], None, settings[known], predictors=predictors_for(basis.settings))
         gain = (found.spectral_gain, found.spectral_gain_low, found.spectral_gain_high)
@@ -272,9 +274,9 @@ def _stacked(basis: Basis, target: float, at: float) -> tuple[Predictor, tuple[f
     return _judged("stack", forecasts, basis, is_relative=True), gain, uses_spectra
 
 
-def numbers_of(references: Sequence[Reference], basis: Basis, target: float) -> ReferenceNumbers:
-    """What some runs showed, of which each report is read once for all that ask."""
-    return ReferenceNumbers(references, basis.look, target)
+def _typical(runs: Sequence[Run]) -> Run:
+    """A run whose gradients were measured, if one's were."""
+    return next((run for run in runs if run.steps(GRADIENT)), runs[0])
 
 
 def _judged(

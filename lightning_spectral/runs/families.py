@@ -7,6 +7,7 @@ from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.runs.finding import RunPaths, open_runs
 from lightning_spectral.runs.measured import bands_of, check_comparable, check_tokens_known, series_used
+from lightning_spectral.runs.noise_course import GRADIENT, noise_series
 from lightning_spectral.runs.reference_numbers import Look
 from lightning_spectral.runs.references import KIND, Reference, longest_by_id
 from lightning_spectral.runs.run import Run
@@ -62,11 +63,16 @@ class Basis(NamedTuple):
     look: Look | None
     """At what of spectra is looked; None where fewer than four runs have any."""
 
-    @property
-    def references(self) -> list[Reference]:
-        """The runs as those that reached the target."""
+    def references(self, like: Run) -> list[Reference]:
+        """The runs as those that reached the target, with noise scales that were measured as those of some run."""
         each = zip(self.runs, self.tokens, self.spectral, strict=True)
-        return [Reference(run, tokens, KIND if has_spectra else "") for run, tokens, has_spectra in each]
+        return [reference_of(run, tokens, has_spectra, like) for run, tokens, has_spectra in each]
+
+
+def reference_of(run: Run, tokens: float, has_spectra: bool, like: Run) -> Reference:
+    """A run as a reference, with noise scales that were measured as those of some run."""
+    gradients = like.settings(GRADIENT) if like.steps(GRADIENT) else None
+    return Reference(run, tokens, KIND if has_spectra else "", noise_series(run, gradients))
 
 
 def families_of(paths: RunPaths, target: float, layer: str | None) -> list[Family]:
@@ -111,7 +117,7 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
     ValueError if runs do not compare, none measured the layer, or the tail reaches beyond the width.
     """
     every = [*family.finished, *family.unfinished]
-    check_comparable(every)
+    check_comparable(every, (KIND,))
     spectral = [family.has_spectra(run) for run in family.finished]
     measured = [run for run in every if family.has_spectra(run)]
     if layer is not None and not measured:
@@ -123,7 +129,7 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
     if sum(spectral) < MIN_REFERENCES:
         layer = ""
     else:
-        check_comparable(measured)
+        check_comparable(measured, (KIND,))
         first = measured[0]
         layer = layer or first.names(KIND)[-1]
         if tail is not None:

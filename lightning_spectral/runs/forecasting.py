@@ -12,16 +12,15 @@ from lightning_spectral.runs.arguments import check_choice
 from lightning_spectral.runs.backtesting import (
     FamilyBacktest,
     check_questions,
-    numbers_of,
     of_family,
     why_none,
 )
 from lightning_spectral.runs.early_numbers import log_batch
-from lightning_spectral.runs.families import Basis, Family, basis_of, families_of
+from lightning_spectral.runs.families import Basis, Family, basis_of, families_of, reference_of
 from lightning_spectral.runs.finding import RunPaths
 from lightning_spectral.runs.predicting import BY, By, Seen, Shown, from_now_on, predict
 from lightning_spectral.runs.reference_numbers import ReferenceNumbers
-from lightning_spectral.runs.references import KIND, Reference, loss_at
+from lightning_spectral.runs.references import KIND, loss_at
 from lightning_spectral.runs.run import Run
 
 
@@ -146,8 +145,8 @@ def _forecast(run: Run, family: Family, basis: Basis, by: str) -> RunForecast:
     if by in ("tail", "head") and not has_spectra:
         why = family.without_spectra.get(str(run.path), f"has not {MIN_REFERENCES} references with spectra")
         return _nothing(run, nan, f"it {why}")
-    numbers = numbers_of(basis.references, basis, family.target)
-    own = numbers_of([Reference(run, nan, KIND if has_spectra else "")], basis, family.target)
+    numbers = ReferenceNumbers(basis.references(run), basis.look, family.target)
+    own = ReferenceNumbers([reference_of(run, nan, has_spectra, run)], basis.look, family.target)
     at = (
         run.history.tokens[run.history.with_loss()[0]]
         if by not in ("tail", "head")

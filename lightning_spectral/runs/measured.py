@@ -1,6 +1,6 @@
 """What a comparison takes from each run at the loss that all are matched at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf, isnan, log, nan
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,8 +38,8 @@ class Measured(NamedTuple):
     """Of each estimate those without each group, ``(G,)``; NaN where there is no error bar."""
 
 
-def check_comparable(runs: Sequence[Run]) -> list[str]:
-    """The kinds of spectra that two or more runs all recorded.
+def check_comparable(runs: Sequence[Run], only: Collection[str] = tuple(KINDS)) -> list[str]:
+    """The kinds of spectra, of some kinds, that two or more runs all recorded.
 
     Refuses those whose spectra were not measured alike: a ValueError names the setting, and two that differ in it.
     """
@@ -55,7 +55,7 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
             continue  # a log of another tool does not say
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
         _refuse_other_lengths(first, run)
-    kinds = [kind for kind, row in KINDS.items() if row.is_compared and all(run.steps(kind) for run in runs)]
+    kinds = [kind for kind in only if KINDS[kind].is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
         _choose_series(kind, runs)
         for run in runs:

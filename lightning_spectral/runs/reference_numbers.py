@@ -1,6 +1,7 @@
-"""What runs showed at any number of tokens: loss, batch and loss curve, tail, head and RankMe."""
+"""What runs showed at any number of tokens: loss, batch and loss curve, tail, head, RankMe and noise scale."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isnan, nan
 from typing import NamedTuple
 
@@ -13,13 +14,16 @@ from lightning_spectral.runs.course import Course
 from lightning_spectral.runs.early_numbers import log_batch
 from lightning_spectral.runs.logarithms import log_of, vector
 from lightning_spectral.runs.loss_curve import LossCurve
+from lightning_spectral.runs.noise_course import NoiseCourse
 from lightning_spectral.runs.references import Reference, loss_at
 
 _MOST_REPORTS = 64
 """That are read to find where a tail is steepest, evenly among all."""
 
-SPECTRAL = ("alpha_tail", "alpha_head", "rankme")
-"""Numbers of spectra that forecasts may go by, RankMe by its logarithm."""
+NOISE_SCALE = "noise_scale"
+OF_ACTIVATIONS = ("alpha_tail", "alpha_head", "rankme")
+SPECTRAL = (*OF_ACTIVATIONS, NOISE_SCALE)
+"""Numbers of spectra that forecasts may go by, RankMe and the noise scale by their logarithms."""
 
 
 class Look(NamedTuple):
@@ -52,6 +56,7 @@ class ReferenceNumbers:
         self._references, self._look, self._target, self._warn = references, look, target, warn
         self._keep = keep
         self._courses: dict[int, Course] = {}
+        self._noise: dict[int, NoiseCourse] = {}
         self._curves: dict[int, tuple[int, LossCurve]] = {}
         self._peaks: dict[int, float] = {}
         self.tokens = vector([reference.tokens_to_target for reference in references])
@@ -88,9 +93,12 @@ class ReferenceNumbers:
 
     def latest(self, tokens: float) -> dict[str, float]:
         """Tokens at which all knew numbers of spectra when they had come so far, by name; without what nobody knew."""
-        reported = [self._reported(index, tokens) for index in range(len(self))]
-        known = min((there for there in reported if not isnan(there)), default=nan)
-        return {} if isnan(known) else dict.fromkeys(SPECTRAL, known)
+        latest: dict[str, float] = {}
+        for names, ask in ((OF_ACTIVATIONS, self._reported), ((NOISE_SCALE,), self._noted)):
+            reported = [ask(index, tokens) for index in range(len(self))]
+            if known := [there for there in reported if not isnan(there)]:
+                latest |= dict.fromkeys(names, min(known))
+        return latest
 
     def is_past_peak(self, tokens: float) -> list[bool | None]:
         """Of each, whether its tail has been at its steepest by then; None where that is not known."""
@@ -115,6 +123,8 @@ class ReferenceNumbers:
 
     def _spectral(self, index: int, name: str, tokens: float) -> float:
         look = self._look
+        if name == NOISE_SCALE:
+            return self._read_noise(index, lambda course: course.log_noise_scale(tokens))
         if look is None:
             return nan
         if name == "rankme":
@@ -134,19 +144,38 @@ class ReferenceNumbers:
     def _reported(self, index: int, tokens: float) -> float:
         return self._read(index, lambda course: max(course.tokens_until(tokens), default=nan))
 
+    def _noted(self, index: int, tokens: float) -> float:
+        return self._read_noise(index, lambda course: course.latest(tokens))
+
     def _read(self, index: int, read: Callable[[Course], float]) -> float:
         reference = self._references[index]
         if not reference.series:
             return nan
-        try:
+        with self._without(reference):
             if index not in self._courses:
                 self._courses[index] = self._open(reference)
             return read(self._courses[index])
+        return nan
+
+    def _read_noise(self, index: int, read: Callable[[NoiseCourse], float]) -> float:
+        reference = self._references[index]
+        if not reference.gradients:
+            return nan
+        with self._without(reference):
+            if index not in self._noise:
+                self._noise[index] = NoiseCourse(reference.run, reference.gradients)
+            return read(self._noise[index])
+        return nan
+
+    @contextmanager
+    def _without(self, reference: Reference) -> Iterator[None]:
+        """Go on without what cannot be read, and say so."""
+        try:
+            yield
         except ValueError as error:
             if self._warn is None:
                 raise
             self._warn(f"goes without {reference.run.path}: {error}", True)
-            return nan
 
     def _open(self, reference: Reference) -> Course:
         if self._keep is None:

@@ -1,18 +1,64 @@
 """The runs that a forecast rests on: those of one family that reached the target, and why others do not serve."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from math import isnan, log, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.powerlaw import Band
+from lightning_spectral.runs.arguments import check_path
 from lightning_spectral.runs.bundled import bundled
 from lightning_spectral.runs.finding import folders_of_runs
+from lightning_spectral.runs.logs import Columns
+from lightning_spectral.runs.noise_course import noise_series
 from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.source import has_record
 
 KIND = "activation"
+
+
+class Asked(NamedTuple):
+    """Where references are said to be, and what is said of logs of other tools there."""
+
+    pattern: str
+    told: Columns
+
+
+def asked_of(references: Any) -> list[Asked]:
+    """What a user gives as references, a path, a pattern, a mapping of a ``path`` and of columns, or a list of these.
+
+    Args:
+        references: As given.
+
+    Returns:
+        Each by itself.
+
+    Raises:
+        ValueError: For anything else, and names that the package carries no runs of.
+    """
+    if isinstance(references, (str, os.PathLike, Mapping)):
+        references = (references,)
+    if not isinstance(references, (list, tuple)):
+        raise ValueError(f"references must be a path, a pattern or a list of them, got {describe(references)}")
+    names = [field.name for field in fields(Columns)]
+    found = []
+    for one in references:
+        told = dict(one) if isinstance(one, Mapping) else {"path": one}
+        unknown = [name for name in told if name not in ("path", *names)]
+        if unknown or "path" not in told:
+            wrong = f"got {describe(unknown[0])}" if unknown else f"got {describe(one)} without a path"
+            raise ValueError(f"references must say path, and of logs {', '.join(names)}, {wrong}")
+        path = told.pop("path")
+        check_path("references", path)
+        bundled(os.fspath(path))
+        found.append(Asked(os.fspath(path), Columns(**told)))
+    return found
 
 
 class Reference(NamedTuple):
@@ -22,6 +68,8 @@ class Reference(NamedTuple):
     tokens_to_target: float
     series: str
     """The measurement that fits; empty for a run that serves by its loss and batch alone."""
+    gradients: str = ""
+    """The measurement of gradients whose noise scale is of use; empty for none."""
 
 
 class References(NamedTuple):
@@ -61,6 +109,8 @@ class Wanted(NamedTuple):
     """Of the measurement: stage, normalisation, rows and whatever else must be the same."""
     needs_spectra: bool = True
     """Whether a run without such a measurement is of no use."""
+    gradients: Mapping[str, Any] | None = None
+    """Settings of the measurement of gradients that is to be like theirs; None where there is none."""
 
     def series_of(self, run: Run) -> tuple[str, str | None]:
         """The measurement of a run that serves.
@@ -87,12 +137,12 @@ class Wanted(NamedTuple):
         return "", reason
 
 
-def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | None = None) -> References:
+def find_references(references: Any, wanted: Wanted, own_id: str | None = None) -> References:
     """The runs among those at some paths that a forecast can rest on.
 
     Args:
-        paths: Log directories, glob patterns of them, or ``"bundled:NAME"``. A pattern that matches nothing is no
-            error: the first run of a family has no references.
+        references: Log directories, logs of other tools, glob patterns of them, ``"bundled:NAME"``, or mappings, see
+            :func:`asked_of`. A pattern that matches nothing is no error: the first run of a family has no references.
         wanted: What they must have reached and measured.
         own_id: Of the run that is forecast, which is no reference for itself.
 
@@ -101,7 +151,7 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
     """
     usable: dict[str, Reference] = {}
     skipped: dict[str, str] = {}
-    for pattern in map(str, paths):
+    for pattern, told in asked_of(references):
         try:
             folders = bundled(pattern) or folders_of_runs(pattern)
         except OSError as error:
@@ -111,7 +161,7 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
                 skipped[pattern] = f"pattern that matches no run ({pattern})"
         for folder in folders:
             try:
-                found = _judge(Run(folder), wanted, own_id)
+                found = _judge(_open(folder, told, wanted), wanted, own_id, told.loss is not None)
             except Exception as error:  # whatever is wrong with somebody else's record
                 found = f"that cannot be read ({str(error).partition(chr(10))[0]})"
             if isinstance(found, str):
@@ -127,16 +177,32 @@ def find_references(paths: Sequence[str | Path], wanted: Wanted, own_id: str | N
     return References(list(usable.values()), skipped)
 
 
-def _judge(run: Run, wanted: Wanted, own_id: str | None) -> Reference | str | None:
-    """A reference, or why a run is none; None for the run that is forecast itself."""
+def _open(folder: Path, told: Columns, wanted: Wanted) -> Run:
+    """A run; of a log, whose loss is the one that is monitored if it has that, and whose family is this one."""
+    if has_record(folder):
+        return Run(folder)
+    # Who gives a log as a reference says that it is one.
+    said = {"family": wanted.family} | told.given()
+    if told.loss is None:
+        with suppress(ValueError):
+            return Run(folder, **said, loss=wanted.monitor)
+    return Run(folder, **said)
+
+
+def _judge(run: Run, wanted: Wanted, own_id: str | None, is_told: bool) -> Reference | str | None:
+    """A reference, or why a run is none; None for the run that is forecast itself. Of a log, the loss may be told."""
     if run.id == own_id:
         return None
     if run.family != wanted.family:
         return f"of another family ({run.family}, not {wanted.family})"
     noted = _noted(run, wanted)
     recorded = run.about.get("val_loss") or run.history.loss_name
+    if run.columns:
+        if not np.isfinite(run.history.tokens).any():
+            return "whose log does not say how many tokens its steps took: say batch_tokens"
+        recorded = wanted.monitor if is_told else run.columns["loss"]
     if noted is None and recorded != wanted.monitor:
-        return f"that recorded {recorded} and not {wanted.monitor}"
+        return f"that recorded {recorded} and not {wanted.monitor}{': name its loss' if run.columns else ''}"
     # A forecaster that watched the very same loss knows; but of a run that began below it, neither does.
     tokens = run.tokens_to(wanted.target) if noted is None else noted
     if recorded == wanted.monitor and isnan(tokens):
@@ -144,7 +210,9 @@ def _judge(run: Run, wanted: Wanted, own_id: str | None) -> Reference | str | No
     if isnan(tokens):
         return f"that never came down to {wanted.target:g}"
     series, reason = wanted.series_of(run)
-    return reason if reason and wanted.needs_spectra else Reference(run, tokens, series)
+    if reason and wanted.needs_spectra:
+        return reason
+    return Reference(run, tokens, series, noise_series(run, wanted.gradients))
 
 
 def _noted(run: Run, wanted: Wanted) -> float | None:

@@ -150,6 +150,14 @@ def test_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         ({"predictor": "tails"}, "predictor must be one of stack, tail, head, loss, batch, got 'tails': try 'stack'"),
         ({"references": "bundled:none"}, "references must name runs that the package carries, got 'bundled:none'"),
+        ({"references": 3}, "references must be a path, a pattern or a list of them, got 3"),
+        (
+            {"references": ["a", {"loss": "b"}]},
+            "references must say path, and of logs loss, .* without a path",
+        ),
+        ({"references": {"path": "a", "los": "b"}}, "references must say path, and of logs loss, step, .*, got 'los'"),
+        ({"references": {"path": "a", "batch_tokens": -1}}, "batch_tokens must be a positive number, or a product"),
+        ({"references": {"path": 3}}, "references must be a path, got 3"),
         ({"head": (0, 3)}, "head must be two ascending ranks from 1"),
     ],
 )

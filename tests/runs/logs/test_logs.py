@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_spectral import Run, cli, compare
+from lightning_spectral.runs.references import Wanted, find_references
 from tests.runs.logs.conftest import BATCH, LENGTH, Logged
 
 TOOLS = {"csv": "CSVLogger", "tensorboard": "TensorBoard", "mlflow": "MLflow", "mlflow_export": "MLflow"}
@@ -105,3 +106,41 @@ def test_a_pattern_finds_logs_beside_records(logged: Logged, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "read from CSVLogger" in " ".join(printed.split())
     assert "activation spectra, validate" in printed
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_logs_serve_as_references_of_a_forecast(name: str, logged: Logged, tmp_path: Path) -> None:
+    """Given as references of runs of a family they are of it, without spectra."""
+    recorded, log = Run(logged.record), of_log(logged, name, tmp_path)
+    loss = float(np.nanmean([recorded.history.val_loss.max(), recorded.history.val_loss.min()]))
+    wanted = Wanted("F", loss, "val_loss", "blocks.1", {"stage": "validate"}, needs_spectra=False)
+    for asked in (str(log), {"path": log}, [{"path": log, "batch_tokens": BATCH * LENGTH}]):
+        (found,) = find_references(asked, wanted).usable
+        assert (found.series, found.run.family) == ("", "F")
+        assert found.tokens_to_target == pytest.approx(recorded.tokens_to(loss), rel=1e-4)
+    (twice,) = find_references({"path": log, "batch_tokens": 2 * BATCH * LENGTH}, wanted).usable
+    assert twice.tokens_to_target == pytest.approx(2 * recorded.tokens_to(loss), rel=1e-4)
+    (trained,) = find_references({"path": log, "loss": "train_loss"}, wanted).usable
+    assert trained.tokens_to_target == pytest.approx(Run(log, loss="train_loss").tokens_to(loss))
+    (of_training,) = find_references([log], wanted._replace(monitor="train_loss")).usable
+    assert of_training.tokens_to_target == trained.tokens_to_target
+    for changed, told, reason in (
+        ({"monitor": "nll"}, {}, "that recorded val_loss and not nll: name its loss"),
+        ({}, {"family": "G"}, "of another family (G, not F)"),
+        ({}, {"loss": "nll"}, "that cannot be read (loss must be one of its columns"),
+        ({"needs_spectra": True}, {}, "that did not measure activations"),
+        ({"target": 0.0}, {}, "that never came down to 0"),
+    ):
+        found = find_references({"path": log, **told}, wanted._replace(**changed))
+        (why,) = found.skipped.values()
+        assert why.startswith(reason)
+        assert found.usable == []
+
+
+def test_a_log_that_does_not_count_its_tokens_is_no_reference(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n1,3\n2,1\n")
+    wanted = Wanted("F", 2.0, "val_loss", "a", {"stage": "validate"}, needs_spectra=False)
+    reason = "whose log does not say how many tokens its steps took: say batch_tokens"
+    assert find_references(tmp_path, wanted).skipped == {str(tmp_path): reason}
+    (found,) = find_references({"path": tmp_path, "batch_tokens": 10}, wanted).usable
+    assert found.tokens_to_target == pytest.approx(10 * 2**0.5)
