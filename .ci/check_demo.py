@@ -23,8 +23,10 @@ KINDS = ("activation", "gradient", "drift", "forecast")
 DRIFT_QUANTITIES = {"overlap", "max_angle", "js", "overlap_floor", "max_angle_floor", "js_floor"}
 WEIGHT_QUANTITIES = {"alpha_tail", "r2_tail", "alpha_head", "rankme"}
 OVERVIEW = {
-    *("tail_exponent", "rankme_share", "turned_beyond_floor", "tokens_in_batch", "tokens_in_noise_scale", "failed"),
+    *("tail_exponent", "rankme_share", "turned_beyond_floor"),
+    *("tokens_in_batch", "tokens_in_noise_scale", "tokens_to_target"),
 }
+FAILURES = "a_problems/failures"
 NUM_SAMPLES = 128
 LAYERS, WIDTH = {f"gpt.blocks.{index}" for index in range(4)}, 128
 
@@ -44,11 +46,11 @@ def main(folder: Path) -> None:
     wanted |= {f"weight/{weight}/{quantity}" for weight in weights for quantity in WEIGHT_QUANTITIES}
     wanted |= {f"forecast/{quantity}" for quantity in FORECAST_QUANTITIES}
     wanted |= {f"a_overview/{quantity}" for quantity in OVERVIEW}
-    wanted |= {f"{kind}/failed" for kind in KINDS} | {"spectral/seconds"}
+    wanted |= {f"{kind}/failed" for kind in KINDS} | {"spectral/seconds", FAILURES}
     missing = wanted - set(tags["scalars"])
     assert not missing, f"missing: {missing}"
-    for kind in KINDS:
-        assert events.Scalars(f"{kind}/failed")[-1].value == 0
+    for key in (FAILURES, *(f"{kind}/failed" for kind in KINDS)):
+        assert events.Scalars(key)[-1].value == 0
     for kind in ("activation", "gradient"):
         assert f"{kind}/spectra" in tags["images"]
     for layer in LAYERS:
