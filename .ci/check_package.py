@@ -73,7 +73,7 @@ def check_contents(wheel: Path, source: Path) -> None:
 
 
 def check_installed(wheel: Path, place: Path) -> None:
-    """Import the installed package, ask it for help, and train three steps with it, outside of the source tree."""
+    """Import the installed package, ask it for help, train three steps with it and show them, outside of its tree."""
     environment = place / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python, scripts = environment / "bin" / "python", environment / "bin"
@@ -100,6 +100,8 @@ def check_installed(wheel: Path, place: Path) -> None:
     assert "alpha_tail" in run(command, *FIT.split())
     (record,) = user_folder.glob("logs/*/version_0/spectra/run.json")
     assert f'"lightning-spectral": "{version}"' in record.read_text()
+    assert "open it in a browser" in run(command, "report", record.parents[1])
+    assert "drawChart" in (user_folder / "report.html").read_text()
 
 
 if __name__ == "__main__":

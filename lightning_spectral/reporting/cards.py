@@ -78,9 +78,9 @@ def _noise(noise: Noise) -> Card:
 
 
 def _forecast(found: Forecast, tokens: float) -> Card:
-    title = "forecast" if isnan(found.target) else f"tokens to {found.monitor} {found.target:g}"
+    title = "forecast" if isnan(found.target) else f"to {found.monitor} {found.target:g}"
     if not isnan(found.actual):
-        return Card(title, short(found.actual), "reached")
+        return Card(title, short(found.actual), "reached", "tokens")
     if isnan(found.tokens):
         return Card(title, "-", f"no forecast at step {short(found.step)}")
-    return Card(title, short(found.tokens), f"80%: {interval(found.low, found.high)}; now {short(tokens)}")
+    return Card(title, short(found.tokens), f"80%: {interval(found.low, found.high)}; now {short(tokens)}", "tokens")

@@ -164,7 +164,7 @@ def test_the_first_screen_says_what_the_run_is_and_how_it_stands(trained: Path, 
     assert f"RankMe of width {np.mean(shares):.0%}" in text
     num_spectra = sum(len(run.names(kind)) * len(run.steps(kind)) for kind in run.kinds)
     assert f"failed 0 of {num_spectra}" in text
-    assert "tokens to val_loss 2 500" in text
+    assert "to val_loss 2 500 tokens" in text
 
 
 def test_advice_is_shown_with_its_link_if_that_is_one(trained: Path, tmp_path: Path) -> None:
