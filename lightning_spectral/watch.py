@@ -36,7 +36,8 @@ class SpectralWatch:
     the factor is read off the backward pass, so that accumulation and gradient scalers are seen for what they are. It
     gives the training loss of the record, and ``GradientSpectrum(method="hooks")`` needs it. The other methods compute
     losses of single samples after the optimizer's step, by ``loss_fn(module, batch)`` on a copy of the module: compute
-    in it what the loop does, autocast included. It is checked against what ``watch.loss`` is told.
+    in it what the loop does, autocast included. Given here, and not to the GradientSpectrum, it is checked against what
+    ``watch.loss`` is told.
 
     **Validation losses** are what :meth:`log` is given within :meth:`validation`: by the usual names (``val_loss``,
     ``val/loss``, ...), or the one that ``RunRecord(loss=...)`` names.
@@ -68,6 +69,7 @@ class SpectralWatch:
             model that is not whole on each rank, and a GradientSpectrum for which no loss is known.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4)))
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> watch = SpectralWatch(model, ActivationSpectrum(every_n_steps=2, num_groups=1), optimizer=optimizer)
@@ -193,10 +195,11 @@ class SpectralWatch:
         self._loop.log({**(metrics or {}), **named})
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes: plain numbers, strings, lists, dictionaries and tensors.
+        """What :meth:`load_state_dict` takes; it may be called on one rank alone.
 
-        It may be called on one rank alone; of several ranks a report that is being made beside training is not waited
-        for.
+        Returns:
+            Plain numbers, strings, lists, dictionaries and tensors. Of several ranks a report that is being made beside
+            training is not waited for.
         """
         return self._loop.state_dict()
 

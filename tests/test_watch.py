@@ -1,7 +1,9 @@
 """A loop of one's own is watched as a Trainer is: the same numbers, keys and records, and training as without."""
 
+import doctest
 import math
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -295,6 +297,19 @@ def test_the_factor_on_a_loss_is_seen() -> None:
     assert_same(found[1], found[0], 1e-5)
 
 
+def test_a_loss_function_that_does_something_else_is_found_out() -> None:
+    network = Network()
+    gradients = GradientSpectrum(WEIGHTS, every_n_steps=4, num_samples=16, num_groups=1)
+    watch = SpectralWatch(network, gradients=gradients, loss_fn=lambda model, batch: 2 * loss_of(model, batch))
+    with pytest.warns(UserWarning, match="and loss_fn gives .*: have it do what the loop does"):
+        run(watch, network, 16)
+    assert math.isnan(watch.metrics["gradient/blocks.0.mix.weight/alpha_tail"])
+
+
+def test_the_example_runs() -> None:
+    assert doctest.testmod(sys.modules[SpectralWatch.__module__]).failed == 0
+
+
 def test_steps_without_an_optimizer_are_blocks() -> None:
     watch = SpectralWatch(Network(), ActivationSpectrum(every_n_steps=2, num_groups=1, overlap=False))
     for index, batch in enumerate(token_loader(32)):
@@ -324,7 +339,7 @@ def test_alternating_optimizers_count_each_step() -> None:
 def run(watch: SpectralWatch, network: nn.Module, num_samples: int) -> None:
     for batch in token_loader(num_samples):
         with watch.step(batch):
-            loss_of(network, batch).backward()
+            watch.loss(loss_of(network, batch)).backward()
 
 
 class Failing(ActivationSpectrum):

@@ -282,7 +282,10 @@ def _batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 def _factor(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | float:
     """What makes a loss that was divided by the tokens of all batches of a step the mean over those of this batch.
 
-    By whose rule the tokens are counted is seen by the model's loss function; of others' make none is known.
+    By whose rule the tokens are counted is seen by the model's loss function.
+
+    Returns:
+        1 where nothing was divided, and for loss functions of others' make, of which no rule is known.
     """
     loss_function: Any = getattr(model, "loss_function", None)
     total = batch.get(NUM_ITEMS)

@@ -120,6 +120,7 @@ class GradientMeasurement(Measurement):
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
         self._make_loss: Callable[[LossFunction | None], BatchLoss] = scene.make_loss
+        self._is_told = scene.loss_fn is not None
         self._num_reports = 0
         self._expected: tuple[float, float] | None = None
         self._was_asked = False
@@ -202,6 +203,12 @@ class GradientMeasurement(Measurement):
             self.doubts.pop("loss", None)
             return
         self.checked["loss"] = "failed"
+        if self._is_told:
+            self.doubts["loss"] = (
+                f"training's loss of a batch was {found:.6g}, and loss_fn gives {value:.6g} on a copy of the module in "
+                "the same state: have it do what the loop does"
+            )
+            return
         self.doubts["loss"] = (
             f"training_step gave {found:.6g} for a batch and {value:.6g} on a copy of the module in the same state: "
             "its loss depends on what a copy does not have; give loss_fn"
