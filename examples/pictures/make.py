@@ -70,6 +70,21 @@ def wandb_offline(folder: Path) -> Figure:
     return figure
 
 
+def hf_trainer(folder: Path) -> Figure:
+    """Loss and effective rank of the last block."""
+    figure, axes = _panel("validation loss (orange), RankMe of the last block of 64 channels", "step", "RankMe")
+    run = Run(folder)
+    steps = run.steps("activation-validate")
+    spectra = [run.spectrum("activation-validate", "transformer.h.3", step=step) for step in steps]
+    axes.plot(steps, [spectrum.rankme().value for spectrum in spectra], color=BLUE, marker=".")
+    losses = axes.twinx()
+    seen = np.isfinite(run.history.val_loss)
+    losses.plot(run.history.step[seen], run.history.val_loss[seen], color=ORANGE)
+    losses.tick_params(axis="y", colors=ORANGE)
+    losses.spines["top"].set_visible(False)
+    return figure
+
+
 def mlflow_local(folder: Path) -> Image.Image:
     """The last figure among the artifacts."""
     return Image.open(sorted(folder.glob("artifacts/*/artifacts/activation/spectra/*.png"))[-1])
