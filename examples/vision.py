@@ -136,9 +136,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.model or EXAMPLES:
         train(name, arguments.max_steps, f"{arguments.folder}/{name}")
-    # Read off the tables: RankMe of the ResNet's blocks falls, in the last from 16 to 10, as they drop what does not
-    # tell directions apart. The 32 channels of the ConvNeXt's first blocks have a RankMe of 3: its stem makes them of
-    # patches of four pixels. Noise scales are of a few images at first, and grow as images are told apart.
+    # Read off the figures: eigenvalues of the ConvNeXt's first blocks drop after the fourth, for its stem makes their
+    # 32 channels of patches of four pixels. Off the tables: RankMe of the ResNet's blocks falls, in the last from 16 to
+    # 10, as they drop what does not tell directions apart; noise scales are of a few images at first, and grow.
     print(f"See what blocks keep of the images: lightning-spectral show '{arguments.folder}/*' --plot vision.png")
 
 

@@ -26,14 +26,29 @@ COLORS = 64
 
 def own_module(folder: Path) -> Figure:
     """Eigenvalues of the last block, from the first report to the last."""
-    figure, axes = _panel("eigenvalues of the last block: of 8 directions 7 stand out", "rank", "")
-    run = Run(folder)
-    steps = run.steps("activation")
-    scale = ScalarMappable(Normalize(steps[0], steps[-1]), "viridis")
-    for step in steps:
-        _spectrum(axes, run, "activation", "blocks.3", step, color=scale.to_rgba(step))
-    figure.colorbar(scale, ax=axes, label="step", pad=0.02)
-    return figure
+    return _evolution(folder, "blocks.3", "eigenvalues of the last block: of 8 directions 7 stand out")
+
+
+def hf_gpt2(folder: Path) -> Figure:
+    """Eigenvalues of the last block, from the first report to the last."""
+    return _evolution(folder, "gpt2.transformer.h.3", "eigenvalues of the last block of a GPT-2")
+
+
+def vision(folder: Path) -> Figure:
+    """Eigenvalues of the ConvNeXt's second block, likewise."""
+    title = "ConvNeXt: 32 channels, made of patches of four pixels"
+    return _evolution(folder / "convnext", "net.convnext.encoder.stages.0.layers.1", title)
+
+
+def lora(folder: Path) -> Figure:
+    """Eigenvalues of the last block, likewise."""
+    return _evolution(folder, "gpt2.base_model.model.transformer.h.3", "eigenvalues of the last block, under adapters")
+
+
+def gan(folder: Path) -> Figure:
+    """Eigenvalues of the discriminator's second block, likewise."""
+    title = "discriminator: pairs of waves around a circle, of eight clusters"
+    return _evolution(folder, "discriminator.blocks.1", title)
 
 
 def tensor_parallel(one: Path, two: Path) -> Figure:
@@ -135,6 +150,18 @@ def reference_runs(folder: Path) -> Figure:
         axes.plot(history.tokens, history.val_loss, color=color, marker=".", label=path.name.split("-")[0])
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
     axes.legend(frameon=False)
+    return figure
+
+
+def _evolution(folder: Path, name: str, title: str) -> Figure:
+    """Eigenvalues of a layer, a line for each report."""
+    figure, axes = _panel(title, "rank", "")
+    run = Run(folder)
+    steps = run.steps("activation")
+    scale = ScalarMappable(Normalize(steps[0], steps[-1]), "viridis")
+    for step in steps:
+        _spectrum(axes, run, "activation", name, step, color=scale.to_rgba(step))
+    figure.colorbar(scale, ax=axes, label="step", pad=0.02)
     return figure
 
 
