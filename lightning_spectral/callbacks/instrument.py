@@ -215,9 +215,14 @@ class Instrument(Participant, Generic[ReportT]):
         """Send values, by key without the prefix, to every logger and to the metrics that others monitor."""
         if self._writes_seconds and self.session is not None:
             values = {**values, SECONDS: self.session.stopwatch.seconds}
-        for logger in host.loggers:
-            logger.log_metrics({self.prefix + key: value for key, value in values.items()}, step=step)
+        sent = {self.prefix + key: value for key, value in self.for_loggers(values).items()}
+        for logger in host.loggers if sent else ():
+            logger.log_metrics(dict(sent), step=step)
         self._set_metrics(host, values)
+
+    def for_loggers(self, values: dict[str, float]) -> dict[str, float]:
+        """What of values, by key without the prefix, loggers are sent; the metrics hold all."""
+        return values
 
     def _set_metrics(self, host: Host, values: dict[str, float]) -> None:
         # Not through self.log: the numbers are the same on all ranks already, and self.log would reduce each again.

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_spectral.advice import Awaited, Fact
-from lightning_spectral.boards import Board
+from lightning_spectral.boards import Board, Margin
 from lightning_spectral.callbacks.forecast_table import ForecastTable
 from lightning_spectral.callbacks.forecaster import Forecaster
 from lightning_spectral.callbacks.host import Host
@@ -48,7 +48,7 @@ class TailForecaster(LayersCallback):
 
     The rule is that of ``lightning-spectral forecast``, which says of the run's record at that step the same.
 
-    Values lie under ``forecast/``:
+    Values lie under ``forecast/``; loggers are sent those that are known:
 
     - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens. Once the run has come into the
       interval, they are those of what is left of it; past nearly all of it there is no forecast, and a warning.
@@ -408,12 +408,24 @@ class TailForecaster(LayersCallback):
             )
 
     @override
+    def for_loggers(self, values: dict[str, float]) -> dict[str, float]:
+        # Charts draw NaN as a flat line of marks: once the target is reached there would seem to be forecasts still.
+        return {key: value for key, value in values.items() if key == "forecast/alpha_tail" or not math.isnan(value)}
+
+    @override
     def draw(self, boards: list[Board], report: Report) -> None:
         start = f"{self.prefix}forecast"
-        tokens = [f"{start}/{quantity}" for quantity in ("tokens_to_target", "low", "high", "actual")]
-        trust = [f"{start}/{quantity}" for quantity in ("skill", "median_error", "extrapolated")]
-        gain = [f"{start}/spectral_gain{end}" for end in ("", "_low", "_high")]
-        charts = {f"{start}/tokens_to_target": tokens, f"{start}/skill": trust, f"{start}/spectral_gain": gain}
+
+        def within(quantity: str, *ends: str) -> Margin:
+            return Margin(*(f"{start}/{name}" for name in (quantity, *ends)))
+
+        charts: dict[str, Sequence[str]] = {
+            f"{start}/tokens_to_target": within("tokens_to_target", "low", "high"),
+            f"{start}/actual": [f"{start}/tokens_to_target", f"{start}/actual"],
+            f"{start}/skill": [f"{start}/skill"],
+            f"{start}/median_error": [f"{start}/median_error"],
+            f"{start}/spectral_gain": within("spectral_gain", "spectral_gain_low", "spectral_gain_high"),
+        }
         for board in boards:
             board.charts("forecast", charts)
 

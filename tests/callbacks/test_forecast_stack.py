@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from lightning_spectral import Run, TailForecaster
 from lightning_spectral.callbacks import tail_forecaster
@@ -134,15 +137,36 @@ def test_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         fit(tmp_path / "none", forecaster, max_steps=4)
     capsys.readouterr()
     forecaster = stacked(references(tmp_path / "refs"))
+    logger = TensorBoardLogger(tmp_path, "tb", "")
     with pytest.warns(UserWarning, match="it has taken more tokens than the 439 that its references let expect"):
-        fit(tmp_path / "run", forecaster, max_steps=24, max_epochs=-1)
+        fit(tmp_path / "run", forecaster, max_steps=24, max_epochs=-1, logger=logger)
     shown = capsys.readouterr().out
     assert "Tokens to falling_loss 1, by the batch size" in shown
     assert "80% interval" in shown
     line = next(line for line in shown.splitlines() if "needed" in line)
     assert f"{forecaster.actual:,.0f}" in line
-    # No forecast after the target was reached, at step 20.
+    # No forecast after the target was reached, at step 20, and no marks of any on a board.
     assert math.isnan(forecaster.values("tokens_to_target")[-1])
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    for quantity, steps in {
+        "tokens_to_target": [4, 8, 12],
+        "actual": [20, 20, 24],
+        "failed": list(range(4, 25, 4)),
+    }.items():
+        logged = events.Scalars(f"forecast/{quantity}")
+        assert [event.step for event in logged] == steps
+        assert all(math.isfinite(event.value) for event in logged)
+    assert "forecast/spectral_gain" not in events.Tags()["scalars"], "the batch alone has none"
+    content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    (category,) = [one for one in Layout.FromString(content).category if one.title == "forecast"]
+    charts = {chart.title: chart for chart in category.chart}
+    (margin,) = charts["forecast/tokens_to_target"].margin.series
+    assert (margin.value, margin.lower, margin.upper) == (
+        "forecast/tokens_to_target",
+        "forecast/low",
+        "forecast/high",
+    )
+    assert list(charts["forecast/actual"].multiline.tag) == ["^forecast/tokens_to_target$", "^forecast/actual$"]
 
 
 @pytest.mark.parametrize(
