@@ -67,8 +67,5 @@ class Host(Protocol):
     def mean(self, value: Tensor) -> Tensor:
         """Mean over ranks; a collective."""
 
-    def any(self, decision: bool) -> bool:
-        """Whether a rank decides so; a collective."""
-
     def stop(self) -> None:
         """End training after this step."""

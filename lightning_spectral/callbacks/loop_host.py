@@ -14,7 +14,7 @@ from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.measurement import Scene, Session
 from lightning_spectral.measurement.passes import Pass, pass_of
-from lightning_spectral.metrics.collectives import Together, all_sum, broadcast_object, rank_and_world
+from lightning_spectral.metrics.collectives import all_sum, broadcast_object, rank_and_world
 from lightning_spectral.metrics.layout import Layout, are_sharded
 from lightning_spectral.recording import RunRecorder, Start
 from lightning_spectral.recording.about import describe_run, record_folder
@@ -86,10 +86,6 @@ class LoopHost:
     def mean(self, value: Tensor) -> Tensor:
         """Over the default group."""
         return value if self.num_ranks == 1 else all_sum(value.to(self._reducing), None) / self.num_ranks
-
-    def any(self, decision: bool) -> bool:
-        """Over the default group."""
-        return not Together(self._reducing).all(not decision)
 
     def stop(self) -> None:
         """For whoever asks."""

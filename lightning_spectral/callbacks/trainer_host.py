@@ -96,10 +96,6 @@ class TrainerHost(Host):
         """By the strategy."""
         return self.trainer.strategy.reduce(value.to(self.trainer.strategy.root_device), reduce_op="mean")
 
-    def any(self, decision: bool) -> bool:
-        """By the strategy."""
-        return self.trainer.strategy.reduce_boolean_decision(decision, all=False)
-
     def stop(self) -> None:
         """``should_stop``."""
         self.trainer.should_stop = True
