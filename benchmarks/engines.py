@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.engine_runs import COMPILED, ENGINES, WORLDS, Model, expected, found_by, in_ranks
+from benchmarks.engine_runs import COMPILED, ENGINES, WORLDS, expected, found_by, in_ranks
 from benchmarks.harness import Target, console, main
 from lightning_spectral import GradientSpectrum
 from lightning_spectral.capture.one_line import reason_of
@@ -114,11 +114,11 @@ def of_untried(name: str) -> dict[str, str]:
     except Exception as error:
         why = f"{type(error).__name__}: {reason_of(error)}"
     # It is refused by its name, before anything is asked of it.
-    trainer: Any = SimpleNamespace(strategy=type(UNTRIED[name], (), {})())
+    host: Any = SimpleNamespace(strategy=UNTRIED[name])
     cells = {"activations": f"not tried, for on this machine Lightning says {why}"}
     for engine in ENGINES[1:]:
         try:
-            GradientSpectrum(method=engine).join(trainer, Model())
+            GradientSpectrum(method=engine).join(host)
             cells[engine] = "not tried"
         except ValueError as error:
             cells[engine] = f"refused: {error}"
