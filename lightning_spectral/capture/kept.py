@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import pickle
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -124,10 +125,12 @@ class Kept:
 
 def random_states(kept: Kept | None) -> list[Any]:
     """The states of the generators that everybody shares, and of those that can be reached."""
-    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    numbers = repr(np.random.get_state(legacy=False))  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Of little cost, for they are asked for before each chunk of samples, and such that vmap does not mind.
+    shared = [state.tolist() for state in (torch.get_rng_state(), *cuda)]
+    numbers = pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
     reached = [] if kept is None else kept.random_state()
-    return [torch.get_rng_state().tolist(), cuda, random.getstate(), numbers, reached]
+    return [shared, random.getstate(), numbers, reached]
 
 
 def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
@@ -248,9 +251,9 @@ def _state(generator: Any) -> Any:
         return generator.get_state().tolist()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return repr(generator.bit_generator.state)
-    return repr(generator.get_state(legacy=False))
+    # NumPy's own words for a state leave out what is in the middle of a long one, if it was told to.
+    is_new = isinstance(generator, np.random.Generator)
+    return pickle.dumps(generator.bit_generator.state if is_new else generator.get_state(legacy=False))
 
 
 def _generator(generator: Any) -> PutBack:
