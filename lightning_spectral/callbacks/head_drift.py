@@ -13,12 +13,10 @@ from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.overview import mean_of_all
 from lightning_spectral.callbacks.recorded_bases import RecordedBases
 from lightning_spectral.capture.batch import load_cutter
+from lightning_spectral.functional import drift
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.floor import angle_floor, js_floor, overlap_floor
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.functional.spectrum import js_divergence
-from lightning_spectral.functional.subspace import principal_angles, subspace_overlap
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_positive
 from lightning_spectral.terminal import number
@@ -270,24 +268,18 @@ class HeadDrift(LayersCallback):
             # It was replaced by another layer, from which there is no drift.
             self.warn(f"at step {step}, {name}: NaN, because its width is not that of its reference any more")
             return row
-        # A report that is its own reference is one sample, however often it is named.
-        others = [] if reference is None or reference is basis else [reference]
-        samples = [basis, *others]
-        row["js_floor"] = float(js_floor(*samples))
-        if math.isnan(row["js_floor"]) and self.request.num_groups > 1:
+        found = drift.drift_from(basis, reference)
+        if math.isnan(found.js_floor) and self.request.num_groups > 1:
             self.warn(f"at step {step}, {name}: no floors, because not every group of samples received rows")
+        samples = [basis] if reference is None else [basis, reference]
         if reference is not None:
-            row["js"] = 0.0 if reference is basis else float(js_divergence(basis.values, reference.values))
             self._compare_rows(step, name, basis, reference)
-        reason = self._why_no_vectors(samples)
-        if reason is not None:
-            if not (self._is_cut(basis) and self.is_widened(basis)):
-                self.warn(f"at step {step}, {name}: overlap and angle are NaN, because {reason}")
-            return row
-        row["overlap_floor"], row["max_angle_floor"] = float(overlap_floor(*samples)), float(angle_floor(*samples))
-        if reference is not None:
-            row["overlap"], row["max_angle"] = _distance(*samples) if others else (1.0, 0.0)
-        return row
+        reason = self._why_no_vectors(found, samples)
+        if reason is None:
+            return {quantity: getattr(found, quantity) for quantity in self.quantities}
+        if not (self._is_cut(basis) and self.is_widened(basis)):
+            self.warn(f"at step {step}, {name}: overlap and angle are NaN, because {reason}")
+        return row | {"js": found.js, "js_floor": found.js_floor}
 
     def _compare_rows(self, step: int, name: str, basis: Spectrum, reference: Spectrum) -> None:
         if abs(basis.count - reference.count) > UNEQUAL * max(basis.count, reference.count):
@@ -299,22 +291,14 @@ class HeadDrift(LayersCallback):
     def _is_cut(self, spectrum: Spectrum) -> bool:
         return any(spectrum.is_cut_by_dtype(band) for band in self.looks_at())
 
-    def _why_no_vectors(self, samples: list[Spectrum]) -> str | None:
+    def _why_no_vectors(self, found: drift.Drift, samples: list[Spectrum]) -> str | None:
         if any(sample.vectors is None or sample.leave_one_out_vectors is None for sample in samples):
             return "the reference holds no eigenvectors"
-        num_positive = min(int((sample.values > 0).sum()) for sample in samples)
-        if num_positive < self.rank:
-            cut = next((sample.dtype for sample in samples if self._is_cut(sample)), None)
-            remedy = "lower it" if cut is None else f"lower it, or give dtype='float64', for {cut} resolves no more"
-            return f"rank {self.rank} needs as many positive eigenvalues, and there are {num_positive}: {remedy}"
-        return None
-
-
-def _distance(sample: Spectrum, reference: Spectrum) -> tuple[float, float]:
-    assert sample.vectors is not None
-    assert reference.vectors is not None
-    overlap = subspace_overlap(sample.vectors, reference.vectors)
-    return float(overlap), float(principal_angles(sample.vectors, reference.vectors)[0])
+        if found.reason is None:
+            return None
+        cut = next((sample.dtype for sample in samples if self._is_cut(sample)), None)
+        remedy = "lower it" if cut is None else f"lower it, or give dtype='float64', for {cut} resolves no more"
+        return f"{found.reason}: {remedy}"
 
 
 def _beyond_floor(overlap: float, floor: float) -> float:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from lightning_spectral.advice.facts import student
+from lightning_spectral.functional.drift import Drift
 from lightning_spectral.functional.estimate import Exponent, Spectrum, fit_all
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.reporting.drift import Drifted, drift
+from lightning_spectral.reporting.drift import drift
 from lightning_spectral.reporting.thinning import kept_ranks
 from lightning_spectral.runs import NoiseScale, Run
 from lightning_spectral.runs.kinds import KINDS, Series
@@ -35,7 +36,7 @@ _AT_ONCE = 64
 """Reports whose spectra are in memory together."""
 
 NUMBERS = ("alpha_tail", "alpha_tail_stderr", "alpha_head", "alpha_head_stderr", "rankme", "rankme_stderr")
-DRIFT = ("overlap", "overlap_floor", "js", "js_floor")
+DRIFTS = ("overlap", "overlap_floor", "js", "js_floor")
 
 
 def series_of(run: Run, kind: str) -> list[str]:
@@ -125,7 +126,7 @@ class _Held:
         self.num_groups = 0
         self.num_reports = 0
         self.num_failed = 0
-        self.columns: dict[str, list[float]] = {key: [nan] * num_reports for key in (*NUMBERS, *DRIFT)}
+        self.columns: dict[str, list[float]] = {key: [nan] * num_reports for key in (*NUMBERS, *DRIFTS)}
         self.why: dict[int, dict[str, str]] = {}
         self.ranks: list[int] = []
         self.log_values: dict[int, list[float]] = {}
@@ -150,9 +151,9 @@ class _Held:
     def _set(self, index: int, quantity: str, value: float, stderr: float) -> None:
         self.columns[quantity][index], self.columns[f"{quantity}_stderr"][index] = value, stderr
 
-    def add_drift(self, index: int, found: Drifted) -> None:
+    def add_drift(self, index: int, found: Drift) -> None:
         """Take the drift of a report."""
-        for quantity in DRIFT:
+        for quantity in DRIFTS:
             self.columns[quantity][index] = getattr(found, quantity)
         if found.reason is not None:
             self.why.setdefault(index, {})["overlap"] = found.reason
