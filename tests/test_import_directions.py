@@ -17,7 +17,7 @@ ALLOWED = {
     "measurement": {"functional", "theory", "metrics", "capture"},
     "boards": set(),
     "documentation": set(),
-    "advice": {"documentation"},
+    "advice": {"documentation", "functional"},
     "terminal": set(),
     "version": set(),
     "warner": set(),

@@ -1,7 +1,6 @@
 """What a finished run's numbers usually mean, said only of what lies beyond its floors."""
 
 from lightning_spectral.advice.facts import (
-    UNEQUAL,
     Alarmed,
     Awaited,
     BatchNoise,
@@ -10,15 +9,14 @@ from lightning_spectral.advice.facts import (
     Fact,
     Moved,
     Number,
+    are_as_many,
     floor_of_fall,
 )
-from lightning_spectral.advice.rules import MOST, NO_SKILL, RULES, Sentence, sentences
+from lightning_spectral.advice.rules import MOST, RULES, Sentence, sentences
 
 __all__ = [
     "MOST",
-    "NO_SKILL",
     "RULES",
-    "UNEQUAL",
     "Alarmed",
     "Awaited",
     "BatchNoise",
@@ -28,6 +26,7 @@ __all__ = [
     "Moved",
     "Number",
     "Sentence",
+    "are_as_many",
     "floor_of_fall",
     "sentences",
 ]

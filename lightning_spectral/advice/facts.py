@@ -15,6 +15,11 @@ UNEQUAL = 0.1
 """Relative difference of numbers of rows from which two spectra do not compare: fewer rows alone make one steeper."""
 
 
+def are_as_many(rows: float, others: float) -> bool:
+    """Whether spectra of so many rows each compare."""
+    return abs(rows - others) <= UNEQUAL * max(rows, others)
+
+
 class Number(NamedTuple):
     """A mean over layers, in one report."""
 

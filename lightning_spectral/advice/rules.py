@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 
 from lightning_spectral.advice.facts import Alarmed, Awaited, BatchNoise, Drifted, Fact, Moved
 from lightning_spectral.documentation import page
+from lightning_spectral.functional.forecast import NO_SKILL
 
 MOST = 5
 """Sentences about one run."""
-
-NO_SKILL = 0.1
-"""Above this p-value references forecast each other no better than runs without any relation do."""
-
 
 ROUNDING = 1e-6
 """Of overlaps: on the same rows weights that stand still have a floor of 1."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_spectral.advice import UNEQUAL, Fact, Moved, Number
+from lightning_spectral.advice import Fact, Moved, Number, are_as_many
 from lightning_spectral.boards import Board
 from lightning_spectral.callbacks.bands import DEFAULT_HEAD, Bands
 from lightning_spectral.callbacks.display import Display
@@ -361,5 +361,4 @@ def _number(row: Mapping[str, float], quantity: str) -> Number:
 
 def _are_alike(first: Mapping[str, float], last: Mapping[str, float]) -> bool:
     """Whether two reports of a layer compare: of as many rows, which move both numbers, and of one width."""
-    is_as_many = abs(first["num_tokens"] - last["num_tokens"]) <= UNEQUAL * first["num_tokens"]
-    return is_as_many and first.get("width") == last.get("width")
+    return are_as_many(first["num_tokens"], last["num_tokens"]) and first.get("width") == last.get("width")

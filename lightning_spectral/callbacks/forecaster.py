@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_spectral.callbacks.host import Host
-from lightning_spectral.functional.forecast import MIN_REFERENCES
+from lightning_spectral.functional.forecast import MIN_REFERENCES, NO_SKILL
 from lightning_spectral.functional.stacking import StackedForecast
 from lightning_spectral.runs import predicting
 from lightning_spectral.runs.predicting import Shown, from_now_on, predict
@@ -155,7 +155,7 @@ class Forecaster:
                 f"cannot tell its skill {at}: its references are of {found.num_settings} settings, "
                 "or alike in what they show or in their tokens. Train references of other batch sizes or learning rates"
             )
-        elif found.p_value > predicting.NO_SKILL:
+        elif found.p_value > NO_SKILL:
             self._tell(
                 f"has no skill {at}: its references forecast each other with a rank "
                 f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_spectral.advice import Drift, Drifted, Fact
+from lightning_spectral.advice import Drift, Drifted, Fact, are_as_many
 from lightning_spectral.callbacks.display import Display
 from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.overview import mean_of_all
@@ -20,9 +20,6 @@ from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_positive
 from lightning_spectral.terminal import number
-
-UNEQUAL = 0.1
-"""Relative difference of two numbers of rows from which their spectra should not pass for samples of equal size."""
 
 
 class HeadDrift(LayersCallback):
@@ -282,7 +279,7 @@ class HeadDrift(LayersCallback):
         return row | {"js": found.js, "js_floor": found.js_floor}
 
     def _compare_rows(self, step: int, name: str, basis: Spectrum, reference: Spectrum) -> None:
-        if abs(basis.count - reference.count) > UNEQUAL * max(basis.count, reference.count):
+        if not are_as_many(basis.count, reference.count):
             self.warn(
                 f"at step {step}, {name}: compares {basis.count} rows with {reference.count}, "
                 "and fewer rows alone make a spectrum steeper"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_spectral.advice import UNEQUAL, Alarmed, Number, floor_of_fall
+from lightning_spectral.advice import Alarmed, Number, are_as_many, floor_of_fall
 from lightning_spectral.documentation import page
 from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.estimate import Spectrum
@@ -94,7 +94,7 @@ class RankMeAlarm:
         width, groups = len(spectrum.values), len(spectrum.leave_one_out)
         known = self._before.get(name, [])
         # Other numbers of rows, or channels, have another RankMe by themselves.
-        alike = [one for one in known if one[2] == width and abs(one[3] - spectrum.count) <= UNEQUAL * one[3]]
+        alike = [one for one in known if one[2] == width and are_as_many(one[3], spectrum.count)]
         self._before[name] = [*known, [now.value, now.stderr, width, spectrum.count]][-self.within :]
         if not alike:
             return {}

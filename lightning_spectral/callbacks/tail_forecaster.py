@@ -21,10 +21,10 @@ from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
 from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.estimate import Spectrum
+from lightning_spectral.functional.forecast import NO_SKILL
 from lightning_spectral.functional.powerlaw import Band, check_band, resolve_band
 from lightning_spectral.measurement import ActivationRequest, Report
 from lightning_spectral.measurement.arguments import check_key
-from lightning_spectral.runs import predicting
 from lightning_spectral.runs.logarithms import log_of
 from lightning_spectral.runs.predicting import BY, Seen, Shown
 from lightning_spectral.runs.reference_numbers import Look
@@ -398,13 +398,13 @@ class TailForecaster(LayersCallback):
             return
         # A rank that could not read a reference goes by other numbers: those that are logged count, on all.
         low, p_value = host.broadcast((self._forecaster.low, self._forecaster.p_value))
-        if low > self.stop_if_relative_above and p_value <= predicting.NO_SKILL:
+        if low > self.stop_if_relative_above and p_value <= NO_SKILL:
             host.stop()
             rank_zero_info(
                 f"TailForecaster ends training: it is to take at least {low:.2f} times the tokens of the family's best "
                 f"run, the low end of its interval, which is more than stop_if_relative_above="
                 f"{self.stop_if_relative_above:g}; its references forecast each other better than chance "
-                f"(p = {p_value:.3f}, {predicting.NO_SKILL:g} at most)"
+                f"(p = {p_value:.3f}, {NO_SKILL:g} at most)"
             )
 
     @override

@@ -19,6 +19,9 @@ from lightning_spectral.functional.arguments import check_number
 from lightning_spectral.functional.line import FARTHEST, fit_line, setting_means
 from lightning_spectral.functional.rank_correlation import check_level, check_pair, p_value, spearman
 
+NO_SKILL = 0.1
+"""Above this p-value references forecast each other no better than runs without any relation do."""
+
 MIN_REFERENCES = 4
 """Fewest runs, or points of a loss curve, that give a number: what fits three leaves one residual at best, and a t
 interval on it spans orders of magnitude."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite, isnan, nan
 from typing import NamedTuple
 
-from lightning_spectral.advice.facts import UNEQUAL, Number, floor_of_change
+from lightning_spectral.advice.facts import Number, are_as_many, floor_of_change
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.reporting.drift import drift
@@ -172,8 +172,8 @@ def mean_change(
 
 def are_alike(one: Spectrum, other: Spectrum) -> bool:
     """Whether numbers of two spectra compare: fewer rows alone make one steeper."""
-    unequal = abs(one.count - other.count) > UNEQUAL * max(one.count, other.count)
-    return one.failure is None and other.failure is None and len(one.values) == len(other.values) and not unequal
+    is_known = one.failure is None and other.failure is None
+    return is_known and len(one.values) == len(other.values) and are_as_many(one.count, other.count)
 
 
 def turned_heads(first: Mapping[str, Spectrum], last: Mapping[str, Spectrum]) -> Turned | None:

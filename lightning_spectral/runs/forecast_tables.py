@@ -6,10 +6,9 @@ from math import inf, isnan, nan
 from rich.table import Table
 from rich.text import Text
 
-from lightning_spectral.functional.forecast import MIN_SETTINGS
+from lightning_spectral.functional.forecast import MIN_SETTINGS, NO_SKILL
 from lightning_spectral.runs.backtesting import LARGE, FamilyBacktest, Point, Predictor
 from lightning_spectral.runs.forecasting import FamilyForecast, RunForecast
-from lightning_spectral.runs.predicting import NO_SKILL
 from lightning_spectral.runs.tables import from_log
 from lightning_spectral.terminal import console, new_table, show_number
 

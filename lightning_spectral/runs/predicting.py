@@ -26,10 +26,6 @@ MOST_SETTINGS = 60
 BEYOND_EXPECTATION = 0.99
 """A run that has taken more than so large a share of its forecast's distribution is not as its references are."""
 
-
-NO_SKILL = 0.1
-"""Above this p-value forecasts of the references are what runs without any relation show."""
-
 _MOST_POWER = 600.0
 """Of e in what is a number."""
 

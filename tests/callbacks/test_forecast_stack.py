@@ -126,7 +126,8 @@ def test_a_run_is_ended_by_the_low_end_and_only_with_skill(tmp_path: Path, monke
     (reason,) = [text for text in said if "ends training" in text]
     assert f"stop_if_relative_above={limit:g}" in reason
     assert "(p = 0." in reason
-    monkeypatch.setattr(predicting, "NO_SKILL", 0.0)
+    for name in ("forecaster", "tail_forecaster"):
+        monkeypatch.setattr(f"lightning_spectral.callbacks.{name}.NO_SKILL", 0.0)
     with pytest.warns(UserWarning, match="has no skill"):
         assert fit(tmp_path / "d", stacked(refs, stop_if_relative_above=limit), max_steps=12).global_step == 12
 
