@@ -1,11 +1,15 @@
 """What all tests share: hypothesis judges results, not the speed of the machine, and no test outlives a power cut."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from lightning_spectral.runs import writing
+
+# Comet reports errors home from every second process that imports it, and transformers imports it where it finds it.
+os.environ["COMET_ERROR_TRACKING_ENABLE"] = "false"
 
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")

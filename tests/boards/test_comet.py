@@ -25,7 +25,6 @@ class CometLogger:
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
     monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
-    monkeypatch.setenv("COMET_INTERNAL_SENTRY_DSN", "")  # it reports every start otherwise
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     from comet_ml import OfflineExperiment
 
