@@ -194,12 +194,15 @@ def tokens_per_sample(run: Run) -> float:
 
 
 def in_unit(scale: NoiseScale, run: Run) -> Noise:
-    """A noise scale in tokens beside the batch in tokens, or in samples where tokens of a sample are not known."""
+    """A noise scale, from the pairs that its interval is of, beside the batch: in tokens, or in samples.
+
+    That is, where it is not known how many tokens a sample has.
+    """
     size = tokens_per_sample(run)
     if isnan(size):
-        return Noise("samples", scale.value, scale.low, scale.high, number(run.about.get("batch_samples")))
+        return Noise("samples", scale.between, scale.low, scale.high, number(run.about.get("batch_samples")))
     batch = number(run.about.get("batch_tokens"))
-    return Noise("tokens", scale.value * size, scale.low * size, scale.high * size, batch)
+    return Noise("tokens", scale.between * size, scale.low * size, scale.high * size, batch)
 
 
 def noise_of(run: Run) -> Noise | None:

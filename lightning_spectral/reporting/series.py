@@ -219,6 +219,7 @@ def _seconds(run: Run, steps: Sequence[int]) -> list[float]:
 
 
 def _noise(run: Run, kind: str, steps: Sequence[int]) -> dict[str, list[float]]:
-    """Noise scale of all measured parameters together, in samples, with its 80% interval."""
+    """Noise scale of all measured parameters together, in samples, with its 80% interval, both from the same pairs."""
     found: list[NoiseScale] = [run.noise_scale(step, None, kind) for step in steps]
-    return {field: [getattr(one, field) for one in found] for field in ("value", "low", "high")}
+    fields = {"value": "between", "low": "low", "high": "high"}
+    return {name: [getattr(one, field) for one in found] for name, field in fields.items()}

@@ -22,6 +22,9 @@ class NoiseScale(NamedTuple):
     """Squared norm of the true gradient, without bias."""
     trace: float
     """Trace of the covariance of per-sample gradients, without bias."""
+    between: float
+    """The noise scale from pairs of samples of different groups, of which the interval is: samples that share a
+    document do not pass for signal there. ``value`` where there are no groups."""
 
 
 def names_of_gradients(arrays: Mapping[str, Any]) -> list[str]:
@@ -44,11 +47,12 @@ def read_noise(arrays: Mapping[str, Any], names: Sequence[str]) -> NoiseScale:
             ]
         )
         parts, interval = sums.moments, sums.interval
-        low, high = float(interval.low), float(interval.high)
+        low, high, between = float(interval.low), float(interval.high), float(sums.moments_between.noise_scale)
     else:
         parts = GradientMoments(*(_summed(arrays, names, field) for field in GradientMoments._fields))
         low = high = nan
-    return NoiseScale(float(parts.noise_scale), low, high, float(parts.squared_norm), float(parts.trace))
+        between = float(parts.noise_scale)
+    return NoiseScale(float(parts.noise_scale), low, high, float(parts.squared_norm), float(parts.trace), between)
 
 
 def _summed(arrays: Mapping[str, Any], names: Sequence[str], field: str) -> torch.Tensor:

@@ -115,6 +115,9 @@ def test_a_record_gives_back_what_was_logged(tmp_path: Path) -> None:
         found = run.noise_scale(2, name)
         assert [found.value, found.low, found.high] == pytest.approx(logged)
         assert found.value == pytest.approx(found.trace / found.squared_norm if found.squared_norm > 0 else math.inf)
+        # Of one report there is nothing to smooth.
+        assert run.steps("gradient") == [2]
+        assert found.between == pytest.approx(float(trainer.callback_metrics[f"{start}/noise_scale_smoothed"]))
 
 
 def test_a_table_shows_the_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +144,9 @@ def test_a_record_without_sums_over_groups_has_no_interval(tmp_path: Path) -> No
         kept = {key: arrays[key] for key in arrays.files if "/noise_" not in key}
     np.savez(path, **kept)
     found = run.noise_scale(2, NAME)
-    assert found._replace(low=before.low, high=before.high) == pytest.approx(before)
+    assert found._replace(low=before.low, high=before.high, between=before.between) == pytest.approx(before)
     assert math.isnan(found.low)
+    assert found.between == found.value
     np.savez(path, **{key: array for key, array in kept.items() if not key.endswith(("/trace", "/squared_norm"))})
     assert all(map(math.isnan, run.noise_scale(2, NAME)))
 

@@ -131,8 +131,7 @@ def test_history_noise_and_forecasts_are_there(trained: Path, tmp_path: Path) ->
     noise = found["series"]["gradient-validate"]["noise"]
     for index, step in enumerate(run.steps("gradient")):
         scale = run.noise_scale(step)
-        for field in ("value", "low", "high"):
-            truth = getattr(scale, field)
+        for field, truth in {"value": scale.between, "low": scale.low, "high": scale.high}.items():
             shown = noise[field][index]
             assert shown == "inf" if truth == float("inf") else agrees(shown, truth)
     (forecast,) = found["forecasts"]
