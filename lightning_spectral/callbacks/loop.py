@@ -110,25 +110,14 @@ class Loop:
             with suppress(Exception):
                 measurement.close()
 
-    def tell_loss(self, loss: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-        """Tell the loss of the batch, before it is divided or scaled; of several the last is recorded.
-
-        Args:
-            loss: A tensor with one number, of which ``backward`` is called, or of a multiple of it.
-            factor: What makes it the batch's own, where it was divided before: batches a step, say.
-
-        Returns:
-            The same tensor.
-
-        Raises:
-            ValueError: If there is no batch under way, or it is not one number.
-        """
+    def tell_loss(self, loss: Tensor, factor: float | Tensor = 1.0, is_recorded: bool = True) -> Tensor:
+        """Tell the loss of the batch, as :meth:`SpectralWatch.loss` does; one that is not recorded is NaN there."""
         if not self._is_open:
             raise ValueError("loss must be told within watch.step(batch), got it outside: call watch.loss(loss) there")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss must be a tensor with one number, got {describe(loss)}")
         value = loss.detach().clone().reshape(()) * factor  # what it is before a loop divides it in place
-        self._loss = value
+        self._loss = value if is_recorded else torch.full_like(value, torch.nan)
         if loss.requires_grad:
             self._is_differentiated = False
             loss.register_hook(lambda gradient: self._before_backward(value, gradient / factor))

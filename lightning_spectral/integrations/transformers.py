@@ -40,7 +40,8 @@ class HFSpectralCallback(TrainerCallback):
     the model calls them, ``mask="attention_mask"``. Steps are the Trainer's ``global_step``, validation losses what it
     evaluates (``eval_loss``), the training loss and the loss of single samples what the model returns. Where the
     Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the mean over the
-    batch's own again, and samples are measured by their own means. Where something else is trained
+    batch's own again, and samples are measured by their own means; of a model whose loss function is not one of
+    transformers', the training loss of a step of several batches is recorded as NaN. Where something else is trained
     (``compute_loss_func``, a ``compute_loss`` of one's own), gradients are NaN with that reason, unless the
     GradientSpectrum has a ``loss_fn``.
 
@@ -86,7 +87,7 @@ class HFSpectralCallback(TrainerCallback):
         self._warner = Warner(type(self).__name__)
         self._loop: Loop | None = None
         self._handles: list[Any] = []
-        self._is_stepping = self._is_in_batch = False
+        self._is_stepping = self._is_in_batch = self._has_many_batches = False
         self._may_evaluate = self._is_evaluating = self._is_in_evaluated = False
         self._index = 0
 
@@ -113,6 +114,7 @@ class HFSpectralCallback(TrainerCallback):
         ]
         self._is_stepping = self._is_in_batch = self._is_evaluating = self._is_in_evaluated = False
         self._may_evaluate = bool(args.eval_on_start)
+        self._has_many_batches = args.gradient_accumulation_steps * args.world_size > 1
 
     @override
     def on_step_begin(
@@ -220,8 +222,16 @@ class HFSpectralCallback(TrainerCallback):
         if loop is None or not (model.training and self._is_in_batch) or loop.is_closed:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else None
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            loop.tell_loss(loss, _factor(model, kwargs))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        factor = _factor(model, kwargs)
+        if is_unknown := factor is None and self._has_many_batches:
+            self._warner.warn(
+                f"the training loss of {type(model).__name__} is not recorded: the Trainer tells it of the labels of "
+                f"all batches of a step ({NUM_ITEMS}), and whether it divides by them is not known; with "
+                "accepts_loss_kwargs = False on the model it is not told"
+            )
+        loop.tell_loss(loss, 1.0 if factor is None else factor, is_recorded=not is_unknown)
 
     def _end_batch(self, step: int) -> None:
         if self._loop is not None and self._is_in_batch:
@@ -279,21 +289,21 @@ def _batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return {name: value for name, value in named.items() if name != NUM_ITEMS and value is not None}
 
 
-def _factor(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | float:
+def _factor(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | float | None:
     """What makes a loss that was divided by the tokens of all batches of a step the mean over those of this batch.
 
     By whose rule the tokens are counted is seen by the model's loss function.
 
     Returns:
-        1 where nothing was divided, and for loss functions of others' make, of which no rule is known.
+        1 where nothing was divided; None for loss functions of others' make, of which no rule is known.
     """
     loss_function: Any = getattr(model, "loss_function", None)
     total = batch.get(NUM_ITEMS)
-    if total is None or not getattr(loss_function, "__module__", "").startswith("transformers.loss"):
+    if total is None:
         return 1.0
     labels, shifted = batch.get("labels"), batch.get("shift_labels")
-    if not isinstance(labels, Tensor):
-        return 1.0
+    if not isinstance(labels, Tensor) or not getattr(loss_function, "__module__", "").startswith("transformers.loss"):
+        return None
     if shifted is not None:
         labels = shifted
     elif loss_function.__name__ == "ForCausalLMLoss":

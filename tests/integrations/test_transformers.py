@@ -169,6 +169,40 @@ def test_a_model_whose_labels_the_trainer_miscounts_passes_the_self_check(tmp_pa
     assert not math.isnan(callback.metrics["gradient/transformer.h.0.attn.c_proj.weight/alpha_tail"])
 
 
+class OwnLoss(nn.Module):
+    """A model whose loss is of its own make, by the labels of all batches of a step where it is told of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt2()
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        total = kwargs.get("num_items_in_batch", labels.numel())
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_what_a_loss_of_an_unknown_rule_was_divided_by_is_not_guessed(tmp_path: Path, method: str) -> None:
+    found = {}
+    for batches in (1, 2):
+        given = {"gradients": GradientSpectrum(f"model.{WEIGHTS}", every_n_steps=4, num_samples=16, method=method)}
+        kwargs = {"num_lengths": 1, "gradient_accumulation_steps": batches, "learning_rate": 0.0}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callback = watched(tmp_path / str(batches), given, model=OwnLoss(), **kwargs)
+        said = [str(one.message) for one in caught if "is not recorded" in str(one.message)]
+        assert len(said) == (batches > 1)
+        norm = callback.metrics["gradient/model.transformer.h.0.attn.c_proj.weight/grad_norm"]
+        history = Run(tmp_path / str(batches)).history
+        found[batches] = history.train_loss[1:] / history.with_loss()[1][-1], norm
+    np.testing.assert_allclose(found[1][0], 1, rtol=0.05)
+    assert np.isnan(found[2][0]).all()
+    assert found[1][1] > 0
+    assert math.isnan(found[2][1])
+
+
 class Custom(Trainer):
     """Trains something else than what the model returns."""
 
