@@ -1,7 +1,16 @@
 """JSON for people and for git: nested parts indented, an array of numbers in one line."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lightning_spectral.runs.to_json import to_json
+
+
+def write_compact(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a file of results; null stands for NaN and infinities."""
+    path.write_text(compact(to_json(facts)) + "\n")
 
 
 def compact(text: str) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 
 console = Console(width=140, file=sys.stdout)
 """Where results go, even while the standard output of what is measured is put aside."""
@@ -220,7 +220,7 @@ def main(benchmark: ModuleType) -> None:
             "result": result,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(compact(json.dumps(written)) + "\n")
+        write_compact(arguments.json, written)
         if hasattr(benchmark, "markdown"):
             arguments.json.with_suffix(".md").write_text(benchmark.markdown(result))
 

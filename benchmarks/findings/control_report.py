@@ -1,6 +1,5 @@
 """The study of the estimator as a table, a figure, JSON and a report, judged by the criteria of its plan."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.tables import show_and_write
 
 CRITERIA = {
@@ -83,7 +82,7 @@ def write_report(cells: list[dict[str, Any]], environment: dict[str, Any], folde
     found = recommend(cells)
     written: dict[str, Any] = {"environment": environment, "recommendation": found, "cells": cells}
     written["worse_corrected"] = [_named(cell) for cell in worse_corrected(cells)]
-    (folder / "control.json").write_text(compact(json.dumps(written)) + "\n")
+    write_compact(folder / "control.json", written)
     draw(cells, folder / "control.png")
     verdict = f"{_told(found)} {_against(cells)}"
     rows = [

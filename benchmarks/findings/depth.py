@@ -7,22 +7,19 @@ is. JSON, figure and report go to ``benchmarks/results/findings``. Half a minute
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from math import inf, isnan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.depth_report import write_report
 from benchmarks.findings.depth_runs import DEPTHS, NUM_TOKENS, RUNS, TUNING_TOKENS, Depth, Setting, seeds_of, tuning
 from benchmarks.findings.permutation import Separation, exact_separation, holm, pooled_rank_correlation
-from benchmarks.findings.runs import RESULTS
-from benchmarks.findings.studies import rounded_up
+from benchmarks.findings.studies import add_reading_arguments, rounded_up
 from benchmarks.harness import environment
 from lightning_spectral import Run
 from lightning_spectral.functional import js_divergence, js_floor
@@ -203,15 +200,13 @@ def _and(numbers: Sequence[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
+    add_reading_arguments(parser, RUNS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = Depth(arguments.runs, only_read=True)
     depths = [study_depth(study, depth) for depth in DEPTHS]
     results = {"depths": depths, "outcome": judge(depths)}
-    text = compact(json.dumps(results | {"environment": environment()}))
-    (arguments.folder / "depth.json").write_text(text + "\n")
+    write_compact(arguments.folder / "depth.json", results | {"environment": environment()})
     write_report(results, arguments.folder)
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.findings.tables import show_and_write
+from lightning_spectral.reporting.words import number
 
 Found = dict[str, Any]
 
@@ -166,7 +167,7 @@ def _draw_divergences(axis: Axes, one: Found) -> None:
 def _draw_tails(axis: Axes, one: Found) -> None:
     sizes = sorted({run["batch_size"] for run in one["runs"]})
     for size, colour in zip(sizes, COLOURS, strict=True):
-        runs = [run for run in one["runs"] if run["batch_size"] == size and isfinite(run["tokens"])]
+        runs = [run for run in one["runs"] if run["batch_size"] == size and isfinite(number(run["tokens"]))]
         tails, tokens = ([run[name] for run in runs] for name in ("alpha_tail", "tokens"))
         axis.plot(tails, [count / 1e3 for count in tokens], "o", color=colour, label=f"B = {size}")
     axis.set_xlabel(f"last layer's tail at {one['tokens']:,.0f} tokens (rho {one['rho']:+.2f})", fontsize=9)

@@ -7,21 +7,19 @@ go to ``benchmarks/results/findings``. Half a minute on one core.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.early_tail_report import write_report
 from benchmarks.findings.early_tail_runs import MAX_TOKENS, RUNS, SEEDS, VARIED_AT, EarlyTail, Setting, all_of
 from benchmarks.findings.permutation import rank_correlation
-from benchmarks.findings.runs import RESULTS
+from benchmarks.findings.studies import add_reading_arguments
 from benchmarks.harness import environment
 from lightning_spectral import Run
 from lightning_spectral.functional import stack
@@ -55,8 +53,8 @@ class Seen:
     """Whether it is a seed of a tuned tier, not a variation."""
     tokens: float
     """To the target; infinite where it was not reached."""
-    cut_off: float | None
-    """Tokens at which it was cut off short of the target; None of a run that came to its end."""
+    cut_off: float
+    """Tokens at which it was cut off short of the target; NaN of a run that came to its end."""
     peak: float
     """Tokens at the maximum of its tail's exponent."""
     early: tuple[dict[str, float], ...]
@@ -69,9 +67,7 @@ def counts_of(runs: Sequence[Run], target: float) -> list[float]:
     return [share * float(fastest) for share in SHARES]
 
 
-def see(
-    setting: Setting, run: Run, is_tuned: bool, target: float, counts: Sequence[float], cut_off: float | None
-) -> Seen:
+def see(setting: Setting, run: Run, is_tuned: bool, target: float, counts: Sequence[float], cut_off: float) -> Seen:
     """What a run took and showed."""
     measures = [*spectral_measures(LAYER, TAIL), EARLY_LOSS, LOG_BATCH]
     reported = run.course("activation").tokens_until(math.inf)
@@ -209,7 +205,14 @@ def read(study: EarlyTail, recipe: str) -> dict[str, Any]:
     opened = [Run(study.folder / one.name) for one in settings]
     centres = {(one.batch_size, one.factor, one.variant) for one in tuned}
     seen = [
-        see(one, run, (one.batch_size, one.factor, one.variant) in centres, target, counts, cut_off.get(one.name))
+        see(
+            one,
+            run,
+            (one.batch_size, one.factor, one.variant) in centres,
+            target,
+            counts,
+            cut_off.get(one.name, math.nan),
+        )
         for one, run in zip(settings, opened, strict=True)
     ]
     batch_tokens = settings[0].batch_tokens // settings[0].batch_size
@@ -238,16 +241,14 @@ def judge(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
+    add_reading_arguments(parser, RUNS)
     parser.add_argument("--families", nargs="+", choices=list(SEEDS), default=list(SEEDS), help="the first is tested")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = EarlyTail(arguments.runs, only_read=True)
     families = [read(study, recipe) for recipe in arguments.families]
     results = {"families": families, "outcomes": judge(families)}
-    text = compact(json.dumps(results | {"environment": environment()}))
-    (arguments.folder / "early_tail.json").write_text(text + "\n")
+    write_compact(arguments.folder / "early_tail.json", results | {"environment": environment()})
     write_report(results, arguments.folder)
 
 

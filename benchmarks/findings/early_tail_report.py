@@ -71,7 +71,7 @@ def _first(families: Sequence[Found], outcome: Found) -> str:
             f"{run['name']} was cut off at {run['cut_off']:,.0f} tokens, short of the target but past what all others "
             "took: it ranks last."
             for run in runs
-            if run["cut_off"] is not None
+            if not isnan(run["cut_off"])
         ]
     if len(families) == 1:
         words.append(f"One family, {families[0]['recipe']}: the sign in a second was not asked.")
@@ -118,7 +118,7 @@ def _run(run: dict[str, Any], counts: Sequence[float]) -> dict[str, str]:
     tails = [f"{one['alpha_tail']:.3f}" for one in early]
     columns = {
         "run": run["name"],
-        "tokens to the target": f"{run['tokens']:,.0f}" if run["cut_off"] is None else f"over {run['cut_off']:,.0f}",
+        "tokens to the target": f"{run['tokens']:,.0f}" if isnan(run["cut_off"]) else f"over {run['cut_off']:,.0f}",
         "tail's maximum": f"{run['peak']:,.0f}",
     }
     columns |= {f"tail at {count:,.0f}": tail for count, tail in zip(counts, tails, strict=True)}
@@ -143,7 +143,7 @@ def figure(results: Found) -> Figure:
                     runs = [r for r in family["runs"] if r["batch_size"] == size and r["is_tuned"] == is_tuned]
                     if runs:
                         label = f"B = {size}" + ("" if is_tuned else ", varied")
-                        ends = [r["tokens"] if r["cut_off"] is None else r["cut_off"] for r in runs]
+                        ends = [r["tokens"] if isnan(r["cut_off"]) else r["cut_off"] for r in runs]
                         values = np.array([run["early"][-1][name] for run in runs])
                         axis.scatter(
                             values, np.array(ends) / 1e3, marker=marker, color=colours[size], label=label, s=28
@@ -162,7 +162,7 @@ def figure(results: Found) -> Figure:
 
 def _mark_cut_off(axis: Axes, family: Found, name: str) -> None:
     for run in family["runs"]:
-        if run["cut_off"] is not None:
+        if not isnan(run["cut_off"]):
             at = (run["early"][-1][name], run["cut_off"] / 1e3)
             axis.annotate("cut off", at, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7)
             axis.annotate("", at, xytext=(0, 16), textcoords="offset points", arrowprops={"arrowstyle": "<-"})

@@ -11,9 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.tables import show_and_write
-from lightning_spectral.runs.to_json import to_json
 
 NAMES = {"early loss": "early loss", "log batch size": "log batch size", "loss curve": "L(t) = a t^-b + c"}
 
@@ -41,7 +40,7 @@ def write_report(
         {"name": run.setting.name, "tokens": run.tokens, "early": run.early}
         for run in (*rope, *(run for runs in by_recipe.values() for run in runs))
     ]
-    (folder / "efficiency.json").write_text(compact(to_json({"environment": environment, "runs": runs} | found)) + "\n")
+    write_compact(folder / "efficiency.json", {"environment": environment, "runs": runs} | found)
     draw(rope, found, folder / "efficiency.png")
     sections: list[Any] = [(f"Early tail and token efficiency, {environment['date']}", verdict(found))]
     for point, relations in found["points"].items():

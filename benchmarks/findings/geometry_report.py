@@ -10,10 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.runs import BATCH_SIZES
 from benchmarks.findings.tables import show_and_write
-from lightning_spectral.runs.to_json import to_json
 
 TITLES = {"alpha_head": "alpha of ranks 1-10", "alpha_tail": "alpha of an eighth to a half", "rankme": "RankMe"}
 COLORS = {"root rule": "tab:blue", "one rate": "tab:orange"}
@@ -39,7 +38,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     names = {name: [run["name"] for run in runs] for name, runs in sets.items()}
     facts = {"environment": environment, "runs": [_plain(run) for run in every], "sets": names, "found": found}
-    (folder / "geometry.json").write_text(compact(to_json(facts)) + "\n")
+    write_compact(folder / "geometry.json", facts)
     draw(sets, found, folder / "geometry.png")
     tests = {name: found[name] for name in sets}
     sections: list[tuple[str, str | list[dict[str, str]]]] = [

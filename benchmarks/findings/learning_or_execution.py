@@ -7,18 +7,16 @@ made. JSON, figure and report go to ``benchmarks/results/findings``. A minute on
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import isnan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.identical_runs import largest_difference
 from benchmarks.findings.learning_or_execution_report import write_report
 from benchmarks.findings.learning_or_execution_runs import (
@@ -35,8 +33,7 @@ from benchmarks.findings.learning_or_execution_runs import (
     seeds_of,
     tuning,
 )
-from benchmarks.findings.runs import RESULTS
-from benchmarks.findings.studies import rounded_up
+from benchmarks.findings.studies import add_reading_arguments, rounded_up
 from benchmarks.harness import console, environment
 from lightning_spectral import Comparison, Run, compare
 
@@ -278,8 +275,7 @@ def _all(rows: Sequence[Fact], name: str, wanted: int) -> bool | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs are")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
+    add_reading_arguments(parser, RUNS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arms = Arms(LearningOrExecution(arguments.runs, only_read=True))
@@ -294,8 +290,7 @@ def main() -> None:
         "missing": arms.missing,
     }
     results["outcome"] = judge(results)
-    text = compact(json.dumps(results | {"environment": environment()}))
-    (arguments.folder / "learning_or_execution.json").write_text(text + "\n")
+    write_compact(arguments.folder / "learning_or_execution.json", results | {"environment": environment()})
     write_report(results, arguments.folder)
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.findings.tables import show_and_write
+from lightning_spectral.reporting.words import number
 
 Fact = dict[str, Any]
 
@@ -78,7 +79,7 @@ def _first(results: dict[str, Any]) -> str:
 
 
 def _gain(values: Sequence[float]) -> str:
-    gain, low, high = (value + 0.0 for value in values)  # no minus before a zero
+    gain, low, high = (number(value) + 0.0 for value in values)  # no minus before a zero
     interval = f" ({low:+.1%} .. {high:+.1%})" if isfinite(low) else ""
     return f"{gain:+.1%}{interval}" if isfinite(gain) else "left out"
 
@@ -172,7 +173,7 @@ def figure(results: dict[str, Any]) -> Figure:
 
 def _draw_gains(axis: Axes, rows: Sequence[tuple[str, Fact]], quantity: str) -> None:
     for at, (group, row) in enumerate(rows):
-        gain, low, high = row["at"]["primary"]["gains"][quantity]
+        gain, low, high = map(number, row["at"]["primary"]["gains"][quantity])
         if isfinite(low):
             axis.plot([100 * low, 100 * high], [at, at], color=GROUPS[group], linewidth=1.2)
         axis.plot(100 * gain, at, "o", color=GROUPS[group], markersize=4)

@@ -10,7 +10,6 @@ there.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from rich.progress import track
 from scipy.special import stdtrit
 from torch import Tensor
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings import perturbation
 from benchmarks.findings.control import HEAD, LEVEL, NUM_GROUPS, TAIL
 from benchmarks.findings.leave_one_out_report import write_report
@@ -228,7 +227,7 @@ def main() -> None:
     cells = [run_cell(cell) for cell in track(cells_of(arguments.draws), "cells", console=console, transient=True)]
     written = {"environment": environment(), "costs": costs, "cells": cells}
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    (arguments.folder / "leave_one_out.json").write_text(compact(json.dumps(written)) + "\n")
+    write_compact(arguments.folder / "leave_one_out.json", written)
     write_report(written, arguments.folder / "leave_one_out.md")
 
 

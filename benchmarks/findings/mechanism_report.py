@@ -11,10 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.mechanism_linear import ALPHAS, LEVELS
 from benchmarks.findings.tables import show_and_write
-from lightning_spectral.runs.to_json import to_json
 
 COLORS = {32: "tab:blue", 128: "tab:orange", 512: "tab:green"}
 SHOWN = (0.8, 0.4, 0.2, 0.05)
@@ -38,7 +37,7 @@ def write_report(found: Found, environment: dict[str, Any], folder: Path) -> Non
         folder: Where to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "mechanism.json").write_text(compact(to_json({"environment": environment} | found)) + "\n")
+    write_compact(folder / "mechanism.json", {"environment": environment} | found)
     draw(found, folder / "mechanism.png")
     sections: list[tuple[str, str | list[dict[str, str]]]] = [
         (f"The mechanistic model, {environment['date']}", verdict(found)),

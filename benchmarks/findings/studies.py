@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from benchmarks.findings import byte_pairs
+from benchmarks.findings.runs import RESULTS
 from benchmarks.harness import console
 from lightning_spectral import Run
 
@@ -161,6 +162,12 @@ def add_arguments(parser: argparse.ArgumentParser, runs: Path, tokens: Path) -> 
     parser.add_argument("--tokens", type=Path, default=tokens, help="where shards go")
     parser.add_argument("--processes", type=int, default=2, help="how many runs train at once")
     parser.add_argument("--scale", type=int, default=1, help="divides all numbers of tokens, to try it out")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser, runs: Path) -> None:
+    """What all analyses have in common."""
+    parser.add_argument("--runs", type=Path, default=runs, help="where the runs are")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
 
 
 def parse(parser: argparse.ArgumentParser, vocab_size: int, block_size: int) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.compact_json import compact
+from benchmarks.compact_json import write_compact
 from benchmarks.findings.made_up_runs import Plant, make_sides
 from benchmarks.findings.runs import RESULTS
 from benchmarks.findings.tables import show_and_write
@@ -29,7 +29,6 @@ from benchmarks.findings.tiny_runs import NUM_SEEDS, train_all
 from benchmarks.harness import console, environment
 from lightning_spectral.runs import Comparison, compare
 from lightning_spectral.runs.movement import largest_p
-from lightning_spectral.runs.to_json import to_json
 
 SEEDS = (2, 3, 4, 6)
 """A side."""
@@ -261,7 +260,7 @@ def main() -> None:
     numbers = {"environment": environment(), "columns": COLUMNS} | {
         name: in_columns(one) for name, one in every.items()
     }
-    (arguments.folder / "verdicts.json").write_text(compact(to_json(numbers)) + "\n")
+    write_compact(arguments.folder / "verdicts.json", numbers)
     wrong = np.mean([_judge(name, fact) == "wrong" for (name, _), facts in planted.items() for fact in facts])
     sys.exit(max(wrong, _alarm_rate(facts), _alarm_rate(null["real, all"])) > MOST_ALARMS)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -75,7 +76,9 @@ def test_committed_results_are_laid_out_so() -> None:
     paths = list((BENCHMARKS / "results").rglob("*.json"))
     assert paths
     for path in paths:
-        assert path.read_text() == compact(path.read_text()) + "\n", path
+        text = path.read_text()
+        assert text == compact(text) + "\n", path
+        assert not re.search(r"\b(NaN|Infinity)\b", text), path  # which are no JSON
 
 
 def test_reference_runs_are_made_once(tmp_path: Path) -> None:
