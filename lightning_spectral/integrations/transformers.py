@@ -16,6 +16,7 @@ from lightning_spectral.callbacks.loop import Loop
 from lightning_spectral.callbacks.loop_host import LoopHost
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import LossFunction, load_loss
+from lightning_spectral.integrations.divided_loss import own_mean_factor
 from lightning_spectral.warner import Warner
 
 STATE = "lightning_spectral.pt"
@@ -40,8 +41,9 @@ class HFSpectralCallback(TrainerCallback):
     the model calls them, ``mask="attention_mask"``. Steps are the Trainer's ``global_step``, validation losses what it
     evaluates (``eval_loss``), the training loss and the loss of single samples what the model returns. Where the
     Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the mean over the
-    batch's own again, and samples are measured by their own means; of a model whose loss function is not one of
-    transformers', the training loss of a step of several batches is recorded as NaN. Where something else is trained
+    batch's own again, and samples are measured by their own means: the graph of the loss shows what it was divided by.
+    Where that is not a plain cross-entropy, the training loss of a step of several batches is recorded as NaN. Where
+    something else is trained
     (``compute_loss_func``, a ``compute_loss`` of one's own), gradients are NaN with that reason, unless the
     GradientSpectrum has a ``loss_fn``.
 
@@ -221,15 +223,16 @@ class HFSpectralCallback(TrainerCallback):
         loop = self._loop
         if loop is None or not (model.training and self._is_in_batch) or loop.is_closed:
             return
-        loss = output.get("loss") if isinstance(output, Mapping) else None
+        loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             return
-        factor = _factor(model, kwargs)
+        total = kwargs.get(NUM_ITEMS)
+        factor = 1.0 if total is None else own_mean_factor(loss, total)
         if is_unknown := factor is None and self._has_many_batches:
             self._warner.warn(
-                f"the training loss of {type(model).__name__} is not recorded: the Trainer tells it of the labels of "
-                f"all batches of a step ({NUM_ITEMS}), and whether it divides by them is not known; with "
-                "accepts_loss_kwargs = False on the model it is not told"
+                f"training losses are not recorded: {type(model).__name__} is told of the labels of all batches of a "
+                f"step ({NUM_ITEMS}), and its loss does not show whether it divides by them; with accepts_loss_kwargs "
+                "= False on the model it is not told"
             )
         loop.tell_loss(loss, 1.0 if factor is None else factor, is_recorded=not is_unknown)
 
@@ -287,25 +290,3 @@ def _batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """What a model is called with, by name."""
     named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
     return {name: value for name, value in named.items() if name != NUM_ITEMS and value is not None}
-
-
-def _factor(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | float | None:
-    """What makes a loss that was divided by the tokens of all batches of a step the mean over those of this batch.
-
-    By whose rule the tokens are counted is seen by the model's loss function.
-
-    Returns:
-        1 where nothing was divided; None for loss functions of others' make, of which no rule is known.
-    """
-    loss_function: Any = getattr(model, "loss_function", None)
-    total = batch.get(NUM_ITEMS)
-    if total is None:
-        return 1.0
-    labels, shifted = batch.get("labels"), batch.get("shift_labels")
-    if not isinstance(labels, Tensor) or not getattr(loss_function, "__module__", "").startswith("transformers.loss"):
-        return None
-    if shifted is not None:
-        labels = shifted
-    elif loss_function.__name__ == "ForCausalLMLoss":
-        labels = labels[..., 1:]
-    return total / labels.ne(-100).sum().clamp(min=1)

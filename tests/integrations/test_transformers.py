@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum, HeadDrift, Run, RunRecord, cli, compare, forecast
 from lightning_spectral.integrations.transformers import HFSpectralCallback
@@ -172,35 +180,56 @@ def test_a_model_whose_labels_the_trainer_miscounts_passes_the_self_check(tmp_pa
 class OwnLoss(nn.Module):
     """A model whose loss is of its own make, by the labels of all batches of a step where it is told of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_plain: bool) -> None:
         super().__init__()
         self.model = gpt2()
+        self.is_plain = is_plain
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         total = kwargs.get("num_items_in_batch", labels.numel())
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total
-        return {"loss": loss, "logits": logits}
+        return {"loss": loss if self.is_plain else loss + 0 * logits.mean(), "logits": logits}
 
 
 @pytest.mark.parametrize("method", ["loop", "hooks"])
-def test_what_a_loss_of_an_unknown_rule_was_divided_by_is_not_guessed(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_what_a_loss_was_divided_by_is_seen_or_not_guessed(tmp_path: Path, method: str, is_plain: bool) -> None:
     found = {}
     for batches in (1, 2):
         given = {"gradients": GradientSpectrum(f"model.{WEIGHTS}", every_n_steps=4, num_samples=16, method=method)}
         kwargs = {"num_lengths": 1, "gradient_accumulation_steps": batches, "learning_rate": 0.0}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            callback = watched(tmp_path / str(batches), given, model=OwnLoss(), **kwargs)
-        said = [str(one.message) for one in caught if "is not recorded" in str(one.message)]
-        assert len(said) == (batches > 1)
+            callback = watched(tmp_path / str(batches), given, model=OwnLoss(is_plain), **kwargs)
+        said = [str(one.message) for one in caught if "losses are not recorded" in str(one.message)]
+        assert len(said) == (batches > 1 and not is_plain)
         norm = callback.metrics["gradient/model.transformer.h.0.attn.c_proj.weight/grad_norm"]
         history = Run(tmp_path / str(batches)).history
         found[batches] = history.train_loss[1:] / history.with_loss()[1][-1], norm
     np.testing.assert_allclose(found[1][0], 1, rtol=0.05)
-    assert np.isnan(found[2][0]).all()
-    assert found[1][1] > 0
-    assert math.isnan(found[2][1])
+    if is_plain:
+        np.testing.assert_allclose(found[2][0], 1, rtol=0.05)
+        assert found[2][1] == pytest.approx(found[1][1], rel=0.3)
+    else:
+        assert np.isnan(found[2][0]).all()
+        assert math.isnan(found[2][1])
+
+
+def test_a_model_that_is_told_of_labels_and_divides_by_none_is_seen(tmp_path: Path) -> None:
+    """T5 takes whatever it is told, and its loss is the mean over its own batch."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0))
+    gradients = GradientSpectrum("decoder.block.*.layer.0.SelfAttention.o.weight", every_n_steps=4, num_samples=16)
+    callback = watched(tmp_path, {"gradients": gradients}, model=model, gradient_accumulation_steps=2, learning_rate=0.0)
+    assert callback.metrics["gradient/failed"] == 0
+    history = Run(tmp_path).history
+    samples = Padded()
+    with torch.no_grad():
+        batches = [{key: value[None] for key, value in samples[index].items()} for index in range(len(samples))]
+        losses = [float(model(**batch).loss) for batch in batches]
+    np.testing.assert_allclose(history.train_loss[1:], np.mean(losses), rtol=0.02)
 
 
 class Custom(Trainer):

@@ -1,0 +1,45 @@
+"""What a model's loss was divided by, read off its graph: nothing else tells a mean from a share of a larger sum."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEAN, SUM = 1, 2
+"""How torch's losses call their reductions in a graph."""
+
+
+def own_mean_factor(loss: Tensor, total: Any) -> Tensor | float | None:
+    """What makes a loss the mean over its own batch, whose model was told of the targets of several batches.
+
+    Args:
+        loss: A tensor with one number, before its backward pass.
+        total: How many targets the batches of a step have together: a tensor with one number, or a number.
+
+    Returns:
+        1 where the loss is one of torch's, reduced to its mean; the total over the batch's own targets where it is a
+        sum of cross-entropies divided by the total; None for anything else, of which it is not known.
+    """
+    node: Any = loss.grad_fn
+    if getattr(node, "_saved_reduction", None) == MEAN:
+        return 1.0
+    if node is None or node.name() != "DivBackward0" or not _is(node._saved_other, total):
+        return None
+    node = node.next_functions[0][0]
+    if getattr(node, "_saved_reduction", None) != SUM or not hasattr(node, "_saved_ignore_index"):
+        return None
+    if node._saved_weight is not None:
+        return None
+    # Graphs show it without its sign.
+    ignored = (node._saved_ignore_index + 2**63) % 2**64 - 2**63
+    own = node._saved_target.ne(ignored).sum().clamp(min=1)
+    return (total.to(own.device) if isinstance(total, Tensor) else total) / own
+
+
+def _is(found: Tensor | None, total: Any) -> bool:
+    """Whether a graph's divisor is the total: the same memory, so that a GPU need not be waited for, or its value."""
+    if found is None or found.numel() != 1:
+        return False
+    if isinstance(total, Tensor) and found.device == total.device and found.data_ptr() == total.data_ptr():
+        return True
+    return bool(torch.as_tensor(total).reshape(()).cpu() == found.reshape(()).cpu())
