@@ -297,6 +297,30 @@ def test_the_factor_on_a_loss_is_seen() -> None:
     assert_same(found[1], found[0], 1e-5)
 
 
+@pytest.mark.parametrize(("given", "told"), [("mean", "sum"), ("sum", "mean")])
+def test_a_loss_that_is_seen_to_be_reduced_otherwise_is_refused(given: str, told: str) -> None:
+    network = nn.Linear(8, 4)
+    gradients = GradientSpectrum("weight", num_samples=16, num_groups=1, method="hooks", loss_reduction=given)
+    watch = SpectralWatch(network, gradients=gradients)
+    inputs = torch.randn(8, 8)
+    message = f"loss_reduction must be that of the loss that is told, which is a {told}, got '{given}'"
+    with pytest.raises(ValueError, match=message), watch.step(inputs):
+        watch.loss(F.mse_loss(network(inputs), torch.zeros(8, 4), reduction=told)).backward()
+
+
+def test_a_loss_that_is_differentiated_twice_has_no_rows() -> None:
+    network = Network()
+    gradients = GradientSpectrum(WEIGHTS, every_n_steps=4, num_samples=16, num_groups=1, method="hooks")
+    watch = SpectralWatch(network, gradients=gradients, loss_fn=loss_of)
+    with pytest.warns(UserWarning, match="NaN, because the loss that was told is differentiated several times"):
+        for batch in token_loader(16):
+            with watch.step(batch):
+                loss = watch.loss(loss_of(network, batch))
+                (loss / 2).backward(retain_graph=True)
+                (loss / 2).backward()
+    assert math.isnan(watch.metrics["gradient/blocks.0.mix.weight/alpha_tail"])
+
+
 def test_a_loss_function_that_does_something_else_is_found_out() -> None:
     network = Network()
     gradients = GradientSpectrum(WEIGHTS, every_n_steps=4, num_samples=16, num_groups=1)

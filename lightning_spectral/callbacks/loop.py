@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_spectral.callbacks.instrument import Instrument
 from lightning_spectral.callbacks.loop_host import LoopHost, device_of
 from lightning_spectral.callbacks.participant import Participant
+from lightning_spectral.capture.graph import reduction_of
 from lightning_spectral.capture.one_line import reason_of, shown
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.measurement import GradientMeasurement
@@ -51,6 +53,7 @@ class Loop:
         self._warner = Warner(who)
         self._batch: Any = None
         self._loss: Tensor | None = None
+        self._reduction: str | None = None
         self._is_differentiated = True
         self._is_open = self._is_waiting = self._has_started = False
         self._hooked = hooked
@@ -118,9 +121,11 @@ class Loop:
             raise ValueError(f"loss must be a tensor with one number, got {describe(loss)}")
         value = loss.detach().clone().reshape(()) * factor  # what it is before a loop divides it in place
         self._loss = value if is_recorded else torch.full_like(value, torch.nan)
+        self._reduction = reduction_of(loss.grad_fn)
         if loss.requires_grad:
             self._is_differentiated = False
-            loss.register_hook(lambda gradient: self._before_backward(value, gradient / factor))
+            passes = count()
+            loss.register_hook(lambda gradient: self._before_backward(value, gradient / factor, next(passes)))
         return loss
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -258,8 +263,11 @@ class Loop:
         self._measure(lambda: self._session.end_train_batch(batch, loss, self.host.step))
         self._of_each(lambda one: one.take_report(self.host))
 
-    def _before_backward(self, loss: Tensor, gradient: Tensor) -> None:
+    def _before_backward(self, loss: Tensor, gradient: Tensor, num_before: int) -> None:
         self._is_differentiated = True
+        if num_before:
+            reason = "the loss that was told is differentiated several times in one step, and its passes add up"
+            self._fail_rows(ValueError(f"{reason}: tell each loss that is, or use method='vmap'"))
         factor = gradient.detach()
         self._measure(lambda: self._session.before_backward(lambda: float(factor), loss * factor))
 
@@ -274,17 +282,33 @@ class Loop:
 
     def _check_loss(self) -> None:
         """Rows off a backward pass are of the size of its loss, which nobody else can tell."""
-        if self._loss is not None:
-            return
-        for measurement in self._session.measurements:
-            if isinstance(measurement, BackwardGradients) and measurement.is_collecting:
+        for measurement in self._readers:
+            wanted = measurement.request.loss_reduction
+            if self._loss is None:
                 error = ValueError(
                     "loss must be told by watch.loss(loss) within watch.step(batch), for method='hooks' reads its "
                     "backward pass: call it there, or use method='vmap'"
                 )
-                if self._is_early:
-                    raise error
-                measurement.fail(error)
+            elif self._reduction not in (None, wanted):
+                error = ValueError(
+                    f"loss_reduction must be that of the loss that is told, which is a {self._reduction}, got "
+                    f"{wanted!r}: pass loss_reduction={self._reduction!r}"
+                )
+            else:
+                continue
+            if self._is_early:
+                raise error
+            measurement.fail(error)
+
+    @property
+    def _readers(self) -> list[BackwardGradients]:
+        """Who reads backward passes, and is at it."""
+        found = self._session.measurements
+        return [one for one in found if isinstance(one, BackwardGradients) and one.is_collecting]
+
+    def _fail_rows(self, error: ValueError) -> None:
+        for measurement in self._readers:
+            measurement.fail(error)
 
     def _fail_gradients(self) -> None:
         """Of a loss that nobody differentiates the gradients are not those of training."""

@@ -1,11 +1,10 @@
 """What the graph that autograd has made of a loss shows of how the loss came about."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-SHORT = (torch.float16, torch.bfloat16)
+from lightning_spectral.capture.precision import SHORT
 
 
 class Graph(NamedTuple):
@@ -17,6 +16,15 @@ class Graph(NamedTuple):
     """Whether reentrant checkpointing, whoever's, hides a part of it: ``torch.autograd.grad`` sees no parameter in."""
     is_short: bool
     """Whether something is cast to 16 bits, as autocast does."""
+
+
+REDUCTIONS: dict[int, Literal["mean", "sum"]] = {1: "mean", 2: "sum"}
+"""How torch's losses call their reductions in a graph."""
+
+
+def reduction_of(node: Any) -> Literal["mean", "sum"] | None:
+    """How one of torch's own losses was reduced, by its node; None for any other node."""
+    return REDUCTIONS.get(getattr(node, "_saved_reduction", 0))
 
 
 def graph_of(value: Tensor) -> Graph:

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_spectral.capture.batch import num_samples, take
 from lightning_spectral.capture.common_noise import CommonNoise
 from lightning_spectral.capture.engines import gradients_of
-from lightning_spectral.capture.graph import SHORT
 from lightning_spectral.capture.kept import Kept, random_states
+from lightning_spectral.capture.precision import SHORT, has_reduced_products
 from lightning_spectral.capture.shadow import BatchLoss, isolated
 from lightning_spectral.capture.stand_ins import MetricTermError
 
@@ -184,5 +184,4 @@ def rounding(loss: BatchLoss) -> float:
         is_short = loss.is_short or torch.is_autocast_enabled(parameter.device.type)
     if is_short or any(p.dtype in SHORT for p in loss.parameters()):
         return 0.05
-    # TF32 where it is allowed.
-    return 1e-5 if parameter.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else 5e-3
+    return 5e-3 if has_reduced_products(parameter.device) else 1e-5

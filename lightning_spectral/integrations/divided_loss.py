@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEAN, SUM = 1, 2
-"""How torch's losses call their reductions in a graph."""
+from lightning_spectral.capture.graph import reduction_of
 
 
 def own_mean_factor(loss: Tensor, total: Any) -> Tensor | float | None:
@@ -21,12 +20,12 @@ def own_mean_factor(loss: Tensor, total: Any) -> Tensor | float | None:
         sum of cross-entropies divided by the total; None for anything else, of which it is not known.
     """
     node: Any = loss.grad_fn
-    if getattr(node, "_saved_reduction", None) == MEAN:
+    if reduction_of(node) == "mean":
         return 1.0
     if node is None or node.name() != "DivBackward0" or not _is(node._saved_other, total):
         return None
     node = node.next_functions[0][0]
-    if getattr(node, "_saved_reduction", None) != SUM or not hasattr(node, "_saved_ignore_index"):
+    if reduction_of(node) != "sum" or not hasattr(node, "_saved_ignore_index"):
         return None
     if node._saved_weight is not None:
         return None

@@ -136,6 +136,24 @@ def test_use_outside_of_the_layer_is_found_out(model: LanguageModel) -> None:
         assert "part of its gradient does not come from its own layers" in reader.end().failures[names[0]]
 
 
+@pytest.mark.parametrize(("share", "is_short"), [(0.01, False), (0.1, True)])
+def test_a_penalty_on_weights_is_found_out(model: LanguageModel, share: float, is_short: bool) -> None:
+    """Of no sample; by a hundredth of the gradient in float32, where products in bfloat16 may differ by as much."""
+    (name,) = names = NAMES[:1]
+    weight = model.get_parameter(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_short):
+        (gradient,) = torch.autograd.grad(model.loss(batch()), weight)
+    penalty = share * float(gradient.norm()) / float(weight.detach().norm())
+    for strength, is_found in ((0.0, False), (penalty, True)):
+        reader = reader_of(model, names)
+        reader.begin(rows_for(model, 6, 6.0, names=names))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_short):
+            loss = model.loss(batch())
+        (loss + strength * weight.square().sum() / 2).backward()
+        assert (name in reader.end().failures) == is_found
+        reader.remove()
+
+
 def test_an_output_without_an_axis_of_samples_is_refused() -> None:
     class SequenceFirst(LanguageModel):
         def loss(self, batch: dict[str, Tensor]) -> Tensor:

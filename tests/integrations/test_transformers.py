@@ -222,7 +222,9 @@ def test_a_model_that_is_told_of_labels_and_divides_by_none_is_seen(tmp_path: Pa
     sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0))
     gradients = GradientSpectrum("decoder.block.*.layer.0.SelfAttention.o.weight", every_n_steps=4, num_samples=16)
-    callback = watched(tmp_path, {"gradients": gradients}, model=model, gradient_accumulation_steps=2, learning_rate=0.0)
+    callback = watched(
+        tmp_path, {"gradients": gradients}, model=model, gradient_accumulation_steps=2, learning_rate=0.0
+    )
     assert callback.metrics["gradient/failed"] == 0
     history = Run(tmp_path).history
     samples = Padded()
