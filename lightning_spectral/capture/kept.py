@@ -6,6 +6,7 @@ import pickle
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -125,12 +126,18 @@ class Kept:
 
 def random_states(kept: Kept | None) -> list[Any]:
     """The states of the generators that everybody shares, and of those that can be reached."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    # Of little cost, for they are asked for before each chunk of samples, and such that vmap does not mind.
-    shared = [state.tolist() for state in (torch.get_rng_state(), *cuda)]
+    # Of little cost, for they are asked for before each chunk of samples.
+    with _plain_tensors():
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        shared = [state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda)]
     numbers = pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
     reached = [] if kept is None else kept.random_state()
     return [shared, random.getstate(), numbers, reached]
+
+
+def _plain_tensors() -> AbstractContextManager[None]:
+    """In here a new tensor is one, where vmap would make a layer of its own of it, which gives no memory away."""
+    return torch._C._DisableFuncTorch()
 
 
 def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
@@ -248,7 +255,8 @@ def _cell(cell: types.CellType) -> PutBack:
 
 def _state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
-        return generator.get_state().tolist()
+        with _plain_tensors():
+            return generator.get_state().numpy().tobytes()
     if isinstance(generator, random.Random):
         return generator.getstate()
     # NumPy's own words for a state leave out what is in the middle of a long one, if it was told to.
