@@ -37,15 +37,13 @@ class HFSpectralCallback(TrainerCallback):
 
     The batch is what the model is called with, which forward hooks on it see: the first call in each training step, and
     in each step of an evaluation that the Trainer has announced (``control.should_evaluate``); of several sets the
-    first is read. So masks are named as
-    the model calls them, ``mask="attention_mask"``. Steps are the Trainer's ``global_step``, validation losses what it
-    evaluates (``eval_loss``), the training loss and the loss of single samples what the model returns. Where the
-    Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the mean over the
-    batch's own again, and samples are measured by their own means: the graph of the loss shows what it was divided by.
-    Where that is not a plain cross-entropy, the training loss of a step of several batches is recorded as NaN. Where
-    something else is trained
-    (``compute_loss_func``, a ``compute_loss`` of one's own), gradients are NaN with that reason, unless the
-    GradientSpectrum has a ``loss_fn``.
+    first is read. So masks are named as the model calls them, ``mask="attention_mask"``. Steps are the Trainer's
+    ``global_step``, validation losses what it evaluates (``eval_loss``), the training loss and the loss of single
+    samples what the model returns. Where the Trainer has it divided by the tokens of all batches of a step
+    (``num_items_in_batch``), it is made the mean over the batch's own again, and samples are measured by their own
+    means: the graph of the loss shows what it was divided by. Where that is not a plain cross-entropy, the training
+    loss of a step of several batches is recorded as NaN. Where something else is trained (``compute_loss_func``, a
+    ``compute_loss`` of one's own), gradients are NaN with that reason, unless the GradientSpectrum has a ``loss_fn``.
 
     Checkpoints hold a file ``lightning_spectral.pt``, from which a resumed run goes on.
 
