@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -227,9 +228,7 @@ class SpectralWatch:
             self._loop.drop()
 
     def _batches(self, loader: Any, num_batches: int | None, length: int | None) -> Any:
-        for index, batch in enumerate(loader):
-            if index == num_batches:
-                return
+        for index, batch in enumerate(islice(loader, num_batches)):  # and not one more
             batch = move_data_to_device(batch, self._loop.host.device)
             self._loop.start_validation_batch(batch, index)
             is_last = False
