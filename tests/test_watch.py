@@ -504,6 +504,36 @@ def test_a_resumed_loop_goes_on(tmp_path: Path) -> None:
     assert Run(tmp_path).steps("activation") == [2, 4, 6, 8]
 
 
+def test_two_optimizers_that_step_together_take_one_batch(tmp_path: Path) -> None:
+    network = Network()
+    parameters = list(network.parameters())
+    optimizers = [torch.optim.SGD(part, 0.1) for part in (parameters[:2], parameters[2:])]
+    with SpectralWatch(network, optimizer=optimizers, log_dir=tmp_path) as watch:
+        for batch in token_loader(16):
+            with watch.step(batch):
+                watch.loss(loss_of(network, batch)).backward()
+            for one in optimizers:
+                one.step()
+                one.zero_grad()
+    run = Run(tmp_path)
+    assert run.about["batch_samples"] == next(iter(token_loader(16)))["input_ids"].shape[0]
+
+
+def test_a_loader_is_asked_for_no_batch_that_is_not_used() -> None:
+    network, drawn = Network(), []
+
+    def loader() -> Iterator[Any]:
+        for batch in token_loader(16):
+            drawn.append(batch)
+            yield batch
+
+    watch = SpectralWatch(network, activations=ActivationSpectrum(stage="validate", num_tokens=64, num_groups=1))
+    with watch.validation(loader(), num_batches=2) as batches:
+        for batch in batches:
+            network(batch["input_ids"])
+    assert len(drawn) == 2
+
+
 def test_a_state_is_loaded_before_the_first_batch() -> None:
     watch, batch = SpectralWatch(Network()), next(iter(token_loader()))
     state = watch.state_dict()

@@ -68,8 +68,6 @@ class LoopHost:
         self._log_dir = None if log_dir is None else Path(log_dir)
         self._loss_fn = loss_fn
         self._optimizers = optimizers
-        self._per_step: float | None = None
-        self._start = 0
 
     def scene(self) -> Scene:
         """Losses are computed by the loop's ``loss_fn``, else as in a ``training_step``."""
@@ -94,13 +92,12 @@ class LoopHost:
     def count_step(self, step: int) -> None:
         """So many times optimizers have stepped by now."""
         self.step = step
-        self._per_step = self.num_batches / max(self.step - self._start, 1)
 
     def start(self) -> Start:
         """What the recorder is told when training starts."""
         notes = self.session.recorder.notes
         plain = getattr(self.module, "_orig_mod", self.module)  # compiled or not, it is the same model
-        self._start, self.num_batches = self.step, 0
+        self.num_batches = 0
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.module.parameters()})
 
         def describe() -> dict[str, Any]:
@@ -124,7 +121,6 @@ class LoopHost:
             settings=[(member.measurement, member.settings()) for member in self.session.members if member.measurement],
             layout=Layout.of_world(),
             device=self._reducing,
-            batches_per_step=lambda: self._per_step or 1.0,
         )
 
     def folder(self) -> Path:

@@ -126,7 +126,6 @@ class TrainerHost(Host):
             settings=[(member.measurement, member.settings()) for member in session.members if member.measurement],
             layout=layout_of(trainer),
             device=torch.device("cpu") if device.type == "mps" else device,
-            batches_per_step=lambda: trainer.accumulate_grad_batches,
             monitored=[key for key in _monitored(trainer) if not session.is_claimed(key)],
         )
 

@@ -14,8 +14,8 @@ from lightning_spectral.measurement.stopwatch import Stopwatch
 class Recorder(Protocol):
     """Who follows the events to keep a record, before the measurements do."""
 
-    def end_train_batch(self, batch: Any, loss: Tensor | None) -> None:
-        """A training batch has ended, with its loss if it has one."""
+    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
+        """A training batch has ended, with its loss if it has one, after so many steps of optimizers in all."""
 
     def start_validation(self, passes: Sequence[Pass | None] = ()) -> None:
         """A validation run, not the sanity check, begins, of these passes over its loaders."""
@@ -166,7 +166,7 @@ class Session(Generic[R]):
 
     def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
         """A training batch has ended; all reports that are due are made."""
-        self.recorder.end_train_batch(batch, loss)
+        self.recorder.end_train_batch(batch, loss, step)
         for measurement in self.measurements:
             before, pending = measurement.report, measurement.pending
             measurement.end_train_batch(step)

@@ -3,7 +3,7 @@
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from math import isnan, nan
+from math import isclose, isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,10 @@ from lightning_spectral.warner import Warner
 _LOADER = re.compile(r"/dataloader_idx_(\d+)$")
 
 
+BATCH_MOVES = 0.01
+"""Share by which the mean batch of a step must have moved to be said again."""
+
+
 class Start(NamedTuple):
     """What a recorder must know of a run that begins, or is resumed."""
 
@@ -44,8 +48,6 @@ class Start(NamedTuple):
     """Which ranks hold which data."""
     device: torch.device
     """Where the process group can reduce."""
-    batches_per_step: Callable[[], float]
-    """How many batches an optimizer step takes, as far as it is known by now."""
     monitored: Sequence[str] = ()
     """Metrics that others watch for the least, as EarlyStopping and ModelCheckpoint do, ours not among them."""
 
@@ -89,7 +91,8 @@ class RunRecorder:
         self._device = torch.device("cpu")
         self._together = Together(self._device)
         self._is_agreed = True
-        self._batches_per_step: Callable[[], float] = lambda: 1
+        self._step = 0
+        self._updates = self._batches_of_updates = 0
         self._monitored: Sequence[str] = ()
         self._is_training = self._is_validating = False
         self.family = ""
@@ -153,7 +156,8 @@ class RunRecorder:
         if not self._is_training:
             return StepSize(nan, nan)
         per_batch = StepSize(self._counter.samples_per_batch, self._counter.tokens_per_batch)
-        batches = self._batches_per_step()
+        # Counted, for what a Trainer says of accumulation holds for whole windows of it, and not where a module steps.
+        batches = self._batches_of_updates / self._updates if self._updates else nan
         return StepSize(*(size * batches for size in per_batch))
 
     def agree(self) -> None:
@@ -175,7 +179,8 @@ class RunRecorder:
                 "these callbacks. Tokens and seconds of this run are NaN"
             )
             before = {"tokens": nan, "seconds": nan}
-        self.family, self._device, self._batches_per_step = start.family, start.device, start.batches_per_step
+        self.family, self._device, self._step = start.family, start.device, start.step
+        self._updates = self._batches_of_updates = 0
         self._together, self._is_agreed = Together(start.device), True
         self._monitored = start.monitored
         tokens, losses = before.get("tokens", 0.0), before.get("losses")
@@ -234,10 +239,18 @@ class RunRecorder:
             series[name.text] = {**settings, **series.get(name.text, {})}
         return series
 
-    def end_train_batch(self, batch: Any, loss: Tensor | None) -> None:
-        """Count a batch; raises ValueError if the first does not hold what ``tokens_per_sample`` names."""
+    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
+        """Count a batch, after which optimizers have stepped so often in all.
+
+        Raises:
+            ValueError: If the first does not hold what ``tokens_per_sample`` names.
+        """
         if not self._is_training:
             return
+        if step != self._step:  # once, however many optimizers there are
+            self._step = step
+            self._updates += 1
+            self._batches_of_updates = self._counter.num_batches + 1
         try:
             self._counter.add(batch, loss)
         except Exception as error:  # whatever a batch may be made of
@@ -351,13 +364,19 @@ class RunRecorder:
         train_loss = self._counter.take_loss()
         row = Row(step, self.tokens, self._clock.seconds, train_loss, val_loss)
         self._write(lambda record: record.append(row))
-        if isnan(self.batch_tokens) and not isnan(self._counter.tokens_per_batch):
-            self.batch_tokens = self.step_size.tokens
+        self._describe_batch()
+
+    def _describe_batch(self) -> None:
+        """Say how large a step's batch is: a mean, which is said again where it has moved."""
+        size = self.step_size
+        if isnan(size.tokens):
+            return
         is_new = self._record is not None and "batch_tokens" not in self._record.about
-        if is_new and not isnan(self.batch_tokens):
-            size = self.step_size
-            samples = {"batch_samples": size.samples} if size.samples > 0 else {}  # not where it is unknown
-            self.describe(batch_tokens=self.batch_tokens, **samples)
+        if not is_new and isclose(size.tokens, self.batch_tokens, rel_tol=BATCH_MOVES):
+            return
+        self.batch_tokens = size.tokens
+        samples = {"batch_samples": size.samples} if size.samples > 0 else {}  # not where it is unknown
+        self.describe(batch_tokens=size.tokens, **samples)
 
     def _write(self, write: Callable[[Record], None]) -> None:
         """Write into the record, and first begin it where there was no room before; a run is worth more than either."""

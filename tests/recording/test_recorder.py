@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_spectral import (
@@ -203,6 +203,53 @@ def test_tokens_of_a_step(tmp_path: Path, model: Any, kwargs: dict[str, Any], to
     assert run.about["batch_tokens"] == tokens
     assert run.about["batch_samples"] == tokens / LENGTH
     assert np.isfinite(run.history.train_loss).any() == module.automatic_optimization
+
+
+class EveryFourth(LanguageModel):
+    """Steps by hand after each fourth batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+class Rising(GradientAccumulationScheduler):
+    def __init__(self) -> None:
+        super().__init__({0: 1, 1: 4})
+
+
+@pytest.mark.parametrize(
+    ("model", "callbacks", "kwargs", "batches"),
+    [
+        pytest.param(EveryFourth, [], {"max_steps": 3, "limit_train_batches": 12}, 4, id="by hand"),
+        pytest.param(
+            LanguageModel,
+            [],
+            {"accumulate_grad_batches": 8, "limit_train_batches": 10, "max_epochs": 3, "max_steps": -1},
+            5,
+            id="cut short",
+        ),
+        pytest.param(
+            LanguageModel, [Rising], {"limit_train_batches": 8, "max_epochs": 3, "max_steps": -1}, 2, id="rising"
+        ),
+    ],
+)
+def test_batches_of_a_step_are_counted(
+    tmp_path: Path, model: Any, callbacks: list[Any], kwargs: dict[str, Any], batches: float
+) -> None:
+    """Whatever a Trainer says of accumulation: on average over the run."""
+    limits = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    fit(tmp_path, spectra(every_n_steps=2), *(one() for one in callbacks), model=model(), **(limits | kwargs))
+    run = Run(tmp_path)
+    assert run.about["batch_tokens"] == pytest.approx(batches * 4 * LENGTH)
+    assert run.about["batch_samples"] == pytest.approx(batches * 4)
+    assert run.history.tokens[-1] / run.history.step[-1] == pytest.approx(batches * 4 * LENGTH)
 
 
 def test_accumulated_losses_are_not_divided(tmp_path: Path) -> None:
