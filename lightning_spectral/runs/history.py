@@ -107,10 +107,11 @@ class History(NamedTuple):
             point: How far.
 
         Returns:
-            From the first entry on, before which models compile and caches fill; from the start if the point is the
-            first entry. NaN for nowhere.
+            From the first entry after training has begun on, before which models compile and caches fill; from the
+            start if the point is that entry. NaN for nowhere.
         """
         tokens, seconds = point.tokens, point.seconds
-        if len(self.tokens) and tokens > self.tokens[0]:
-            tokens, seconds = tokens - self.tokens[0], seconds - self.seconds[0]
+        begun = np.flatnonzero(self.tokens > 0)
+        if len(begun) and tokens > self.tokens[begun[0]]:
+            tokens, seconds = tokens - self.tokens[begun[0]], seconds - self.seconds[begun[0]]
         return float(tokens / seconds) if seconds > 0 else nan

@@ -113,6 +113,13 @@ def test_throughput_is_counted_from_the_first_entry(point: Point, expected: floa
     assert found == pytest.approx(expected, nan_ok=True)
 
 
+def test_a_validation_before_training_takes_no_part_in_throughput() -> None:
+    """It is of no tokens, and the first steps, in which a model compiles, come after it."""
+    found = history([0, 100, 200, 300], [4, 3, 2, 1], seconds=[0, 61, 62, 63])
+    assert found.throughput(Point(3, 300.0, 63.0)) == 100
+    assert found.throughput(Point(1, 100.0, 61.0)) == pytest.approx(100 / 61)
+
+
 def test_an_empty_history_is_one(tmp_path: Path) -> None:
     Record.begin(tmp_path / "spectra", {"id": "a"})
     found = History.read(tmp_path / "spectra")
