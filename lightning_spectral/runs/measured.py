@@ -13,6 +13,7 @@ from lightning_spectral.functional.powerlaw import Band, power_law
 from lightning_spectral.functional.spectrum import rankme
 from lightning_spectral.runs.history import Point
 from lightning_spectral.runs.kinds import KINDS, Key
+from lightning_spectral.runs.loss_names import loss_of_validation
 from lightning_spectral.runs.run import Run
 
 MOST_UNEQUAL = 0.1
@@ -55,6 +56,7 @@ def check_comparable(runs: Sequence[Run], only: Collection[str] = tuple(KINDS)) 
             continue  # a log of another tool does not say
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
         _refuse_other_lengths(first, run)
+        _refuse_other_losses(first, run)
     kinds = [kind for kind in only if KINDS[kind].is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
         _choose_series(kind, runs)
@@ -125,6 +127,14 @@ def series_used(runs: Sequence[Run], kind: str) -> list[str]:
             if others:
                 lines.append(f"{kind} spectra of {run.path} are those of {first}, not of {', '.join(others)}")
     return lines
+
+
+def _refuse_other_losses(first: Run, second: Run) -> None:
+    """Usual names of the validation loss are names of one thing; any other is of its own."""
+    names = [str(run.about.get("val_loss") or "") for run in (first, second)]
+    one, other = ("val_loss" if loss_of_validation([name.partition("/dataloader_idx_")[0]]) else name for name in names)
+    if one and other:
+        _refuse_difference("the validation loss", first, second, one, other)
 
 
 def _refuse_difference(what: str, first: Run, second: Run, one: Any, other: Any) -> None:

@@ -216,6 +216,7 @@ def test_seeds_alone_raise_few_alarms() -> None:
         ({"stage": "train"}, "activation spectra of stage 'validate' in Run(.*a'.) and 'train' in Run"),
         ({"layers": ["b"]}, r"activation spectra of layers \['gpt.blocks.3'\] in .* and \['b'\] in"),
         ({"num_tokens": 128}, "activation spectra of num_tokens 64 in .* and 128 in"),
+        ({"loss": "val_bpb"}, "the validation loss 'val_loss' in .* and 'val_bpb' in"),
         ({"data": "ff"}, "validation data {'0': 'a1'} in .* and {'0': 'ff'} in"),
     ],
 )
@@ -224,6 +225,11 @@ def test_runs_that_were_not_measured_alike_are_refused(tmp_path: Path, differenc
     with pytest.raises(ValueError, match=f"runs must have been measured alike, got {message}") as raised:
         compare(first, second)
     assert "\n" not in str(raised.value)
+
+
+def test_usual_names_of_the_loss_are_of_one_thing(tmp_path: Path) -> None:
+    first, second = (made_up(tmp_path / loss, 100, 1, loss=loss) for loss in ("val_loss", "eval_loss"))
+    assert compare(first, second).verdict is not None
 
 
 def test_mixed_families_are_refused(tmp_path: Path) -> None:
