@@ -131,7 +131,7 @@ def _samples(batch: Any) -> list[Any]:
 
 
 def _per_sample(**kwargs: Any) -> Any:
-    batch = {"x": torch.ones(3, 2)}
+    batch = {"x": torch.ones(2, 2)}  # which has samples along either axis
     return ls.per_sample_gradients(nn.Linear(2, 1), batch, loss_fn=lambda module, b: module(b["x"]).mean(), **kwargs)
 
 
