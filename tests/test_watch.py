@@ -34,6 +34,7 @@ from lightning_spectral import (
     forecast,
 )
 from lightning_spectral.callbacks.loop_host import watched_module
+from lightning_spectral.reporting.headline import headline
 from tests.callbacks.test_do_no_harm import assert_identical, attributes
 from tests.distributed import run_distributed
 from tests.models import LanguageModel, Network, Tokens, tiny_trainer, token_loader
@@ -532,6 +533,30 @@ def test_a_loader_is_asked_for_no_batch_that_is_not_used() -> None:
         for batch in batches:
             network(batch["input_ids"])
     assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_run_whose_loss_is_lost_does_not_stand_at_its_last_number(
+    tmp_path: Path, lost: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = Network()
+    watch = SpectralWatch(network, log_dir=tmp_path)
+    batches = iter(token_loader(16))
+    for loss in (3.0, 2.0, lost):
+        batch = next(batches)
+        with watch.step(batch):
+            watch.loss(loss_of(network, batch) * (loss if math.isnan(loss) else 1)).backward()
+        with watch.validation([batch]) as given:
+            for one in given:
+                network(one["input_ids"])
+            watch.log(val_loss=loss)
+    run = Run(tmp_path)
+    assert run.history.val_loss.tolist() == [3, 2, math.inf]
+    assert run.history.train_loss[-1] == math.inf or not math.isnan(lost)
+    found = headline(run).loss
+    assert (found.last, found.lowest, found.step) == (math.inf, 2, 3)
+    cli.main(["show", str(tmp_path)])
+    assert "its val_loss is no finite number from step 3 on" in capsys.readouterr().out
 
 
 def test_a_state_is_loaded_before_the_first_batch() -> None:

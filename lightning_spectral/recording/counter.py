@@ -1,7 +1,7 @@
 """Tokens, samples and losses of training batches, counted on each rank and added up over all when somebody asks."""
 
 from collections.abc import Sequence
-from math import nan
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
@@ -105,8 +105,9 @@ class BatchCounter:
         return self._num_losses > 0
 
     def take_loss(self) -> float:
-        """Mean loss of the batches agreed on since it was taken last; NaN if there was none."""
+        """Mean loss of the batches agreed on since it was taken last; NaN if there was none, infinite if it is none."""
         mean = self._loss_sum / self._num_losses if self._num_losses else nan
+        mean = inf if isnan(mean) and self._num_losses else mean
         self._loss_sum, self._num_losses = 0.0, 0.0
         return mean
 

@@ -3,7 +3,7 @@
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from math import isclose, isnan, nan
+from math import inf, isclose, isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,7 +278,8 @@ class RunRecorder:
             return
         # On all ranks: to read the metrics may be to compute them, together.
         key = self._loss_key(metrics)
-        self._add_row(step, nan if key is None else float(metrics[key]))
+        loss = nan if key is None else float(metrics[key])
+        self._add_row(step, inf if key is not None and isnan(loss) else loss)  # NaN says that there was none
         if (fingerprint := self._fingerprint) is not None:
             try:
                 data = self._together.attempt(lambda: fingerprint.agree(num_loaders, self._device))

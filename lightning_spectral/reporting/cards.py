@@ -35,7 +35,8 @@ def _cards(found: Headline, failed: tuple[int, int, str]) -> Iterator[Card]:
     if isnan(loss.last):
         yield Card(loss.name, "-", "no loss was recorded yet")
     else:
-        yield Card(loss.name, f"{loss.last:.4g}", f"from {loss.first:.4g}; lowest {loss.lowest:.4g}")
+        last = f"{loss.last:.4g}" if isfinite(loss.last) else "no number"
+        yield Card(loss.name, last, f"from {loss.first:.4g}; lowest {loss.lowest:.4g}")
     of = "" if found.kind == "activation" else f", {found.kind}s"
     if found.tail is not None:
         yield _change(f"tail exponent{of}", found.tail, lambda value: f"{value:.3g}")

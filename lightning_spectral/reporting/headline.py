@@ -1,7 +1,7 @@
 """What comes first of a run: its loss, its spectra now and how they moved, noise beside batch, forecast, failures."""
 
 from collections.abc import Callable, Mapping
-from math import isfinite, isnan, nan
+from math import inf, isfinite, isnan, nan
 from typing import NamedTuple
 
 from lightning_spectral.advice.facts import Number, are_as_many, floor_of_change
@@ -129,9 +129,11 @@ def loss_of(run: Run) -> Loss:
     if not len(entries):
         latest = [float(column[-1]) if len(column) else nan for column in history[:3]]
         return Loss(history.loss_name, nan, nan, nan, *latest)
-    last = entries[-1]
+    last, loss = entries[-1], float(losses[-1])
+    if not isnan(history.diverged_at):
+        last, loss = len(history.step) - 1, inf
     at = (float(history.step[last]), float(history.tokens[last]), float(history.seconds[last]))
-    return Loss(history.loss_name, float(losses[0]), float(losses[-1]), float(losses.min()), *at)
+    return Loss(history.loss_name, float(losses[0]), loss, float(losses.min()), *at)
 
 
 def tail_of(spectrum: Spectrum, band: Band) -> Number:

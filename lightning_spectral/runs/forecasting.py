@@ -141,6 +141,8 @@ def _of_family(
 
 
 def _forecast(run: Run, family: Family, basis: Basis, by: str) -> RunForecast:
+    if not isnan(diverged_at := run.history.diverged_at):
+        return _nothing(run, nan, f"its loss is no finite number from step {diverged_at:,.0f} on")
     has_spectra = basis.look is not None and family.has_spectra(run)
     if by in ("tail", "head") and not has_spectra:
         why = family.without_spectra.get(str(run.path), f"has not {MIN_REFERENCES} references with spectra")

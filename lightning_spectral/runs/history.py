@@ -26,9 +26,9 @@ class History(NamedTuple):
     seconds: np.ndarray
     """Training time so far, without validation and without measuring."""
     train_loss: np.ndarray
-    """Mean since the entry before; NaN where there is none."""
+    """Mean since the entry before; NaN where there is none, infinite where it was no number."""
     val_loss: np.ndarray
-    """NaN where there was no validation."""
+    """NaN where there was no validation, infinite where it was no number."""
 
     @classmethod
     def read(cls, folder: Path) -> "History":
@@ -65,9 +65,21 @@ class History(NamedTuple):
         Returns:
             Indices of the entries, and the loss there.
         """
-        loss = self.val_loss if self.loss_name == "val_loss" else self.train_loss
+        loss = self._loss
         known = np.flatnonzero(np.isfinite(loss))
         return known, loss[known]
+
+    @property
+    def diverged_at(self) -> float:
+        """Step from which on the loss was no finite number until the end; NaN of a run whose last loss is one."""
+        entries = np.flatnonzero(~np.isnan(self._loss))
+        finite = np.flatnonzero(np.isfinite(self._loss[entries]))
+        after = int(finite[-1]) + 1 if len(finite) else 0
+        return float(self.step[entries[after]]) if after < len(entries) else nan
+
+    @property
+    def _loss(self) -> np.ndarray:
+        return self.val_loss if self.loss_name == "val_loss" else self.train_loss
 
     def first_at(self, loss: float) -> Point:
         """Where the loss first came down to a value.

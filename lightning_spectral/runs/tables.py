@@ -153,6 +153,8 @@ def print_run(run: Run, kinds: Sequence[str]) -> None:
             f"{history.loss_name} {losses[0]:.4f} to {losses[-1]:.4f} (lowest {losses.min():.4f}) over "
             f"{history.step[last]:,.0f} steps, {tokens} tokens, {seconds} s"
         )
+    if not isnan(history.diverged_at):
+        out.print(f"its {history.loss_name} is no finite number from step {history.diverged_at:,.0f} on")
     if run.columns:
         out.print(from_log(run))
     print_advice((one["text"], one["url"]) for one in run.advice)

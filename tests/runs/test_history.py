@@ -1,6 +1,6 @@
 """Histories: lines become entries, and a loss is reached where SciPy's root of the curve lies."""
 
-from math import exp, isnan, nan
+from math import exp, inf, isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,15 @@ def test_a_validation_before_training_takes_no_part_in_throughput() -> None:
     found = history([0, 100, 200, 300], [4, 3, 2, 1], seconds=[0, 61, 62, 63])
     assert found.throughput(Point(3, 300.0, 63.0)) == 100
     assert found.throughput(Point(1, 100.0, 61.0)) == pytest.approx(100 / 61)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([3, 2, inf, inf], 3), ([3, inf, 2, nan], nan), ([3, inf, nan, inf], 2), ([3, nan, nan, nan], nan)],
+    ids=["to the end", "came back", "not always validated", "validated once"],
+)
+def test_a_loss_that_is_no_number_to_the_end_is_told(losses: list[float], expected: float) -> None:
+    assert history([1, 2, 3, 4], losses).diverged_at == pytest.approx(expected, nan_ok=True)
 
 
 def test_an_empty_history_is_one(tmp_path: Path) -> None:
