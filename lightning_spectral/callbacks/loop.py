@@ -54,6 +54,7 @@ class Loop:
         self._batch: Any = None
         self._loss: Tensor | None = None
         self._reduction: str | None = None
+        self._is_recorded = True
         self._is_differentiated = True
         self._is_open = self._is_waiting = self._has_started = False
         self._hooked = hooked
@@ -114,13 +115,13 @@ class Loop:
                 measurement.close()
 
     def tell_loss(self, loss: Tensor, factor: float | Tensor = 1.0, is_recorded: bool = True) -> Tensor:
-        """Tell the loss of the batch, as :meth:`SpectralWatch.loss` does; one that is not recorded is NaN there."""
+        """Tell the loss of the batch, as :meth:`SpectralWatch.loss` does; the record need not hear of it."""
         if not self._is_open:
             raise ValueError("loss must be told within watch.step(batch), got it outside: call watch.loss(loss) there")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss must be a tensor with one number, got {describe(loss)}")
         value = loss.detach().clone().reshape(()) * factor  # what it is before a loop divides it in place
-        self._loss = value if is_recorded else torch.full_like(value, torch.nan)
+        self._loss, self._is_recorded = value, is_recorded
         self._reduction = reduction_of(loss.grad_fn)
         if loss.requires_grad:
             self._is_differentiated = False
@@ -256,7 +257,7 @@ class Loop:
             self._finish()
 
     def _finish(self) -> None:
-        batch, loss = self._batch, self._loss
+        batch, loss = self._batch, self._loss if self._is_recorded else None
         self._is_waiting, self._batch, self._loss = False, None, None
         if not self._is_differentiated:
             self._fail_gradients()

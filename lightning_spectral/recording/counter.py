@@ -61,9 +61,7 @@ class BatchCounter:
         number unknown.
         """
         self.num_batches += 1
-        # A user's own cutter takes its time, and is asked at reports only.
-        found = None if self._samples.cutter is not None else self._samples.count(batch)
-        self._new_samples += nan if found is None else found
+        self._new_samples += self.samples_of(batch)
         if loss is not None:
             exact = torch.float32 if loss.device.type == "mps" else torch.float64
             self._new_losses = self._new_losses + loss.detach().to(exact)
@@ -74,6 +72,12 @@ class BatchCounter:
             if self.num_batches == 1:  # others will be like it
                 self._new_tokens = nan
             raise
+
+    def samples_of(self, batch: Any) -> float:
+        """How many samples a batch has; NaN where it does not tell."""
+        # A user's own cutter takes its time, and is asked at reports only.
+        found = None if self._samples.cutter is not None else self._samples.count(batch)
+        return nan if found is None else found
 
     def agree(self) -> None:
         """Bring ``tokens`` up to date; a collective if a batch was counted since the last time."""

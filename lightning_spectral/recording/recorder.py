@@ -1,6 +1,5 @@
 """Keeps the record of a run: counts tokens and seconds, and writes history and reports as they come."""
 
-import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isclose, isnan, nan
@@ -15,19 +14,16 @@ from lightning_spectral.capture.batch import Samples
 from lightning_spectral.measurement.measurement import Measurement, Report
 from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.measurement.stopwatch import Stopwatch, TrainingClock
-from lightning_spectral.metrics.collectives import Together
+from lightning_spectral.metrics.collectives import Together, world_size
 from lightning_spectral.metrics.layout import Layout
 from lightning_spectral.recording.about import Notes
 from lightning_spectral.recording.counter import BatchCounter
 from lightning_spectral.recording.fingerprint import Fingerprint
 from lightning_spectral.recording.place import Place
+from lightning_spectral.recording.validation_loss import loss_candidates, mean_over_ranks, validation_loss
 from lightning_spectral.runs.kinds import KINDS, Series
-from lightning_spectral.runs.loss_names import LOSS_OF_VALIDATION, OF_VALIDATION, is_of_training, rank
 from lightning_spectral.runs.record import Record, Row, read_about
 from lightning_spectral.warner import Warner
-
-_LOADER = re.compile(r"/dataloader_idx_(\d+)$")
-
 
 BATCH_MOVES = 0.01
 """Share by which the mean batch of a step must have moved to be said again."""
@@ -88,6 +84,7 @@ class RunRecorder:
         self._tokens_of: dict[Measurement, float] = {}
         self._fingerprint: Fingerprint | None = None
         self._passes: Sequence[Pass | None] = ()
+        self._validated = 0.0
         self._device = torch.device("cpu")
         self._together = Together(self._device)
         self._is_agreed = True
@@ -263,11 +260,17 @@ class RunRecorder:
         """A validation run begins, of these passes over its loaders."""
         if self._is_training:
             self._passes = passes
+            self._validated = 0.0
             self._clock.pause()
             self._is_validating = True
 
     def start_validation_batch(self, batch: Any, loader: int) -> None:
         """A validation batch begins."""
+        if self._is_validating and world_size() > 1 and loader == self._loader:
+            try:
+                self._validated += self._counter.samples_of(batch)
+            except Exception:  # whatever a batch may be made of
+                self._validated = nan
         if self._is_validating and self._fingerprint is not None:
             with self._stopwatch.running():
                 self._fingerprint.add(batch, loader)
@@ -278,8 +281,8 @@ class RunRecorder:
             return
         # On all ranks: to read the metrics may be to compute them, together.
         key = self._loss_key(metrics)
-        loss = nan if key is None else float(metrics[key])
-        self._add_row(step, inf if key is not None and isnan(loss) else loss)  # NaN says that there was none
+        loss = self._over_ranks(key, None if key is None else float(metrics[key]))
+        self._add_row(step, nan if loss is None else inf if isnan(loss) else loss)  # NaN says that there was none
         if (fingerprint := self._fingerprint) is not None:
             try:
                 data = self._together.attempt(lambda: fingerprint.agree(num_loaders, self._device))
@@ -292,14 +295,31 @@ class RunRecorder:
         self._is_validating = False
         self._clock.start()
 
+    def _over_ranks(self, key: str | None, loss: float | None) -> float | None:
+        try:
+            found, is_mean = mean_over_ranks(loss, self._validated, self._together, self._device)
+        except Exception as error:  # on all ranks
+            self._warner.warn(f"does not know the validation loss of all ranks: {error}")
+            return None
+        if is_mean:
+            self._warner.warn(
+                f"records the mean of {key or 'the validation loss'} over all ranks, each of which has logged its own: "
+                "sync_dist=True gives it to all callbacks"
+            )
+        return found
+
+    @property
+    def _loader(self) -> int:
+        """Whose loss is recorded."""
+        return next((measurement.loader for measurement in self._series), 0)
+
     def _loss_key(self, metrics: Mapping[str, Tensor]) -> str | None:
         key = self.notes.loss
         if key is not None and key not in metrics:
             known = ", ".join(name for name in metrics if "loss" in name.lower()) or "no losses"
             self._warner.warn(f"finds no loss={key!r} among what is logged: there are {known}")
             return None
-        loader = next((measurement.loader for measurement in self._series), 0)
-        if key is None and (key := validation_loss(metrics, loader, self._monitored)) is None:
+        if key is None and (key := validation_loss(metrics, self._loader, self._monitored)) is None:
             candidates = loss_candidates(metrics)
             if candidates:
                 self._warner.warn(
@@ -432,33 +452,6 @@ class RunRecorder:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take up what :meth:`state_dict` gave when the checkpoint that is being resumed was written."""
         self._state = self._state if state is None else state
-
-
-def validation_loss(metrics: Mapping[str, Any], loader: int, monitored: Sequence[str] = ()) -> str | None:
-    """Key of the loss of a validation run, of the loader that is measured; None if none is known to be it.
-
-    ``val_loss``, ``val/loss``, ``valid_loss``, ``eval_loss``, ``loss/val`` and the like, in this order; else the one
-    metric of validation that is ``monitored``, or of several the one that is called a loss. Never a guess among others.
-    """
-    plain = {key: _LOADER.sub("", key) for key in metrics if _loader_of(key) in (None, loader)}
-    usual = [key for key, name in plain.items() if LOSS_OF_VALIDATION.fullmatch(name)]
-    if usual:
-        # Of two loaders' losses and their mean the loader's own.
-        return min(usual, key=lambda key: (_loader_of(key) is None, rank(plain[key]), key))
-    watched = [key for key in dict.fromkeys(monitored) if key in plain and not is_of_training(key)]
-    losses = [key for key in watched if "loss" in key.lower()]
-    return next((found[0] for found in (losses, watched) if len(found) == 1), None)
-
-
-def loss_candidates(metrics: Mapping[str, Any]) -> list[str]:
-    """Metrics that may be the validation loss: called losses, if any are, and of validation."""
-    of_validation = [key for key in metrics if OF_VALIDATION.search(_LOADER.sub("", key))]
-    return [key for key in of_validation if "loss" in key.lower()] or of_validation
-
-
-def _loader_of(key: str) -> int | None:
-    found = _LOADER.search(key)
-    return None if found is None else int(found[1])
 
 
 def _is_same(known: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:

@@ -33,6 +33,7 @@ def ranks(folder: Path) -> list[dict]:
     )
     assert run.returncode == 0, run.stderr[-4000:]
     (folder / "printed.txt").write_text(run.stdout)
+    (folder / "warned.txt").write_text(run.stderr)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -126,10 +127,10 @@ def test_a_report_costs_four_collectives(ranks: list[dict]) -> None:
     # Three of its own, of counts, of scatters and of what each rank has solved, and one of tokens and losses for the
     # record. Besides, each measurement agrees once on widths and rows: after the first training step, and with the
     # first validation report; and then on the checksum of the validation data. A validation report agrees on what tells
-    # its rows from others.
+    # its rows from others, and its run on the loss of all ranks.
     for rank in ranks:
         calls = [call for call in rank["calls"] if call[1] != "meet"]
-        assert calls == [(1, "all_reduce")] + [(3, "all_reduce")] * 4 + [(6, "all_reduce")] * 10
+        assert calls == [(1, "all_reduce")] + [(3, "all_reduce")] * 4 + [(6, "all_reduce")] * 11
 
 
 def test_ranks_meet_before_each_collective_and_after_each_attempt(ranks: list[dict]) -> None:
@@ -147,7 +148,11 @@ def test_two_ranks_leave_one_record_of_all_rows(ranks: list[dict], folder: Path)
     samples = [sum(sizes) for sizes in zip(*ddp_run.TRAIN_BATCHES.values(), strict=True)]
     assert run.history.step.tolist() == [3, 6]
     assert run.history.tokens.tolist() == [sum(samples[:3]), sum(samples[:6])]
-    assert run.about["batch_tokens"] == sum(samples[:3]) / 3
+    assert run.about["batch_tokens"] == pytest.approx(sum(samples[:6]) / 6)
+    # Each rank has logged the mean of its own samples, of unequal number.
+    rows = recorded(ranks, "validate", [6], ddp_run.NUM_BLOCKS - 1)
+    assert run.history.val_loss.tolist()[-1] == pytest.approx(np.square(rows).mean(), rel=1e-6)
+    assert "records the mean of val_loss over all ranks" in (folder / "warned.txt").read_text()
     # "train" and "others" ask for the same: they share a measurement, and its series.
     for stage, callback in (("train", "train"), ("train", "others"), ("validate", "validate")):
         for report in ranks[0]["reports"][callback]:

@@ -27,6 +27,7 @@ from lightning_spectral import (
 from lightning_spectral.boards import Board
 from lightning_spectral.measurement import stopwatch
 from lightning_spectral.recording import recorder
+from lightning_spectral.recording.validation_loss import validation_loss
 from tests.models import LENGTH, PROBES, Alternating, LanguageModel, NoLogDir, Perceptron, tiny_trainer, token_loader
 
 BLOCK = "network.blocks.0"
@@ -506,7 +507,7 @@ def test_losses_before_a_checkpoint_count_after_it(tmp_path: Path) -> None:
     ],
 )
 def test_the_loss_of_validation_is_told_from_others(keys: list[str], loader: int, expected: str | None) -> None:
-    assert recorder.validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), loader) == expected
+    assert validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), loader) == expected
 
 
 @pytest.mark.parametrize(
@@ -521,7 +522,7 @@ def test_the_loss_of_validation_is_told_from_others(keys: list[str], loader: int
     ],
 )
 def test_else_the_loss_is_the_one_that_others_monitor(keys: list[str], monitored: list[str], expected) -> None:
-    assert recorder.validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), 0, monitored) == expected
+    assert validation_loss(dict.fromkeys(keys, torch.tensor(1.0)), 0, monitored) == expected
 
 
 class SeveralLosses(LanguageModel):
