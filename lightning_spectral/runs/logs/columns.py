@@ -97,6 +97,7 @@ class _Reading:
         if not found:
             raise ValueError(f"loss must be named, for it has no column that is called one usually{self._there()}")
         self.loss = next(iter(found))
+        self._rows = np.concatenate([self.log.columns[name].rows for name in names.values() if name is not None])
         self.words["loss"] = str(names[self.loss])
         steps = np.unique(np.concatenate([series[0] for series in found.values()]))
         columns = [steps, self._tokens(steps), self._seconds(steps)]
@@ -157,7 +158,12 @@ class _Reading:
         name = self.told.seconds or self.log.clock
         if not name:
             return np.full(len(steps), nan)
-        at, seconds = self._by_step(self._named("seconds", name))
+        column = self._named("seconds", name)
+        if not self.told.seconds:
+            # Every row has a time on the wall, also those of metrics that are logged by some other step.
+            of_loss = np.isin(column.rows, self._rows)
+            column = Column(column.rows[of_loss], column.values[of_loss])
+        at, seconds = self._by_step(column)
         self._check_amounts("seconds", name, seconds)
         by_clock = "" if self.told.seconds else " (the clock on the wall)"
         self.words["seconds"] = f"{name}{by_clock}"

@@ -39,6 +39,18 @@ def test_scalars_are_those_that_tensorboard_reads(form: dict[str, bool], tmp_pat
     np.testing.assert_allclose(np.diff(run.history.seconds), 1)
 
 
+def test_the_clock_is_that_of_the_losses_and_not_of_what_counts_other_steps(tmp_path: Path) -> None:
+    """As Lightning does with what validation logs for each of its batches."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, loss in enumerate(LOSSES, start=1):
+            writer.add_scalar("val_loss", loss, 10 * step, walltime=1.7e9 + step)
+            for batch in range(3):
+                writer.add_scalar("val_accuracy_step", 0.5, batch, walltime=1.7e9 + step + 0.5)
+    run = Run(tmp_path)
+    np.testing.assert_array_equal(run.history.step, [10, 20, 30, 40])
+    np.testing.assert_allclose(np.diff(run.history.seconds), 1)
+
+
 def test_a_torn_event_does_not_count(tmp_path: Path) -> None:
     file = file_of(events(tmp_path))
     file.write_bytes(file.read_bytes()[:-5])
