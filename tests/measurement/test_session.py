@@ -107,7 +107,7 @@ def test_an_event_reaches_the_recorder_first_and_each_measurement_once() -> None
     session.end_train_batch("batch", None, 1)
     b = session.measurements[1]
     assert heard == [
-        ("recorder", "end_train_batch", "batch", None),
+        ("recorder", "end_train_batch", "batch", None, 1),
         ("a", "close"),
         ("b", "close"),
         ("recorder", "add_report", b, b.report),
