@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_spectral.capture.graph import reduction_of
@@ -36,9 +35,9 @@ def own_mean_factor(loss: Tensor, total: Any) -> Tensor | float | None:
 
 
 def _is(found: Tensor | None, total: Any) -> bool:
-    """Whether a graph's divisor is the total: the same memory, so that a GPU need not be waited for, or its value."""
+    """Whether a graph's divisor is the total: by its memory, so that a GPU need not be waited for, or by its value."""
     if found is None or found.numel() != 1:
         return False
-    if isinstance(total, Tensor) and found.device == total.device and found.data_ptr() == total.data_ptr():
-        return True
-    return bool(torch.as_tensor(total).reshape(()).cpu() == found.reshape(()).cpu())
+    if isinstance(total, Tensor) and found.device.type != "cpu":
+        return found.device == total.device and found.data_ptr() == total.data_ptr()
+    return float(found) == float(total)
