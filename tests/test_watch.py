@@ -635,9 +635,7 @@ def of_a_rank(rank: int, folder: str, world: int) -> dict[str, float]:
         with watch.validation(DataLoader(held_out, batch_size=4)) as batches, torch.no_grad():
             losses = [loss_of(model, batch) for batch in batches]
             watch.log(val_loss=torch.stack(losses).mean())
-    host = watch._loop.host
-    assert host.broadcast([rank]) == [0]
-    assert float(host.mean(torch.tensor(float(rank)))) == (world - 1) / 2
+    assert watch._loop.host.broadcast([rank]) == [0]
     return {key: value for key, value in watch.metrics.items() if "seconds" not in key and key != "val_loss"}
 
 
@@ -651,6 +649,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     assert one.history.tokens.tolist() == two.history.tokens.tolist()
     assert one.about["validation_data"] == two.about["validation_data"]
+    np.testing.assert_allclose(one.history.val_loss, two.history.val_loss, rtol=1e-4)
     assert (one.about["world_size"], two.about["world_size"]) == (1, 2)
 
 

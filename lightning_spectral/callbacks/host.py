@@ -64,8 +64,5 @@ class Host(Protocol):
     def broadcast(self, value: T) -> T:
         """What rank zero has; a collective."""
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over ranks; a collective."""
-
     def stop(self) -> None:
         """End training after this step."""

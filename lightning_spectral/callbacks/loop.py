@@ -102,7 +102,7 @@ class Loop:
         self._measure(lambda: self._session.after_backward(is_last=True))
         self._measure(self._check_loss)
         if step is not None and step > self.host.step:
-            self.host.count_step(step)
+            self.host.step = step
         if self._stepped or step is not None:
             self._finish()
 
@@ -276,7 +276,7 @@ class Loop:
         self.before_optimizer_step(optimizer)
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.host.count_step(self.host.step + 1)
+        self.host.step += 1
         self._stepped.add(id(optimizer))
         if self._is_waiting and len(self._stepped) == len(self._hooked):
             self._finish()

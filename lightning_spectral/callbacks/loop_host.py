@@ -14,7 +14,7 @@ from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.measurement import Scene, Session
 from lightning_spectral.measurement.passes import Pass, pass_of
-from lightning_spectral.metrics.collectives import all_sum, broadcast_object, rank_and_world
+from lightning_spectral.metrics.collectives import broadcast_object, rank_and_world
 from lightning_spectral.metrics.layout import Layout, are_sharded
 from lightning_spectral.recording import RunRecorder, Start
 from lightning_spectral.recording.about import describe_run, record_folder
@@ -81,17 +81,9 @@ class LoopHost:
         """Over the default group."""
         return broadcast_object(value)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Over the default group."""
-        return value if self.num_ranks == 1 else all_sum(value.to(self._reducing), None) / self.num_ranks
-
     def stop(self) -> None:
         """For whoever asks."""
         self.should_stop = True
-
-    def count_step(self, step: int) -> None:
-        """So many times optimizers have stepped by now."""
-        self.step = step
 
     def start(self) -> Start:
         """What the recorder is told when training starts."""

@@ -376,11 +376,13 @@ class TailForecaster(LayersCallback):
         return Shown(loss.tokens, loss.log_gap, log_batch, loss.curve.log_tokens_to(self.target_loss), spectral)
 
     def _take_loss(self, host: Host) -> None:
-        loss = self._loss.read(host)
+        own = self._loss.read(host)
         if host.is_checking or self.session is None:
             return
         recorder = self.session.recorder
-        if self._loss.add(float(host.step), recorder.tokens, loss):
+        # Every rank may have logged its own; all must see the same to act alike, and what the record says.
+        loss = recorder.over_ranks(self.monitor, own)
+        if self._loss.add(float(host.step), recorder.tokens, math.nan if loss is None else loss):
             self.publish(host, {"forecast/actual": self.actual}, host.step)
         facts = {"target_loss": self.target_loss, "monitor": self.monitor, "layer": self.names[0]}
         facts |= {"actual": _known(self.actual)}

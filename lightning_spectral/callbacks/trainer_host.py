@@ -92,10 +92,6 @@ class TrainerHost(Host):
         """By the strategy."""
         return self.trainer.strategy.broadcast(value)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """By the strategy."""
-        return self.trainer.strategy.reduce(value.to(self.trainer.strategy.root_device), reduce_op="mean")
-
     def stop(self) -> None:
         """``should_stop``."""
         self.trainer.should_stop = True

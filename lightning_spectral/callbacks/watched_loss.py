@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from lightning_spectral.callbacks.host import Host
 from lightning_spectral.runs.history import History
@@ -48,7 +47,7 @@ class WatchedLoss:
         return bool(self.curve.points) and self.curve.points[-1][2] <= self.target
 
     def read(self, host: Host) -> float:
-        """The loss that is among a loop's metrics; a collective.
+        """The loss that is among a loop's metrics, as this rank has logged it.
 
         Raises:
             ValueError: If it is not logged.
@@ -56,8 +55,7 @@ class WatchedLoss:
         if self.monitor not in host.metrics:
             known = ", ".join(key for key in host.metrics if "loss" in key) or "no losses"
             raise ValueError(f"monitor must be a metric that is logged, got {self.monitor!r}: there are {known}")
-        # Every rank logs its own loss, unless the module says otherwise; all must see the same to act alike.
-        return float(host.mean(host.metrics[self.monitor].detach().to(torch.float32)))
+        return float(host.metrics[self.monitor])
 
     def add(self, step: float, tokens: float, loss: float) -> bool:
         """Take in the next loss; True where the target is reached only now."""

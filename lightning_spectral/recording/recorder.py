@@ -281,7 +281,7 @@ class RunRecorder:
             return
         # On all ranks: to read the metrics may be to compute them, together.
         key = self._loss_key(metrics)
-        loss = self._over_ranks(key, None if key is None else float(metrics[key]))
+        loss = self.over_ranks(key, None if key is None else float(metrics[key]))
         self._add_row(step, nan if loss is None else inf if isnan(loss) else loss)  # NaN says that there was none
         if (fingerprint := self._fingerprint) is not None:
             try:
@@ -295,7 +295,18 @@ class RunRecorder:
         self._is_validating = False
         self._clock.start()
 
-    def _over_ranks(self, key: str | None, loss: float | None) -> float | None:
+    def over_ranks(self, key: str | None, loss: float | None) -> float | None:
+        """A loss of the validation run that ends, over all ranks' samples, where each may have logged its own.
+
+        A collective, which all ranks come to at the same points.
+
+        Args:
+            key: Its name.
+            loss: What this rank has logged; None for nothing.
+
+        Returns:
+            None where no rank has one, or they could not tell each other.
+        """
         try:
             found, is_mean = mean_over_ranks(loss, self._validated, self._together, self._device)
         except Exception as error:  # on all ranks
@@ -303,7 +314,7 @@ class RunRecorder:
             return None
         if is_mean:
             self._warner.warn(
-                f"records the mean of {key or 'the validation loss'} over all ranks, each of which has logged its own: "
+                f"takes the mean of {key or 'the validation loss'} over all ranks, each of which has logged its own: "
                 "sync_dist=True gives it to all callbacks"
             )
         return found

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def mean_over_ranks(
         device: Where the process group can reduce.
 
     Returns:
-        The loss, None where no rank has one, and whether it is a mean over ranks that had logged different ones.
+        The loss, None where no rank has one and no finite number where a rank has none, and whether it is a mean over
+        ranks that had logged different ones.
     """
     if world_size() == 1:
         return loss, False
@@ -65,6 +67,8 @@ def mean_over_ranks(
     if not number:
         return None, False
     mean = total / number
-    if not squares / number - mean**2 > SAME_LOSS * mean**2:  # alike, or no numbers
+    if not isfinite(mean):  # whichever rank's it is
+        return mean, False
+    if squares / number - mean**2 <= SAME_LOSS * mean**2:
         return mean if loss is None else loss, False
     return weighted / weights if weights > 0 else mean, True
