@@ -9,7 +9,7 @@ OLDEST := tests/functional tests/theory tests/measurement tests/capture tests/na
 	tests/callbacks/test_do_no_harm.py tests/callbacks/test_gradient_do_no_harm.py tests/callbacks/test_head_drift.py \
 	tests/callbacks/test_precision.py tests/callbacks/test_self_check.py tests/callbacks/test_tail_forecaster.py
 
-.PHONY: demo docs package test test-oldest lint clean
+.PHONY: demo docs package test test-cuda test-oldest lint clean
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ lint: $(BIN)/installed
 
 test: $(BIN)/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+# On a machine with a GPU: what needs one, and whether training there is the same to the bit.
+test-cuda: $(BIN)/installed
+	TESTED_ON=cuda $(BIN)/python -m pytest -o filterwarnings= tests/test_cuda.py tests/callbacks/test_do_no_harm.py \
+		tests/callbacks/test_gradient_do_no_harm.py tests/metrics/test_covariance_spectrum.py
 
 package: $(BIN)/installed
 	rm -rf dist

@@ -1,5 +1,6 @@
 """Small models, their data and a quiet Trainer, for the tests that train."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 WIDTH, NUM_BLOCKS, VOCABULARY, LENGTH = 32, 6, 40, 8
+TESTED_ON = os.environ.get("TESTED_ON", "cpu")
+"""Where Trainers of tests train: ``cpu``, or ``cuda`` by ``make test-cuda``."""
 PROBES = ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.5"]
 """Blocks round(5 i / 4), i = 0..4: the default choice of layers."""
 
@@ -138,7 +141,7 @@ def token_loader(num_samples: int = 64, batch_size: int = 4, seed: int = 0) -> D
 
 def tiny_trainer(folder: Path, **kwargs: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "default_root_dir": folder, **quiet}
+    defaults = {"accelerator": TESTED_ON, "devices": 1, "logger": False, "default_root_dir": folder, **quiet}
     return Trainer(**(defaults | kwargs))
 
 

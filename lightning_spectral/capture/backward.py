@@ -50,6 +50,8 @@ class BackwardReader:
         self._in_parts: set[str] = set()
         """Those whose gradient came more than once in a batch: none is the last for sure."""
         self._completed: set[str] = set()
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        """Of a GPU, in which rows of the batch were written, by name."""
         self._gradients: dict[str, Tensor] = {}
         self._batch_handles: list[RemovableHandle] = []
         self.passes: dict[str, set[int]] = {}
@@ -110,6 +112,7 @@ class BackwardReader:
             handle.remove()
         self._batch_handles.clear()
         self._completed.clear()
+        self._streams.clear()
         if rows is not None:
             for name, gradient in self._gradients.items():
                 try:
@@ -177,7 +180,9 @@ class BackwardReader:
             return
         self._completed.add(name)
         try:
-            with self._timer():
+            # A parameter's hooks run in the stream in which it was first used, which under DDP is another: memory that
+            # is let go of there would be written over while it is still read.
+            with self._timer(), torch.cuda.stream(self._streams.get(name)):
                 on_complete(name)
         except Exception as error:  # never raised: a backward pass is under way
             rows.failures[name] = reason_of(error)
@@ -208,6 +213,8 @@ class BackwardReader:
             try:
                 with self._timer():
                     rows.add(name, module, attribute, *self._localise(name, x, grad))
+                if grad.is_cuda:
+                    self._streams[name] = torch.cuda.current_stream(grad.device)
             except Exception as error:  # never raised: a backward pass is under way
                 self._fail(name, error)
 

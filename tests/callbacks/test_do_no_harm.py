@@ -76,6 +76,7 @@ def train(folder: Path, make: Callable[[], LanguageModel], callbacks: list[Any],
         "optimizer": trainer.optimizers[0].state_dict(),
         "metric": model.mean_loss.metric_state,
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": np.random.get_state()[1],  # noqa: NPY002
         "python": random.getstate(),
         "attributes": attributes(model),
