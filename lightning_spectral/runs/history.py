@@ -57,7 +57,10 @@ class History(NamedTuple):
     @property
     def loss_name(self) -> str:
         """Which loss is meant by "the loss": that of validation, or of training in a run without validation."""
-        return "val_loss" if np.isfinite(self.val_loss).any() else "train_loss"
+        if np.isfinite(self.val_loss).any():
+            return "val_loss"
+        # One that was never finite is still the run's where there is no other.
+        return "val_loss" if np.isnan(self.train_loss).all() and np.isinf(self.val_loss).any() else "train_loss"
 
     def with_loss(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the loss is known.

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from math import isfinite, nan, prod
+from itertools import permutations
+from math import inf, isfinite, nan, prod
 from typing import Any
 
 import numpy as np
@@ -76,29 +77,33 @@ class _Reading:
         self.log, self.told = log, told
         self.words: dict[str, str] = {}
         """What was taken for what."""
-        first = next((name for name in log.steps if name in log.columns), None)
+        self._numbers = {name: column for name, column in log.columns.items() if len(column.rows)}
+        first = next((name for name in log.steps if name in self._numbers), None)
         if told.step is None and first is None:
             raise ValueError(f"step must be named, for it has none of {', '.join(log.steps)}{self._there()}")
         self._steps = self._named("step", told.step or str(first))
         # Lightning counts batches from 0, and logs the number of the last one; its column of epochs tells its logs.
-        epochs = log.columns.get("epoch")
+        epochs = self._numbers.get("epoch")
         is_of_lightning = epochs is not None and bool((epochs.values % 1 == 0).all())
         self._first = int(told.step is None and is_of_lightning and first != "_step")
         self.words["step"] = f"{told.step or first}{' + 1 (Lightning counts from 0)' if self._first else ''}"
 
     def history(self) -> History:
         """Entries wherever there is a loss."""
-        names = {"val_loss": loss_of_validation(self.log.columns), "train_loss": loss_of_training(self.log.columns)}
+        usual = {"val_loss": loss_of_validation(self.log.columns), "train_loss": loss_of_training(self.log.columns)}
+        names = {kind: name for kind, name in usual.items() if name is not None}
         if self.told.loss is not None:
             kind = "train_loss" if is_usual_of_training(self.told.loss) else "val_loss"
             names = {kind: self.told.loss}
-        found = {kind: self._by_step(self._named("loss", name)) for kind, name in names.items() if name is not None}
+        for name, other in permutations(names.values(), 2):
+            self._check_is_by_step(name, other)
+        found = {kind: self._by_step(_with_lost(self._named("loss", name))) for kind, name in names.items()}
         found = {kind: series for kind, series in found.items() if len(series[0])}
         if not found:
             raise ValueError(f"loss must be named, for it has no column that is called one usually{self._there()}")
         self.loss = next(iter(found))
-        self._rows = np.concatenate([self.log.columns[name].rows for name in names.values() if name is not None])
-        self.words["loss"] = str(names[self.loss])
+        self._rows = np.concatenate([_with_lost(self.log.columns[name]).rows for name in names.values()])
+        self.words["loss"] = names[self.loss]
         steps = np.unique(np.concatenate([series[0] for series in found.values()]))
         columns = [steps, self._tokens(steps), self._seconds(steps)]
         for kind in ("train_loss", "val_loss"):
@@ -108,8 +113,34 @@ class _Reading:
             columns.append(column)
         return History(*columns)
 
+    def _check_is_by_step(self, name: str, other: str) -> None:
+        """Refuse a loss whose steps are others than those of the other, such as epochs; ValueError.
+
+        That is seen where training had passed its next step, too, when it was logged, and went on from there.
+        """
+        (rows, steps), (other_rows, other_steps) = map(self._rows_and_steps, (name, other))
+        if len(other_rows) < 2:
+            return
+        last = np.searchsorted(other_rows, rows[:-1]) - 1
+        between = np.flatnonzero((last >= 0) & (last < len(other_rows) - 1))
+        last, at, following = last[between], steps[between], steps[between + 1]
+        goes_on = (other_steps[last + 1] >= other_steps[last]) & (following > at)
+        behind = np.flatnonzero(goes_on & (following <= other_steps[last]))
+        if len(behind) > max(1, len(between) / 2):
+            where = behind[0]
+            raise ValueError(
+                f"loss must be named, for {name!r} and {other!r} count different steps, epochs perhaps: the one at "
+                f"{at[where]:.0f} came after the other at {other_steps[last[where]]:.0f}"
+            )
+
+    def _rows_and_steps(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        rows, _, theirs = np.intersect1d(
+            self.log.columns[name].rows, self._steps.rows, assume_unique=True, return_indices=True
+        )
+        return rows, self._steps.values[theirs]
+
     def _tokens(self, steps: np.ndarray) -> np.ndarray:
-        name = self.told.tokens or next((name for name in TOKENS if name in self.log.columns), None)
+        name = self.told.tokens or next((name for name in TOKENS if name in self._numbers), None)
         self.batch_tokens = nan
         if self.told.batch_tokens is None and name is not None:
             at, tokens = self._by_step(self._named("tokens", name))
@@ -162,10 +193,11 @@ class _Reading:
         if not self.told.seconds:
             # Every row has a time on the wall, also those of metrics that are logged by some other step.
             of_loss = np.isin(column.rows, self._rows)
-            column = Column(column.rows[of_loss], column.values[of_loss])
+            column = column._replace(rows=column.rows[of_loss], values=column.values[of_loss])
         at, seconds = self._by_step(column)
         self._check_amounts("seconds", name, seconds)
-        by_clock = "" if self.told.seconds else " (the clock on the wall)"
+        paused = f", {self.log.pauses} pause{'s' * (self.log.pauses > 1)} left out" * bool(self.log.pauses)
+        by_clock = "" if self.told.seconds else f" (the clock on the wall{paused})"
         self.words["seconds"] = f"{name}{by_clock}"
         return np.interp(steps, at, seconds, left=nan, right=nan) if len(at) else np.full(len(steps), nan)
 
@@ -175,7 +207,7 @@ class _Reading:
         return self.log.columns[name]
 
     def _there(self) -> str:
-        return f": it has {_some(list(self.log.columns)) or 'no numbers'}"
+        return f": it has {_some(list(self._numbers)) or 'no numbers'}"
 
     def _by_step(self, column: Column) -> tuple[np.ndarray, np.ndarray]:
         """Steps, ascending, and what the column holds there, of rows that have both.
@@ -195,6 +227,14 @@ class _Reading:
         wrong = values[~((values >= 0) & (values <= most))]
         if len(wrong):
             raise ValueError(f"{what} must be from 0 to {most:.0e}, got {wrong[0]:.6g} in {describe(name)}")
+
+
+def _with_lost(column: Column) -> Column:
+    """A column of losses, infinite where one was no number."""
+    rows = np.concatenate([column.rows, column.lost])
+    values = np.concatenate([column.values, np.full(len(column.lost), inf)])
+    order = np.argsort(rows)
+    return column._replace(rows=rows[order], values=values[order])
 
 
 def read_columns(log: Log, told: Columns) -> tuple[History, dict[str, Any], dict[str, str]]:

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import nan
 from pathlib import Path
 
@@ -32,7 +32,9 @@ def read(path: Path) -> Log:
 def read_rows(file: Path) -> Iterator[Mapping[str, float]]:
     """The numbers in each row of a CSV file with a heading, by column; ValueError if it is none.
 
-    Cells that hold no number are left out. A last row that is cut off, as of a run that goes on, does not count.
+    Cells that hold no number are left out. NaN is one that was lost if the file leaves other cells empty; where it has
+    none that are, NaN may be what it writes for them. A last row that is cut off, as of a run that goes on, does not
+    count.
     """
     text = read_text(file)
     text = text if text.endswith(("\n", "\r")) else text[: text.rfind("\n") + 1]
@@ -41,14 +43,27 @@ def read_rows(file: Path) -> Iterator[Mapping[str, float]]:
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError("two of its columns have one name")
+        rows = []
         for number, cells in enumerate(reader, start=2):
-            if not cells:
-                continue
-            if len(cells) != len(names):
+            if cells and len(cells) != len(names):
                 raise ValueError(f"line {number} has {len(cells)} cells under {len(names)} headings")
-            yield {name: number_of(cell) for name, cell in zip(names, cells, strict=True) if cell}
+            rows += [cells] * bool(cells)
     except csv.Error as error:
         raise ValueError(f"it is no CSV: {error}") from error
+    knows_empty = any("" in cells for cells in rows)
+    for cells in rows:
+        found = numbers_of(zip(names, cells, strict=True))
+        yield found if knows_empty else {name: value for name, value in found.items() if value == value}
+
+
+def numbers_of(cells: Iterable[tuple[str, object]]) -> dict[str, float]:
+    """The numbers in cells, by name; NaN where one says NaN. What is no number is left out."""
+    found = ((name, cell, number_of(cell)) for name, cell in cells)
+    return {name: value for name, cell, value in found if value == value or _is_nan(cell)}
+
+
+def _is_nan(cell: object) -> bool:
+    return isinstance(cell, float) or (isinstance(cell, str) and cell.strip().lower().lstrip("+-") == "nan")
 
 
 def number_of(cell: object) -> float:

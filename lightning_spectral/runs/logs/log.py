@@ -19,6 +19,8 @@ class Column(NamedTuple):
     """``(m,)`` which rows hold one, ascending."""
     values: np.ndarray
     """``(m,)`` float64, none of them NaN."""
+    lost: np.ndarray
+    """Which rows hold NaN, ascending: a number was written that was none."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Log:
         columns: By name.
         steps: Names of the column of steps, the first that is there.
         clock: Name of a column of seconds since the start, by the clock on the wall; empty for none.
+        pauses: How many were left out of it.
         hyperparameters: By dotted name.
         started: Seconds since 1970 at its start; None if it does not say.
         machine: Name of the machine; empty if it does not say.
@@ -39,6 +42,7 @@ class Log:
     columns: Mapping[str, Column]
     steps: tuple[str, ...]
     clock: str = ""
+    pauses: int = 0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     started: float | None = None
     machine: str = ""
@@ -59,28 +63,35 @@ class Rows:
     def __init__(self) -> None:
         self._rows: dict[str, array[int]] = {}
         self._values: dict[str, array[float]] = {}
+        self._lost: dict[str, array[int]] = {}
         self._row = 0
 
     def add(self, numbers: Mapping[str, float]) -> None:
-        """Add a row; NaN is left out."""
+        """Add a row; what is not there is left out of it, NaN is something that is there."""
         for name, value in numbers.items():
+            if name not in self._rows:
+                if len(self._rows) >= MAX_NAMES:
+                    raise ValueError(f"it has more than {MAX_NAMES:,} columns")
+                self._rows[name], self._values[name], self._lost[name] = array("q"), array("d"), array("q")
             if value == value:
-                if name not in self._rows:
-                    if len(self._rows) >= MAX_NAMES:
-                        raise ValueError(f"it has more than {MAX_NAMES:,} columns")
-                    self._rows[name], self._values[name] = array("q"), array("d")
                 self._rows[name].append(self._row)
                 self._values[name].append(value)
+            else:
+                self._lost[name].append(self._row)
         self._row += 1
 
     def columns(self) -> dict[str, Column]:
         """What was collected."""
         return {
-            name: Column(np.asarray(rows, dtype=np.int64), np.asarray(self._values[name], dtype=np.float64))
+            name: Column(
+                np.asarray(rows, dtype=np.int64),
+                np.asarray(self._values[name], dtype=np.float64),
+                np.asarray(self._lost[name], dtype=np.int64),
+            )
             for name, rows in self._rows.items()
         }
 
 
 def since(column: Column, start: float, unit: float = 1.0) -> Column:
     """A column of times in some unit of seconds, as seconds since a start."""
-    return Column(column.rows, column.values * unit - start)
+    return column._replace(values=column.values * unit - start)

@@ -98,13 +98,15 @@ def _log(points: list[_Point], parameters: Mapping[str, Any], start: Any) -> Log
         rows.add({point.name: point.value, "step": point.step, "timestamp": point.timestamp})
     columns = rows.columns()
     started, clock = number_of(start) / 1e3, ""
-    if "timestamp" in columns:
-        times, clock = columns["timestamp"], "timestamp"
+    if (times := columns.get("timestamp")) is not None and len(times.rows):
+        clock = "timestamp"
         if not started <= times.values[0] / 1e3:  # also where it is not known
             started = float(times.values[0]) / 1e3
         columns["timestamp"] = since(times, started, 1e-3)
     known = {name: _plain(value) for name, value in flatten(parameters).items()}
-    return Log("MLflow", columns, ("step",), clock, known, started if started == started else None)
+    return Log(
+        "MLflow", columns, ("step",), clock, hyperparameters=known, started=started if started == started else None
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,12 +41,17 @@ def _order(name: str) -> tuple[int, int, str]:
 def read(path: Path) -> Log:
     """What it holds."""
     rows, started, files = Rows(), None, _files(path)
+    latest, paused, pauses = inf, 0.0, 0
     for file in files:
-        for event in _events(file):
-            started = event.wall_time if started is None else started
+        for number, event in enumerate(_events(file)):
+            time = event.wall_time
+            if number == 0 and time > latest:  # nobody trained between two files
+                paused, pauses = paused + time - latest, pauses + 1
+            latest = time if latest == inf else max(latest, time)
+            started = time if started is None else started
             numbers = dict(_scalars(event))
             if numbers:
-                rows.add({**numbers, "step": float(event.step), "wall_time": event.wall_time})
+                rows.add({**numbers, "step": float(event.step), "wall_time": time - paused})
     columns = rows.columns()
     if started is not None and "wall_time" in columns:
         started = min(started, float(columns["wall_time"].values[0]))
@@ -53,7 +59,7 @@ def read(path: Path) -> Log:
     match = _EVENTS.fullmatch(files[0].name) if files else None
     machine = (match["host"] or "") if match is not None else ""
     hyperparameters = read_hyperparameters(path / "hparams.yaml")
-    return Log("TensorBoard", columns, ("step",), "wall_time", hyperparameters, started, machine)
+    return Log("TensorBoard", columns, ("step",), "wall_time", pauses, hyperparameters, started, machine)
 
 
 def _events(file: Path) -> Iterator[Any]:

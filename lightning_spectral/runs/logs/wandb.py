@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_spectral.runs.logs.csv_logger import number_of, read_rows
+from lightning_spectral.runs.logs.csv_logger import numbers_of, read_rows
 from lightning_spectral.runs.logs.hyperparameters import read_hyperparameters
 from lightning_spectral.runs.logs.log import Log, Reader, Rows, since
 from lightning_spectral.runs.safe_files import open_regular, read_text
@@ -45,16 +45,16 @@ def read(path: Path) -> Log:
         rows.add(row)
     columns = rows.columns()
     clock, started = "", None
-    if (times := columns.get("_timestamp")) is not None:
+    if (times := columns.get("_timestamp")) is not None and len(times.rows):
         # In seconds; of old exports in milliseconds.
         unit = 1e-3 if times.values[0] > 1e11 else 1.0
         started, clock = float(times.values[0]) * unit, "_timestamp"
         columns["_timestamp"] = since(times, started, unit)
-    if (runtime := columns.get("_runtime")) is not None:
+    if (runtime := columns.get("_runtime")) is not None and len(runtime.rows):
         clock = "_runtime"
         started = None if started is None else started - float(runtime.values[0])
     config = read_hyperparameters(path.with_name("config.json"))
-    return Log("W&B", columns, STEPS, clock, config, started)
+    return Log("W&B", columns, STEPS, clock, hyperparameters=config, started=started)
 
 
 def _json_rows(path: Path) -> Iterable[Mapping[str, float]]:
@@ -65,7 +65,7 @@ def _json_rows(path: Path) -> Iterable[Mapping[str, float]]:
         raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it is no list of rows, each a table")
-    return ({name: number_of(value) for name, value in row.items()} for row in rows)
+    return (numbers_of(row.items()) for row in rows)
 
 
 READER = Reader(is_log, read)

@@ -139,3 +139,51 @@ def test_logs_of_a_family_are_compared(tmp_path: Path) -> None:
 def test_names_of_losses(names: list[str], validation: str | None, training: str | None) -> None:
     assert loss_of_validation(names) == validation
     assert loss_of_training(names) == training
+
+
+def test_a_loss_that_is_lost_is_infinite_as_in_a_record(tmp_path: Path) -> None:
+    run = Run(log(tmp_path, "step,val_loss,lr\n1,3.0,\n2,,0.1\n3,2.0,\n4,nan,\n5,,0.1\n6,NaN,\n"))
+    np.testing.assert_array_equal(run.history.step, [1, 3, 4, 6])
+    np.testing.assert_array_equal(run.history.val_loss, [3, 2, np.inf, np.inf])
+    assert run.history.diverged_at == 4
+
+
+def test_nan_of_a_file_without_empty_cells_may_be_its_word_for_them(tmp_path: Path) -> None:
+    run = Run(log(tmp_path, "step,val_loss,lr\n1,3.0,nan\n2,nan,0.1\n3,2.0,nan\n4,nan,0.1\n"))
+    np.testing.assert_array_equal(run.history.step, [1, 3])
+    assert np.isnan(run.history.diverged_at)
+
+
+def test_what_says_nan_alone_is_no_column_but_of_a_loss(tmp_path: Path) -> None:
+    run = Run(log(tmp_path, "step,epoch,val_loss,tokens\n1,nan,nan,nan\n2,nan,,nan\n"))
+    np.testing.assert_array_equal(run.history.val_loss, [np.inf])
+    assert run.history.diverged_at == 1
+    assert "not known" in run.columns["tokens"]
+
+
+BY_EPOCH = [
+    *(f"{step},{3 - step / 20},\n" + f"{step // 10},,{3 - step / 20}\n" * (step % 10 == 0) for step in range(1, 41)),
+]
+
+
+def test_losses_by_different_steps_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    path = log(tmp_path, "step,train_loss,val_loss\n" + "".join(BY_EPOCH))
+    assert refusal(path).startswith(
+        "loss must be named, for 'val_loss' and 'train_loss' count different steps, epochs perhaps: the one at 1 came "
+        "after the other at 10"
+    )
+    assert Run(path, loss="train_loss").history.step[-1] == 40
+    assert Run(path, loss="val_loss").history.step[-1] == 4
+
+
+@pytest.mark.parametrize("late", [0, 1, 8])
+def test_losses_of_a_resumed_run_count_the_same_steps(late: int, tmp_path: Path) -> None:
+    """Validation at every tenth step, logged with the step before, or up to eight late; resumed from step 20."""
+    lines = []
+    for step in [*range(1, 36), *range(21, 61)]:
+        lines.append(f"{step},{100 - step},\n")
+        if step > 10 and step % 10 == late:
+            lines.append(f"{step - late - 1},,{200 - step}\n")
+    run = Run(log(tmp_path, "step,train_loss,val_loss\n" + "".join(lines)))
+    assert run.history.step[-1] == 60
+    assert np.isfinite(run.history.val_loss).sum() == 5

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_spectral import Run
@@ -80,6 +82,29 @@ def test_files_of_a_resumed_run_follow_each_other(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.history.step, [1, 2, 3, 4])
     np.testing.assert_allclose(run.history.val_loss, [3.0, 2.0, 1.4, 1.0], rtol=1e-6)
     assert run.about["machines"] == ["host"]
+
+
+def test_nobody_trained_between_two_files(tmp_path: Path) -> None:
+    """Of a run that was resumed a day later, and whose first minute went by before anything was logged."""
+    for begun, first, losses in ((1_700_000_000, 1, [3.0, 2.0]), (1_700_086_400, 3, [1.5, 1.0])):
+        with SummaryWriter(str(tmp_path / "one")) as writer:
+            for step, loss in enumerate(losses, start=first):
+                writer.add_scalar("val_loss", loss, step, walltime=begun + 60 + step)
+        file = file_of(tmp_path / "one")
+        # The writer's own first event says when this test ran.
+        with file.open("rb") as events_of_run:
+            records = list(tensorboard._records(events_of_run))
+        opened = Event.FromString(records[0])
+        opened.wall_time = begun
+        (tmp_path / "both").mkdir(exist_ok=True)
+        with (tmp_path / f"both/events.out.tfevents.{begun}.host.7.0").open("wb") as written:
+            for record in (opened.SerializeToString(), *records[1:]):
+                RecordWriter(written).write(record)
+        file.unlink()
+    run = Run(tmp_path / "both")
+    np.testing.assert_array_equal(run.history.step, [1, 2, 3, 4])
+    np.testing.assert_allclose(run.history.seconds, [61, 62, 62 + 63, 62 + 64])
+    assert run.columns["seconds"] == "wall_time (the clock on the wall, 1 pause left out)"
 
 
 def test_a_folder_without_events_is_none(tmp_path: Path) -> None:
