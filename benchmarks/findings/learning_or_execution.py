@@ -3,13 +3,16 @@
     python -m benchmarks.findings.learning_or_execution
 
 Reads the runs that ``learning_or_execution_runs`` has made, and names those that are missing: what needs them is not
-made. JSON, figure and report go to ``benchmarks/results/findings``. A minute on one core, two with the nulls.
+made, or stands as it was found when they were there, with its date. JSON, figure and report go to
+``benchmarks/results/findings``. A minute on one core, two with the nulls.
 """
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,9 @@ NOTES = {
 }
 """Token gain and JS of each natural step, as the paper's authors noted them of their toy chain."""
 
+PARTS = ("natural", "changes", "identical", "nulls", "chain")
+"""Of a result, each of runs of its own."""
+
 Fact = dict[str, Any]
 
 
@@ -83,7 +89,7 @@ class Arms:
     def tuned(self, arm: str, batch_size: int = BATCH_SIZE) -> Setting | None:
         """The run of the best rate; None as long as one is not tried."""
         tried = tuning(arm, batch_size)
-        if self._are_there(f"{arm}, B = {batch_size}", tried):
+        if self._are_there(arm, tried):
             best: Setting = self.study.best(tried, self.study.num_tokens)
             return best
         return None
@@ -93,7 +99,7 @@ class Arms:
         if setting is None:
             return []
         settings = seeds_of(setting, arm)
-        return settings if self._are_there(f"{arm}, B = {setting.batch_size}", settings) else []
+        return settings if self._are_there(arm, settings) else []
 
     def nulls(self, rope: Setting | None) -> list[tuple[list[Setting], list[Setting]]]:
         """Comparisons of which all runs are there."""
@@ -101,9 +107,10 @@ class Arms:
             return []
         return [pair for pair in nulls_of(rope) if not self.study.missing([*pair[0], *pair[1]], self.study.num_tokens)]
 
-    def _are_there(self, label: str, settings: Sequence[Setting]) -> bool:
+    def _are_there(self, arm: str, settings: Sequence[Setting]) -> bool:
         missing = self.study.missing(settings, self.study.num_tokens)
         if missing:
+            (label,) = _labels([arm], settings[0].batch_size)
             self.missing[label] = missing
         return not missing
 
@@ -235,6 +242,24 @@ def nulls(arms: Arms, rope: Setting | None) -> list[Fact]:
     return rows
 
 
+def keep_landed(results: dict[str, Any], path: Path) -> None:
+    """Take over the parts of an earlier result of which no runs are here, with its date."""
+    landed = json.loads(path.read_text()) if path.exists() else {}
+    parts = [name for name in PARTS if not results[name] and landed.get(name)]
+    before = landed.get("kept", {})
+    results["kept"] = {name: before.get(name, landed["environment"]["date"]) for name in parts}
+    results |= {name: landed[name] for name in parts}
+    if "natural" in parts:
+        results["rate"] = landed["rate"] if results["rate"] is None else results["rate"]
+        results["missing"] = {
+            arm: names for arm, names in results["missing"].items() if arm not in _labels(NATURAL, BATCH_SIZE)
+        }
+
+
+def _labels(arms: Iterable[str], batch_size: int) -> list[str]:
+    return [f"{arm}, B = {batch_size}" for arm in arms]
+
+
 def judge(results: dict[str, Any]) -> dict[str, Any]:
     """The four tests; None for what is not made."""
     found = {
@@ -289,8 +314,10 @@ def main() -> None:
         "chain": chain(arms, CHAIN_BATCH_SIZE),
         "missing": arms.missing,
     }
+    path = arguments.folder / "learning_or_execution.json"
+    keep_landed(results, path)
     results["outcome"] = judge(results)
-    write_compact(arguments.folder / "learning_or_execution.json", results | {"environment": environment()})
+    write_compact(path, results | {"environment": environment()})
     write_report(results, arguments.folder)
 
 

@@ -15,6 +15,15 @@ from lightning_spectral.reporting.words import number
 
 Fact = dict[str, Any]
 
+WORDS = {
+    "natural": "the natural steps",
+    "changes": "the changes of known truth",
+    "identical": "the arms that are their base to the bit",
+    "nulls": "the comparisons of nothing with nothing",
+    "chain": "the chain at B = 32",
+}
+"""Parts of a result."""
+
 LOSSES = ("primary", "three quarters", "half", "three seeds")
 NUM_NULLS = 60
 TICKS = (-80, -40, -20, -10, 0, 10, 20, 40, 80, 200, 400)
@@ -71,6 +80,9 @@ def _first(results: dict[str, Any]) -> str:
             f"{len(changes) - len(wrong)} of {len(changes)} changes got the verdict that was planned"
             + (f", not {', '.join(wrong)}." if wrong else ".")
         )
+    if kept := results.get("kept"):
+        told = ", ".join(f"{WORDS[name]} of {date}" for name, date in kept.items())
+        words.append(f"As they were found when their runs were there: {told}.")
     if not results["nulls"]:
         words.append("The comparisons of nothing with nothing were not made.")
     if not results["chain"]:

@@ -160,6 +160,25 @@ def test_nothing_is_made_of_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "not made" in (tmp_path / "learning_or_execution.md").read_text()
 
 
+def test_what_was_found_stands_where_its_runs_are_gone(
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "learning_or_execution.json"
+    facts = {name: value for name, value in found.items() if name != "report"}
+    path.write_text(json.dumps(facts | {"environment": facts["environment"] | {"date": "2026-01-02"}}))
+    monkeypatch.setattr(sys, "argv", ["study", "--runs", str(tmp_path / "none"), "--folder", str(tmp_path)])
+    monkeypatch.setattr(learning_or_execution, "NATURAL", NATURAL)
+    for _ in range(2):  # the date is that of the runs, and not of the last look
+        learning_or_execution.main()
+        results = json.loads(path.read_text())
+        assert results["kept"] == dict.fromkeys(("natural", "changes", "identical", "nulls"), "2026-01-02")
+    assert [results[name] for name in ("rate", "natural", "changes", "outcome")] == [
+        found[name] for name in ("rate", "natural", "changes", "outcome")
+    ]
+    assert "rope, B = 8" not in results["missing"]
+    assert "the natural steps of 2026-01-02" in path.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize(
     ("expected", "kind", "led_by", "moved", "is_right"),
     [
