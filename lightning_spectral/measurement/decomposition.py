@@ -23,8 +23,17 @@ SINGLE_FROM = {"cpu": 256}
 too and where error bars allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer takes
 a few milliseconds in all. Other devices were not measured, nor how their solvers round: there all is in float64."""
 
+TOGETHER = 2**23
+"""Numbers of the matrices that a GPU solves at a time, 64 MiB. An H200 took 8 ms for each of width 768 and 20 ms for
+each of 1600, 5 or 25 at a time: more of them would only take memory."""
+
 SINGLE_COST = 0.55
 """Of a solve in float32 beside one in float64."""
+
+
+def matrices_at_a_time(width: int, device: torch.device) -> int:
+    """How many of a width are solved at a time: on a CPU, whose solver takes one after the other anyway, one."""
+    return 1 if device.type == "cpu" else max(1, TOGETHER // width**2)
 
 
 @dataclass
@@ -151,8 +160,7 @@ class Decomposition:
     def _at_a_time(self) -> Iterator[list[Matrix]]:
         for width, one in enumerate(self.pooled):
             share = [matrix for matrix in self.share if matrix.width == width]
-            # A CPU's solver takes one matrix after the other anyway: there one at a time is all the memory.
-            size = 1 if one.home.type == "cpu" else max(len(share), 1)
+            size = matrices_at_a_time(one.width, one.home)
             yield from (share[start : start + size] for start in range(0, len(share), size))
 
     def _solve(self, some: list[Matrix]) -> Tensor:

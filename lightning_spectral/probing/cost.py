@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_spectral.capture.channels import rows_last
 from lightning_spectral.functional.singular import gram
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
-from lightning_spectral.measurement.decomposition import decompose
+from lightning_spectral.measurement.decomposition import decompose, matrices_at_a_time
 from lightning_spectral.measurement.gradient_report import decompose_grams
 from lightning_spectral.measurement.gradient_request import ROW_DTYPES
 from lightning_spectral.measurement.placement import placed
@@ -81,12 +81,9 @@ def _span(rows: list[int]) -> str:
 
 
 def report_bytes(widths: Sequence[int], num_groups: int, device: torch.device) -> int:
-    """Bytes that a report on layers of these widths takes: moments of all groups, and matrices on their way.
-
-    A CPU solves one matrix at a time, a GPU all those of one width.
-    """
+    """Bytes that a report on layers of these widths takes: moments of all groups, and matrices on their way."""
     unions = num_groups + (num_groups > 1)
-    at_a_time = {width: 1 if device.type == "cpu" else unions * widths.count(width) for width in widths}
+    at_a_time = {width: min(unions * widths.count(width), matrices_at_a_time(width, device)) for width in widths}
     solving = max((count * width**2 for width, count in at_a_time.items()), default=0)
     return 8 * (num_groups * sum(width**2 for width in widths) + MATRICES_AT_A_TIME * solving)
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from lightning_spectral.functional import Moments, Spectrum, moments
 from lightning_spectral.measurement import decomposition
-from lightning_spectral.measurement.decomposition import SINGLE_FROM, Decomposition, Pooled, decompose, shares
+from lightning_spectral.measurement.decomposition import (
+    SINGLE_FROM,
+    Decomposition,
+    Pooled,
+    decompose,
+    matrices_at_a_time,
+    shares,
+)
 from lightning_spectral.metrics.collectives import Together
 from tests.distributed import run_distributed
 
@@ -236,6 +243,23 @@ def test_the_dearer_of_two_types_is_told_by_where_matrices_are_solved_not_where_
         assert one.cost(0, 1) < one.cost(0, 0) == 7**3
         one.device = torch.device("cuda")
         assert one.cost(0, 1) == one.cost(0, 0)
+
+
+def test_how_many_are_solved_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [matrices_at_a_time(width, torch.device("cuda")) for width in (768, 1600, 4096)] == [14, 3, 1]
+    assert matrices_at_a_time(64, torch.device("cpu")) == 1
+    found = []
+    for number in (1, 2, 100):
+        monkeypatch.setattr(decomposition, "matrices_at_a_time", lambda width, device, number=number: number)
+        solved = Decomposition(pooled(), num_vectors=2)
+        found.append(len(list(solved.steps())))
+        spectra = solved.spectra()
+        if number == 1:
+            expected = spectra
+        for name, one in spectra.items():
+            np.testing.assert_allclose(one.values, expected[name].values, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(one.leave_one_out, expected[name].leave_one_out, rtol=1e-12, atol=1e-12)
+    assert found[0] > found[1] > found[2] == len(pooled())
 
 
 def test_what_nobody_has_solved_is_no_spectrum_of_zeros() -> None:
