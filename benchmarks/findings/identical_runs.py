@@ -18,7 +18,7 @@ def largest_difference(one: Run, other: Run, but: Collection[str] = ()) -> float
     Args:
         one: A run.
         other: Another.
-        but: Kinds of quantities that are left out, such as ``"activation"``.
+        but: Kinds of quantities that are left out, such as ``"activation"``, and names of columns that were logged.
 
     Returns:
         Zero if they are the same to the bit; infinite where one has what the other has not.
@@ -43,7 +43,7 @@ def _arrays(run: Run, but: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         for column in rows[0] if rows else ():
-            if column not in OF_TIME and column.split("/")[0] not in but:
+            if column not in OF_TIME and not {column, column.split("/")[0]} & set(but):
                 yield f"logged {column}", np.array([float(row[column] or "nan") for row in rows])
 
 

@@ -52,7 +52,12 @@ EXPECTED = {
     "scaled_channel": "spectra alone",
 }
 """What the plan says of each change, as :func:`is_as_expected` reads it."""
-IDENTICAL = {"again": (), "workers": (), "sleep": (), "scaled_channel": ("activation", "drift")}
+OF_ACTIVATIONS = (
+    "activation",
+    "drift",
+    *(f"a_overview/{one}" for one in ("rankme_share", "tail_exponent", "turned_beyond_floor")),
+)
+IDENTICAL = {"again": (), "workers": (), "sleep": (), "scaled_channel": OF_ACTIVATIONS}
 """Arms that are their base to the bit, and the kinds in which they are not."""
 NOTES = {
     "rope": (0.578, 0.0063),

@@ -143,7 +143,7 @@ def _stable(row: Fact) -> dict[str, str]:
 
 
 def _same(row: Fact) -> dict[str, str]:
-    but = f" but {' and '.join(row['but'])}" if row["but"] else ""
+    but = " but what is of activations" if row["but"] else ""
     differences = ", ".join(f"{value:.2g}" for value in row["differences"])
     return {"arm": row["variant"], "against": row["base"], "largest difference, by seed": differences + but}
 
