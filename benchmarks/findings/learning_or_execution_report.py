@@ -26,7 +26,9 @@ WORDS = {
 
 LOSSES = ("primary", "three quarters", "half", "three seeds")
 NUM_NULLS = 60
-TICKS = (-80, -40, -20, -10, 0, 10, 20, 40, 80, 200, 400)
+TICKS = (-80, -40, -20, -10, 0, 10, 30, 100, 400)
+NEAR = 1.2
+"""Both ratios within this factor of one: too many to be named."""
 GROUPS = {"natural": "#3b0f70", "execution": "#5a8f7b", "planted": "#de4968"}
 
 
@@ -205,9 +207,9 @@ def _draw_ratios(axis: Axes, rows: Sequence[tuple[str, Fact]], names: Sequence[s
         ratios = row["at"]["primary"]["ratios"]
         if {"activation", "gradient"} <= ratios.keys() and min(ratios.values()) > 0:
             axis.plot(ratios["activation"], ratios["gradient"], "o", color=GROUPS[group], markersize=4)
-            axis.annotate(
-                name, (ratios["activation"], ratios["gradient"]), xytext=(3, 2), textcoords="offset points", fontsize=6
-            )
+            place = ratios["activation"], ratios["gradient"]
+            if any(not 1 / NEAR <= ratio <= NEAR for ratio in place):
+                axis.annotate(name, place, xytext=(3, 2), textcoords="offset points", fontsize=6)
     axis.axvline(1, color="0.8", linewidth=1, zorder=0)
     axis.axhline(1, color="0.8", linewidth=1, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel="R of activations", ylabel="R of gradients")
