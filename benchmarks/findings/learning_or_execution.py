@@ -55,7 +55,9 @@ EXPECTED = {
 OF_ACTIVATIONS = (
     "activation",
     "drift",
-    *(f"a_overview/{one}" for one in ("rankme_share", "tail_exponent", "turned_beyond_floor")),
+    "a_overview/rankme_share",
+    "a_overview/tail_exponent",
+    "a_overview/turned_beyond_floor",
 )
 IDENTICAL = {"again": (), "workers": (), "sleep": (), "scaled_channel": OF_ACTIVATIONS}
 """Arms that are their base to the bit, and the kinds in which they are not."""
@@ -115,8 +117,7 @@ class Arms:
     def _are_there(self, arm: str, settings: Sequence[Setting]) -> bool:
         missing = self.study.missing(settings, self.study.num_tokens)
         if missing:
-            (label,) = _labels([arm], settings[0].batch_size)
-            self.missing[label] = missing
+            self.missing[_label(arm, settings[0].batch_size)] = missing
         return not missing
 
 
@@ -256,13 +257,12 @@ def keep_landed(results: dict[str, Any], path: Path) -> None:
     results |= {name: landed[name] for name in parts}
     if "natural" in parts:
         results["rate"] = landed["rate"] if results["rate"] is None else results["rate"]
-        results["missing"] = {
-            arm: names for arm, names in results["missing"].items() if arm not in _labels(NATURAL, BATCH_SIZE)
-        }
+        for arm in NATURAL:
+            results["missing"].pop(_label(arm, BATCH_SIZE), None)
 
 
-def _labels(arms: Iterable[str], batch_size: int) -> list[str]:
-    return [f"{arm}, B = {batch_size}" for arm in arms]
+def _label(arm: str, batch_size: int) -> str:
+    return f"{arm}, B = {batch_size}"
 
 
 def judge(results: dict[str, Any]) -> dict[str, Any]:

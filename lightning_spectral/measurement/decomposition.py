@@ -23,7 +23,7 @@ SINGLE_FROM = {"cpu": 256}
 too and where error bars allow that. Measured by ``python -m benchmarks.findings.leave_one_out``: a narrower layer takes
 a few milliseconds in all. Other devices were not measured, nor how their solvers round: there all is in float64."""
 
-TOGETHER = 2**23
+SOLVED_TOGETHER = 2**23
 """Numbers of the matrices that a GPU solves at a time, 64 MiB. An H200 took 8 ms for each of width 768 and 20 ms for
 each of 1600, 5 or 25 at a time: more of them would only take memory."""
 
@@ -33,7 +33,7 @@ SINGLE_COST = 0.55
 
 def matrices_at_a_time(width: int, device: torch.device) -> int:
     """How many of a width are solved at a time: on a CPU, whose solver takes one after the other anyway, one."""
-    return 1 if device.type == "cpu" else max(1, TOGETHER // width**2)
+    return 1 if device.type == "cpu" else max(1, SOLVED_TOGETHER // width**2)
 
 
 @dataclass

@@ -38,22 +38,27 @@ def read_rows(file: Path) -> Iterator[Mapping[str, float]]:
     """
     text = read_text(file)
     text = text if text.endswith(("\n", "\r")) else text[: text.rfind("\n") + 1]
+    # Read twice, the first time to the first empty cell: lists of all cells would take many times the file's bytes.
+    knows_empty = any("" in row.values() for row in _rows(text))
+    for row in _rows(text):
+        found = numbers_of(row.items())
+        yield found if knows_empty else {name: value for name, value in found.items() if value == value}
+
+
+def _rows(text: str) -> Iterator[dict[str, str]]:
+    """Cells by column, row by row."""
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError("two of its columns have one name")
-        rows = []
         for number, cells in enumerate(reader, start=2):
             if cells and len(cells) != len(names):
                 raise ValueError(f"line {number} has {len(cells)} cells under {len(names)} headings")
-            rows += [cells] * bool(cells)
+            if cells:
+                yield dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"it is no CSV: {error}") from error
-    knows_empty = any("" in cells for cells in rows)
-    for cells in rows:
-        found = numbers_of(zip(names, cells, strict=True))
-        yield found if knows_empty else {name: value for name, value in found.items() if value == value}
 
 
 def numbers_of(cells: Iterable[tuple[str, object]]) -> dict[str, float]:
