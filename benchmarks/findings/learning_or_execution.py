@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import isnan
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ NOTES = {
 }
 """Token gain and JS of each natural step, as the paper's authors noted them of their toy chain."""
 
-PARTS = ("natural", "changes", "identical", "nulls", "chain")
-"""Of a result, each of runs of its own."""
+PARTS = ("natural", "changes", "identical", "chain")
+"""Of a result, each of runs of its own, as each of the nulls is."""
 
 Fact = dict[str, Any]
 
@@ -249,12 +250,17 @@ def nulls(arms: Arms, rope: Setting | None) -> list[Fact]:
 
 
 def keep_landed(results: dict[str, Any], path: Path) -> None:
-    """Take over the parts of an earlier result of which no runs are here, with its date."""
+    """Take over the parts of an earlier result of which no runs are here, with its date, and each null of its own."""
     landed = json.loads(path.read_text()) if path.exists() else {}
     parts = [name for name in PARTS if not results[name] and landed.get(name)]
     before = landed.get("kept", {})
     results["kept"] = {name: before.get(name, landed["environment"]["date"]) for name in parts}
     results |= {name: landed[name] for name in parts}
+    here = {row["seed"] for row in results["nulls"]}
+    gone = [
+        {"kept": landed["environment"]["date"], **row} for row in landed.get("nulls", []) if row["seed"] not in here
+    ]
+    results["nulls"] = sorted([*gone, *results["nulls"]], key=itemgetter("seed"))
     if "natural" in parts:
         results["rate"] = landed["rate"] if results["rate"] is None else results["rate"]
         for arm in NATURAL:

@@ -19,7 +19,6 @@ WORDS = {
     "natural": "the natural steps",
     "changes": "the changes of known truth",
     "identical": "the arms that are their base to the bit",
-    "nulls": "the comparisons of nothing with nothing",
     "chain": "the chain at B = 32",
 }
 """Parts of a result."""
@@ -156,8 +155,12 @@ def _nulls(rows: Sequence[Fact]) -> str:
     counts = Counter(_label({"kind": row["kind"], "led_by": row["led_by"]}) for row in rows if row["kind"])
     told = ", ".join(f"{name}: {number}" for name, number in counts.most_common())
     unmade = sum(row["kind"] is None for row in rows)
-    return f"{len(rows)} of {NUM_NULLS} comparisons of two seeds against two. {told}." + (
-        f" {unmade} could not be made." if unmade else ""
+    kept = Counter(row["kept"] for row in rows if "kept" in row)
+    dates = ", ".join(f"{count} of {date}" for date, count in kept.items())
+    return (
+        f"{len(rows)} of {NUM_NULLS} comparisons of two seeds against two. {told}."
+        + (f" {unmade} could not be made." if unmade else "")
+        + (f" As they were found when their runs were there: {dates}." if kept else "")
     )
 
 

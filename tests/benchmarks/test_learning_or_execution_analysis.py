@@ -171,12 +171,26 @@ def test_what_was_found_stands_where_its_runs_are_gone(
     for _ in range(2):  # the date is that of the runs, and not of the last look
         learning_or_execution.main()
         results = json.loads(path.read_text())
-        assert results["kept"] == dict.fromkeys(("natural", "changes", "identical", "nulls"), "2026-01-02")
+        assert results["kept"] == dict.fromkeys(("natural", "changes", "identical"), "2026-01-02")
+        assert results["nulls"] == [{"kept": "2026-01-02", **row} for row in found["nulls"]]
     assert [results[name] for name in ("rate", "natural", "changes", "outcome")] == [
         found[name] for name in ("rate", "natural", "changes", "outcome")
     ]
     assert "rope, B = 8" not in results["missing"]
     assert "the natural steps of 2026-01-02" in path.with_suffix(".md").read_text()
+    assert "when their runs were there: 2 of 2026-01-02" in path.with_suffix(".md").read_text()
+
+
+def test_nulls_are_made_in_parts(found: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "learning_or_execution.json"
+    first, second = found["nulls"]
+    path.write_text(json.dumps({"nulls": [first, second], "environment": {"date": "2026-01-02"}}))
+    here = second | {"kind": "both"}
+    third = second | {"seed": 3}
+    results: dict[str, Any] = {"natural": [1], "changes": [1], "identical": [1], "chain": [1], "nulls": [here, third]}
+    learning_or_execution.keep_landed(results, path)
+    assert results["nulls"] == [third, first | {"kept": "2026-01-02"}, here], "what is here is made anew"
+    assert results["kept"] == {}
 
 
 @pytest.mark.parametrize(
