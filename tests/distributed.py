@@ -1,5 +1,6 @@
 """Functions run in real gloo processes, so that what is said of several ranks is tested on several ranks."""
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -19,7 +20,8 @@ from tests.limit import LIMIT
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = LIMIT) -> list[Any]:
     """Call a function once in each of several processes that form a gloo group, as torchrun would have set them up.
 
-    A process costs a few seconds (it imports torch and the function's module): check many things in one run.
+    Processes are forked off one that has imported what they need, and nothing else: it starts with the first of them,
+    takes a few seconds, and sees no later change of ``os.environ``.
 
     Args:
         function: Importable by name; called as ``function(rank, *args)`` with the process group ready.
@@ -36,9 +38,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     """
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
-            _run_rank, (function, world_size, args, folder, timeout), nprocs=world_size, join=False
-        )
+        multiprocessing.set_forkserver_preload(["lightning_spectral.nanogpt", "tests.distributed"])
+        rank_args = (function, world_size, args, folder, timeout)
+        context = mp.start_processes(_run_rank, rank_args, world_size, join=False, start_method="forkserver")
         try:
             while not context.join(timeout=1):
                 if time.monotonic() > deadline:
