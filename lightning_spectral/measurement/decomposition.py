@@ -146,11 +146,16 @@ class Decomposition:
 
     def steps(self) -> Iterator[None]:
         """Solve this rank's share, some matrices with each item."""
-        for some in self._at_a_time():
+        waiting = list(self._at_a_time())[::-1]
+        while waiting:
+            some = waiting.pop()
             width = some[0].width
             try:
                 found = self._solve(some)
             except Exception as error:  # out of memory, say
+                if len(some) > 1:  # which may be that of all together, or due to one of them
+                    waiting += [[one] for one in reversed(some)]
+                    continue
                 self._reason = reason_of(error)
                 found = torch.full((len(some), self._shapes[width][-1]), torch.nan, dtype=torch.float64)
                 found[:, 0] = BROKEN

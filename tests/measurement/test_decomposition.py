@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_spectral.functional import Moments, Spectrum, moments
 from lightning_spectral.measurement import decomposition
@@ -260,6 +261,29 @@ def test_how_many_are_solved_at_a_time_changes_nothing(monkeypatch: pytest.Monke
             np.testing.assert_allclose(one.values, expected[name].values, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(one.leave_one_out, expected[name].leave_one_out, rtol=1e-12, atol=1e-12)
     assert found[0] > found[1] > found[2] == len(pooled())
+
+
+def test_what_cannot_be_solved_together_is_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Decomposition(pooled())
+    expected.solve()
+    solve = Decomposition._solve
+
+    def failing(self: Decomposition, some: list[decomposition.Matrix]) -> Tensor:
+        if any((one.width, one.layer, one.union) == (0, 1, 2) for one in some):
+            raise MemoryError("no memory")
+        return solve(self, some)
+
+    monkeypatch.setattr(Decomposition, "_solve", failing)
+    monkeypatch.setattr(decomposition, "matrices_at_a_time", lambda width, device: 100)
+    found = Decomposition(pooled())
+    found.solve()
+    lost = found.pooled[0].names[1]
+    whole = expected.spectra()
+    assert whole[lost].failure is None
+    for name, one in found.spectra().items():
+        assert one.failure == ("no memory" if name == lost else whole[name].failure)
+        if name != lost:
+            np.testing.assert_allclose(one.values, whole[name].values, rtol=1e-12, atol=1e-12)
 
 
 def test_what_nobody_has_solved_is_no_spectrum_of_zeros() -> None:
