@@ -1,5 +1,6 @@
 """The commands: Lightning's, from YAML, with our names usable without dots, and those that read records of runs."""
 
+import io
 import os
 import sys
 import traceback
@@ -50,6 +51,9 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With status 2 and one line for a wrong command or bad input to this package.
     """
     words = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of letters that a terminal has not there is another way to write
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -64,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words[0] in RUN_COMMANDS:
             RUN_COMMANDS[words[0]](words)
+            sys.stdout.flush()
         elif words[0] == "probe":
             import lightning_spectral.nanogpt  # noqa: F401  (as for Lightning's commands)
             from lightning_spectral.probing.command import run_probe
@@ -77,6 +82,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if message is None:
             raise
         _stop(message)
+    except BrokenPipeError:  # who reads has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes at its end
+        raise SystemExit(1) from None
 
 
 def _run_lightning(args: list[str] | None) -> None:

@@ -265,6 +265,17 @@ def test_console_scripts_and_module_are_one_command() -> None:
     assert output == f"lightning-spectral {version('lightning-spectral')}\n"
 
 
+def test_who_reads_no_further_and_a_terminal_of_few_letters_are_no_tracebacks(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "läuf_β", 100, 30)
+    command = shlex.join([sys.executable, "-m", "lightning_spectral", "show", str(run)])
+    for line, coding in ((f"{command} --json | head -c 1", "utf-8"), (command, "ascii")):
+        environment = os.environ | {"PYTHONIOENCODING": coding, "PYTHONUTF8": "0"}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, timeout=LIMIT)
+        assert done.stderr == b""
+        assert done.returncode == 0
+        assert done.stdout
+
+
 OTHER_PROGRAM = """
 import json, sys
 

@@ -73,6 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(logger.log_dir)
 
 
+@pytest.mark.filterwarnings("ignore:.* has runs of 3 settings")
 @pages
 def test_python_runs(page: Path, reader: Path, request: pytest.FixtureRequest) -> None:
     """In one namespace a page, that of a reader who has imported the package and has a model, a batch and a run."""

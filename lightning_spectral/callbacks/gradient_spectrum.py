@@ -97,8 +97,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     (:func:`lightning_spectral.functional.noise_interval.noise_interval`). ``smoothed`` is the ratio of exponential
     means of both parts over the reports so far, over a resume too; a failed report is passed over, and NaN itself.
     Where gradients shrink fast, as at the start, their larger past outweighs the present in it. Interval and
-    ``smoothed`` take products of samples of different groups alone, ``noise_scale`` those of all, and may lie outside:
-    over rows in file order, whose neighbours are alike, it lies below, as their likeness passes for signal. The whole
+    ``smoothed`` take products of samples of different groups alone, ``noise_scale`` those of all; the interval is
+    widened to hold it. Over rows in file order, whose neighbours are alike, ``noise_scale`` and ``low`` are too small,
+    as their likeness passes for signal: there go by ``smoothed`` and ``high``. The whole
     model's come from the parts summed over parameters, so that the interval holds what parameters have in common. By
     ``"hooks"`` in training they are those of the rows as they are: of samples weighed as the batch's mean weighs them,
     at weights that move over the steps that are read, whose drift counts as noise.
@@ -135,7 +136,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         tail: Band of the tail exponent, likewise; (30, 150) is that of the released scripts.
         num_groups: Groups of samples for the delete-a-group jackknife; 1 for no error bars.
         prefix: Put before every key, to tell two of these callbacks apart.
-        row_dtype: In which rows are kept. ``"bfloat16"`` halves their memory; singular values below 2e-3 of the typical
+        row_dtype: In which rows are kept. ``"bfloat16"`` halves their memory; singular values below 4e-3 of the typical
             gradient norm are then rounding, and zero.
         row_device: Where rows are kept: on the ``"device"`` that makes them, the ``"cpu"``, or by ``"auto"`` on the
             device if they take at most a quarter of its free memory, else on the CPU. The Gram matrix is then made of

@@ -26,10 +26,12 @@ class WatchedLoss:
         self.curve = LossCurve(state.get("losses", ()))
         self.actual: float = state.get("actual", math.nan)
         """Tokens that the target took; NaN until it is reached."""
+        self.is_there: bool = state.get("is_there", not math.isnan(self.actual))
+        """Whether a loss so far was no more than the target: one above it again, as a noisy one is, changes nothing."""
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and lists, as many whatever there was before."""
-        return {"losses": self.curve.points, "actual": self.actual}
+        return {"losses": self.curve.points, "actual": self.actual, "is_there": self.is_there}
 
     @property
     def tokens(self) -> float:
@@ -40,11 +42,6 @@ class WatchedLoss:
     def log_gap(self) -> float:
         """Logarithm of what the last loss lies above the target; NaN where it does not."""
         return log_of(self.curve.points[-1][2] - self.target) if self.curve.points else math.nan
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the last loss is no more than the target."""
-        return bool(self.curve.points) and self.curve.points[-1][2] <= self.target
 
     def read(self, host: Host) -> float:
         """The loss that is among a loop's metrics, as this rank has logged it.
@@ -60,8 +57,9 @@ class WatchedLoss:
     def add(self, step: float, tokens: float, loss: float) -> bool:
         """Take in the next loss; True where the target is reached only now."""
         self.curve.add(step, tokens, loss)
-        if not math.isnan(self.actual) or loss > self.target:
+        if self.is_there or not loss <= self.target:
             return False
+        self.is_there = True
         steps, at, losses = np.asarray(self.curve.points[-2:], dtype=np.float64).T
         # Since the loss before; NaN if this is the first.
         self.actual = History(steps, at, np.zeros_like(steps), losses, losses).first_at(self.target).tokens

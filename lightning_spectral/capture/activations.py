@@ -21,11 +21,15 @@ class ActivationReader:
     """Forward hooks on named layers that hand each output to a consumer while the reader is open.
 
     ``consume`` is called with the layer's name and its output tensor, detached. Whatever it raises, or an output is
-    unfit for, never reaches the forward pass: ``fail`` is called with the layer's name and the reason.
+    unfit for, never reaches the forward pass: ``fail`` is called with the layer's name and the reason. What runs while
+    ``is_in_step`` is false is somebody else's, of a callback that samples from the model, say, and is not read.
     """
 
     def __init__(
-        self, consume: Callable[[str, Tensor], None], fail: Callable[[str, str], None] = lambda name, reason: None
+        self,
+        consume: Callable[[str, Tensor], None],
+        fail: Callable[[str, str], None] = lambda name, reason: None,
+        is_in_step: Callable[[], bool] = lambda: True,
     ) -> None:
         self.is_open = False
         self.names: list[str] = []
@@ -34,6 +38,7 @@ class ActivationReader:
         """Positional inputs of the layer whose output is being handed on; none where it ran in a compiled graph."""
         self._consume = consume
         self._fail = fail
+        self._is_in_step = is_in_step
         self._watched: dict[str, tuple[nn.Module, RemovableHandle]] = {}
         self.id = next(_next_reader)
         _readers[self.id] = self
@@ -72,7 +77,7 @@ class ActivationReader:
     def read(self, index: int, output: Any, inputs: tuple[Any, ...] = ()) -> None:
         """Hand on whatever the layer ``names[index]`` returned, if open."""
         # Within a backward pass activation checkpointing repeats what was read.
-        if not self.is_open or torch._C._current_graph_task_id() != -1:
+        if not self.is_open or torch._C._current_graph_task_id() != -1 or not self._is_in_step():
             return
         name = self.names[index]
         self.inputs = inputs

@@ -39,7 +39,8 @@ def clean_name(root: nn.Module, name: str) -> str:
     for part in name.split("."):
         if module is None or part != wrapped(module):
             parts.append(part)
-        module = None if module is None else module._modules.get(part)
+        # TorchScript's table of modules has no ``get``.
+        module = module._modules[part] if module is not None and part in module._modules else None
     return ".".join(parts)
 
 

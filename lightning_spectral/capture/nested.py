@@ -23,3 +23,8 @@ def rows_of_parts(parts: Sequence[Tensor], axis: int) -> tuple[Tensor, list[int]
     if len(widths) != 1:
         raise ValueError(f"its output is a nested tensor whose channels are of unequal lengths, {sorted(widths)}")
     return torch.cat(rows), [len(part) for part in rows]
+
+
+def has_shape(tensor: Tensor) -> bool:
+    """Whether a tensor has lengths along its axes: a nested one of the older, strided layout has none."""
+    return not (tensor.is_nested and tensor.layout == torch.strided)

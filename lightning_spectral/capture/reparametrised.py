@@ -41,7 +41,7 @@ def sources_of(module: nn.Module, attribute: str) -> dict[str, nn.Parameter]:
 
     The tensor itself is not asked for: a parametrised one is computed at that, which may move buffers.
     """
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False)).get(attribute)
     if parameter is not None:
         return {attribute: parameter}
     return next((made.sources for made in made_tensors(module) if made.attribute == attribute), {})
@@ -56,7 +56,7 @@ def used_as(module: nn.Module, parameter: str) -> tuple[str, Tensor | None]:
 
 
 def _parametrised(module: nn.Module) -> dict[str, ParametrizationList]:
-    found = module._modules.get("parametrizations")
+    found = dict(module.named_children()).get("parametrizations")  # TorchScript's own table has no ``get``
     children = {} if found is None else found._modules
     return {name: child for name, child in children.items() if isinstance(child, ParametrizationList)}
 

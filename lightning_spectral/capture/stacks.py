@@ -32,8 +32,8 @@ def find_stacks(root: nn.Module) -> list[Stack]:
 
     A block holds modules, so that a run of Linear layers is no stack, or is recurrent, and it has parameters. Siblings
     of one class make a stack, two at least. Those in a ModuleList, Sequential or ModuleDict are preferred to plain
-    attributes; of several stacks the one with most parameters is taken, not counting those that the first batch is yet
-    to make. Then
+    attributes; of several stacks that which is trained and has most parameters is taken, not counting those that the
+    first batch is yet to make; one that is frozen, such as a teacher, only where none is trained. Then
 
     - what a ModuleList holds and never runs, having no ``forward``, such as another, gives its place to what is in it;
     - siblings of other classes belong to the stack if they stand between its blocks, or are of a class of which some do
@@ -54,7 +54,7 @@ def find_stacks(root: nn.Module) -> list[Stack]:
         stacks = [group for group in some if group.is_stack]
         if stacks:
             # The first of equals, so that the choice does not depend on anything but the model.
-            return _towers(max(stacks, key=lambda group: group.size), listed, groups)
+            return _towers(max(stacks, key=lambda group: (group.is_trained, group.size)), listed, groups)
     return []
 
 

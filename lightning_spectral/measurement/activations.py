@@ -18,7 +18,7 @@ from lightning_spectral.capture.channels import (
     unknown_axis,
 )
 from lightning_spectral.capture.masks import Mask, Meaning, fit_rows
-from lightning_spectral.capture.nested import parts_of, rows_of_parts
+from lightning_spectral.capture.nested import has_shape, parts_of, rows_of_parts
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.time_first import is_square, time_first
 from lightning_spectral.functional.arguments import check_flag, describe
@@ -140,7 +140,7 @@ class ActivationMeasurement(Measurement):
         """Those of which rows were collected already when that was known."""
         self._has_seen_mask = False
         self._has_seen_square = False
-        self._reader = ActivationReader(self._read, self._fail)
+        self._reader = ActivationReader(self._read, self._fail, scene.is_in_step)
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
         self._rows: dict[str, float] = {}
@@ -229,7 +229,7 @@ class ActivationMeasurement(Measurement):
                 if has_right_stage and not self.widths and self.request.samples is not None:
                     self.samples.cut(batch)  # what a user's function gets wrong should show early
                 self._size = self.samples.count(batch)
-                self._lengths = {one.shape[1] for one in tensors(batch) if one.ndim > 1}
+                self._lengths = {one.shape[1] for one in tensors(batch) if one.ndim > 1 and has_shape(one)}
                 self._mask_now = self._mask_of(batch) if has_right_stage else None
                 if has_right_stage and self._is_square(batch):
                     self._try_to_tell_time_from_samples(batch)

@@ -25,6 +25,11 @@ from lightning_spectral.metrics.layout import Layout
 Stage = Literal["train", "validate"]
 
 
+def always() -> bool:
+    """Of a loop that cannot tell its step from what runs beside it."""
+    return True
+
+
 class Scene(NamedTuple):
     """What a measurement is made for."""
 
@@ -39,6 +44,8 @@ class Scene(NamedTuple):
     """Which ranks hold which data; None for each its own."""
     loss_fn: LossFunction | None = None
     """The loop's own loss, which is made where none is asked for by name; None for that of ``training_step``."""
+    is_in_step: Callable[[], bool] = always
+    """Whether what runs now is the step of a batch, as far as a loop can tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Comparing two sides of runs at equal loss: what was gained in tokens and in time, and what moved in the spectra."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from lightning_spectral.runs.measured import (
 from lightning_spectral.runs.movement import Lead, Movement, find_lead, move
 from lightning_spectral.runs.pairs import Pairs, check_paired, find_pairs, in_order, use_pairs
 from lightning_spectral.runs.run import Run
+from lightning_spectral.runs.settings import settings_of
 from lightning_spectral.runs.shifts import Shift, mean_shift, shifts_of
 from lightning_spectral.runs.sides import Sides
 from lightning_spectral.runs.statistics import Scatter, read_scatter, scatter
@@ -28,6 +30,12 @@ from lightning_spectral.runs.timing import Timing, time_sides
 from lightning_spectral.runs.verdict import Verdict, decide
 
 Paths = RunPaths
+
+LEAST_ENTRIES = 3
+"""Losses of which two runs must have all alike to be taken for one: fewer, if rounded, might be so by chance."""
+
+NEAR_LOSS = 0.05
+"""Share by which the loss of a recorded floor may differ from the one that is matched."""
 
 
 class Comparison(NamedTuple):
@@ -93,7 +101,8 @@ def compare(
     Args:
         base: Log directory, or directories, or glob patterns of them.
         variant: Likewise.
-        at_loss: The loss to match at; None for the lowest that all runs reached while their spectra were measured.
+        at_loss: The loss to match at; None for the lowest that all runs reached while their spectra were measured, but
+            no lower than that of a floor that is a file.
         floor: Where no side has two runs, or few: a recorded run floor of the base's family, that is, seeds of one
             setting, or a file with the JSON of an earlier comparison. Seeds of several days show how days differ.
         paired: Whether runs of one seed are compared with each other. None for where both sides have the same three
@@ -104,8 +113,8 @@ def compare(
 
     Raises:
         ValueError: If a path names no run, one run is on both sides, or runs cannot be compared: their spectra are of
-            different stages, layers, data or numbers of rows, a side mixes families, a loss was not reached, or runs
-            that are to be paired are no pairs.
+            different stages, layers, data or numbers of rows, a side mixes families or holds one run twice, a floor is
+            of another loss, a loss was not reached, or runs that are to be paired are no pairs.
 
     Example::
 
@@ -127,6 +136,9 @@ def compare(
     kinds = check_comparable(runs)
     bands = {kind: bands_of(runs[0], kind) for kind in kinds}
     loss = lowest_common_loss(runs, kinds) if at_loss is None else float(at_loss)
+    if recorded is not None:
+        loss = max(loss, recorded.loss) if at_loss is None else loss
+        _check_floor_is_of(recorded, runs[0].history.loss_name, loss)
     every = [measure(run, loss, kinds, bands) for run in runs]
     every, left_out = keep_known(every)
     num_base, num_both = len(sides[0]), len(sides[0]) + len(sides[1])
@@ -197,9 +209,21 @@ def _open_floor(floor: Paths | None, sides: tuple[list[Run], list[Run]]) -> tupl
     return others, None
 
 
+def _check_floor_is_of(recorded: Scatter, loss_name: str, loss: float) -> None:
+    """Refuse a recorded floor of another loss, at which seeds scatter otherwise."""
+    if recorded.loss_name != loss_name:
+        raise ValueError(f"floor must be of the loss that is compared, {loss_name}, got one of {recorded.loss_name}")
+    if abs(loss - recorded.loss) > NEAR_LOSS * abs(recorded.loss):
+        raise ValueError(
+            f"floor must be of about the loss that is matched, {loss:.4g}, got one of {recorded.loss:.4g}: compare at "
+            "that, or give the runs that it was made of"
+        )
+
+
 def _check_alike(name: str, runs: Sequence[Run]) -> None:
-    """Refuse runs on a side that are no seeds of one setting."""
+    """Refuse runs on a side that are no seeds of one setting, and warn where their records say that they are none."""
     seen: dict[str, Run] = {}
+    courses: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         if run.family != runs[0].family:
             raise ValueError(
@@ -210,6 +234,32 @@ def _check_alike(name: str, runs: Sequence[Run]) -> None:
             raise ValueError(
                 f"{name} must be independent runs, got {other} and {run}, which go on from one start: leave one out"
             )
+        entries, losses = run.history.with_loss()
+        numbers = (run.history.step[entries], run.history.tokens[entries], losses)
+        course = (run.about.get("seed"), *(one.tobytes() for one in numbers))
+        can_be_told = bool(course[0] is not None or run.columns) and len(entries) >= LEAST_ENTRIES
+        other = courses.setdefault(course, run) if can_be_told else run
+        if other is not run:
+            raise ValueError(
+                f"{name} must be independent runs, got {other} and {run}, whose losses are the same to the last digit: "
+                "leave one out, and train others with other seeds"
+            )
+    _warn_of_unlike_seeds(name, runs)
+
+
+def _warn_of_unlike_seeds(name: str, runs: Sequence[Run]) -> None:
+    """Say where the scatter of a side may be that of other things than seeds."""
+    seeds = [run.about["seed"] for run in runs if run.about.get("seed") is not None]
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        warnings.warn(
+            f"{name} has several runs of seed {twice[0]}: if they began alike, they scatter less than seeds do",
+            stacklevel=3,
+        )
+    if (number := max(settings_of(runs), default=0) + 1) > 1:
+        warnings.warn(
+            f"{name} has runs of {number} settings, by their records: they scatter more than seeds do",
+            stacklevel=3,
+        )
 
 
 def _check_apart(base: Sequence[Run], variant: Sequence[Run]) -> None:

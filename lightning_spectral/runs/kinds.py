@@ -41,7 +41,7 @@ KINDS = {
         values="eigenvalues",
         count="num_tokens",
         corrects_bias=True,
-        must_agree=("stage", "layers", "num_tokens", "normalize", "mask", "channel_dim"),
+        must_agree=("stage", "layers", "num_tokens", "normalize", "mask", "channel_dim", "dataloader_idx"),
         # Float32 products resolve 1e-7 beside an eigenvalue of 1; those of RMS-normalised rows sum to the width.
         edges=(-7.0, 4.0),
     ),
@@ -50,7 +50,7 @@ KINDS = {
         series="gradient",
         values="singular_values",
         count="num_samples",
-        must_agree=("stage", "parameters", "num_samples", "loss_reduction"),
+        must_agree=("stage", "parameters", "num_samples", "loss_reduction", "dataloader_idx"),
         # Norms are about 1 in small models and 1e-3 in large ones; values of one matrix span two or three decades.
         edges=(-6.0, 2.0),
     ),

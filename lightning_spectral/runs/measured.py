@@ -115,7 +115,7 @@ def _unlike(kind: str, one: dict[str, Any], other: dict[str, Any]) -> list[tuple
 
 
 def _sets(name: str, settings: dict[str, Any]) -> list[Any]:
-    return [settings.get(name), *settings.get(f"{name}_before", ())]
+    return [settings.get(name, 0 if name == "dataloader_idx" else None), *settings.get(f"{name}_before", ())]
 
 
 def series_used(runs: Sequence[Run], kind: str) -> list[str]:
@@ -130,9 +130,13 @@ def series_used(runs: Sequence[Run], kind: str) -> list[str]:
 
 
 def _refuse_other_losses(first: Run, second: Run) -> None:
-    """Usual names of the validation loss are names of one thing; any other is of its own."""
-    names = [str(run.about.get("val_loss") or "") for run in (first, second)]
-    one, other = ("val_loss" if loss_of_validation([name.partition("/dataloader_idx_")[0]]) else name for name in names)
+    """Usual names of the validation loss are names of one thing, but of another loader; any other is of its own."""
+    parted = [str(run.about.get("val_loss") or "").partition("/dataloader_idx_") for run in (first, second)]
+    has_loaders = all(number for _, _, number in parted)
+    one, other = (
+        ("val_loss" if loss_of_validation([name]) else name) + (between + number if has_loaders else "")
+        for name, between, number in parted
+    )
     if one and other:
         _refuse_difference("the validation loss", first, second, one, other)
 

@@ -229,8 +229,10 @@ class Record:
             return cls.begin(folder, about)
         before = read_about(known)
         kept = {key: before[key] for key in _LASTING if key in before}
+        begun = about.get("started")
         about = {**about, **kept, "series": before["series"] | about.get("series", {})}
         about["resumed"] = [*(before.get("resumed") or []), step]
+        about["resumed_at"] = [*(before.get("resumed_at") or []), begun]
         about["machines"] = list(dict.fromkeys([*(before.get("machines") or []), *(about.get("machines") or [])]))
         if known != folder:
             return cls._install(folder, about, _Held.at(known, step))

@@ -44,15 +44,21 @@ class Session(NamedTuple):
         return self.start + self.duration
 
 
-def session_of(run: Run) -> Session | None:
-    """When and where a run trained; None if it did not record its start."""
+def session_of(run: Run) -> Session | str:
+    """When and where a run trained; why that is not known, if it is not one session of which the start is recorded."""
     start = _time(run.about.get("started"))
     if start is None or start.year > 9000:  # to which nothing could be added
-        return None
+        return f"{run.path} did not record when it started"
     seconds = run.history.seconds[np.isfinite(run.history.seconds)]
     machines = run.about.get("machines")
     hosts = ", ".join(map(str, machines)) if isinstance(machines, list) else ""
     duration = timedelta(seconds=float(seconds.max(initial=0)))
+    resumed = [_time(one) for one in run.about.get("resumed_at") or ()]
+    if len(resumed) < len(run.about.get("resumed") or ()) or None in resumed:
+        return f"{run.path} did not record when it was resumed"
+    # A machine may be faster on another day; what a run took of each is not told apart.
+    if any(one is not None and one - start > duration + DAY for one in resumed):
+        return f"{run.path} was resumed on another day"
     return Session(start, duration, hosts, str(run.about.get("device", "")))
 
 

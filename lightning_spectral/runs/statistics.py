@@ -55,6 +55,10 @@ class Scatter(NamedTuple):
     """Of the runs they are of."""
     runs: list[str]
     """Their ids, so that none is counted twice."""
+    loss: float = nan
+    """At which they were matched, of one that was recorded."""
+    loss_name: str = ""
+    """Of which loss."""
 
     def floor(self, key: Key, num_base: int, num_variant: int) -> float:
         """The largest difference that seeds alone show between two sides of so many runs.
@@ -80,11 +84,12 @@ class Scatter(NamedTuple):
             degrees = mine.degrees + theirs.degrees
             variances[key] = Variance((mine.value * mine.degrees + theirs.value * theirs.degrees) / degrees, degrees)
         families = list(dict.fromkeys([*self.families, *other.families]))
-        return Scatter(variances, families, [*self.runs, *other.runs])
+        return self._replace(variances=variances, families=families, runs=[*self.runs, *other.runs])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like, for programs."""
-        return self._asdict() | {"variances": {key.text: value._asdict() for key, value in self.variances.items()}}
+        variances = {key.text: value._asdict() for key, value in self.variances.items()}
+        return {"variances": variances, "families": self.families, "runs": self.runs}
 
 
 def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
@@ -115,12 +120,14 @@ def scatter(sides: Sequence[Sequence[Measured]]) -> Scatter:
 def read_scatter(path: Path) -> Scatter:
     """The run floor in what ``compare --json`` wrote; ValueError if the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["run_floor"]
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+        found = comparison["run_floor"]
         variances = {
             Key.parse(text): Variance(float(one["value"]), int(one["degrees"]))
             for text, one in found["variances"].items()
         }
-        return Scatter(variances, list(map(str, found["families"])), list(map(str, found["runs"])))
+        families, runs = (list(map(str, found[name])) for name in ("families", "runs"))
+        return Scatter(variances, families, runs, float(comparison["loss"]), str(comparison["loss_name"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"floor must be runs, or a file that `compare --json` wrote, got {str(path)!r} without one ({error})"

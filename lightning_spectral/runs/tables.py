@@ -277,7 +277,9 @@ def _first_bases(run: Run, kind: str, steps: Sequence[int]) -> dict[str, Spectru
 def _overlap(spectrum: Spectrum, first: Spectrum) -> float:
     if spectrum.vectors is None or first.vectors is None:
         return nan
-    return float(subspace_overlap(spectrum.vectors, first.vectors))
+    # A run that was resumed may have kept more of them, or fewer: all that are in both count, as in drift.
+    rank = min(spectrum.vectors.shape[-1], first.vectors.shape[-1])
+    return float(subspace_overlap(spectrum.vectors[..., :rank], first.vectors[..., :rank]))
 
 
 def _noise(scale: NoiseScale | None) -> dict[str, float]:

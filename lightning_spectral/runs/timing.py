@@ -49,11 +49,13 @@ def time_sides(sides: Sequence[list[Measured]], known: Scatter, recorded: Scatte
     base, variant = sides[:2]
     by_runs = Timed(base, variant, known, known)
     sessions = [[session_of(measured.run) for measured in side] for side in sides]
-    for side, found in zip(sides[:2], sessions, strict=False):
-        if None in found:
-            run = side[found.index(None)].run
-            return Timing("", f"{run.path} did not record when it started"), by_runs
-    told = [[(m, one) for m, one in zip(*pair, strict=True) if one] for pair in zip(sides, sessions, strict=True)]
+    unknown = [one for found in sessions[:2] for one in found if isinstance(one, str)]
+    if unknown:
+        return Timing("", unknown[0]), by_runs
+    told = [
+        [(m, one) for m, one in zip(*pair, strict=True) if isinstance(one, Session)]
+        for pair in zip(sides, sessions, strict=True)
+    ]
     whens = [[session for _, session in side] for side in told]
     days = [_days([measured for measured, _ in side], when) for side, when in zip(told, whens, strict=True)]
     floor = scatter([side for side in days if side])

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import ActivationSpectrum, Run, RunRecord, TailForecaster
+from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
 from lightning_spectral.runs import predicting
@@ -383,3 +384,21 @@ def test_what_a_report_adds_does_not_grow_with_those_before(tmp_path: Path) -> N
         kept.append(len(json.dumps(forecaster._kept["summary"])))
     assert sizes[0] == sizes[1]
     assert kept[1] < kept[0] + 30
+
+
+def test_a_loss_above_the_target_again_changes_nothing() -> None:
+    loss = WatchedLoss("val_loss", 2.0)
+    for step, value in enumerate((3.0, math.nan, 2.5), start=1):
+        assert not loss.add(step, 10.0 * step, value)
+    assert not loss.is_there
+    assert loss.add(4, 40.0, 1.9)
+    assert not loss.add(5, 50.0, 2.1)
+    assert loss.is_there
+    assert loss.actual == pytest.approx(38.0, rel=0.02)
+    resumed = WatchedLoss("val_loss", 2.0, loss.state())
+    assert resumed.is_there
+    below = WatchedLoss("val_loss", 2.0)
+    below.add(1, 10.0, 1.5)
+    below.add(2, 20.0, 2.5)
+    assert below.is_there
+    assert math.isnan(below.actual), "nobody knows when"

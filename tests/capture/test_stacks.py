@@ -223,6 +223,8 @@ def tower(count: int = 3, kind: type[nn.Module] = Block) -> Parts:
         (lambda: Parts(blocks=blocks(4), decoder_blocks=blocks(2)), {"blocks": 4, "decoder_blocks": 2}),
         # What only looks like a tower: a teacher, an average of weights, another's frozen encoder.
         (lambda: Parts(student=tower(3), teacher=tower(3)), {"student.layers": 3}),
+        (lambda: Parts(teacher=tower(6).requires_grad_(False), student=tower(3)), {"student.layers": 3}),
+        (lambda: Parts(teacher=tower(6).requires_grad_(False)), {"teacher.layers": 6}),
         (lambda: Parts(decoder=tower(4), encoder=tower(3).requires_grad_(False)), {"decoder.layers": 4}),
         (lambda: Parts(net=tower(3), average=torch.optim.swa_utils.AveragedModel(tower(3))), {"net.layers": 3}),
     ],

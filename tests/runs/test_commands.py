@@ -146,6 +146,7 @@ def test_each_figure_has_a_file(inside: Path, tmp_path: Path, capsys: Printed, w
     assert all("<svg" in path.read_text() for path in tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.* has runs of 2 settings")
 def test_compare_takes_loss_and_floor(inside: Path, tmp_path: Path, capsys: Printed) -> None:
     words = ["compare", "f0", "f3"]
     alone = json_of(capsys, words)

@@ -260,6 +260,57 @@ def test_a_run_that_was_resumed_elsewhere_is_no_second_seed(tmp_path: Path) -> N
         compare(f"{tmp_path}/version_*", made_up(tmp_path / "b", 50, 1))
 
 
+def test_one_run_trained_twice_is_no_second_seed(tmp_path: Path) -> None:
+    def side(name: str, tokens: tuple[float, ...], seeds: tuple[int, ...]) -> list[Path]:
+        runs = zip(tokens, seeds, strict=True)
+        return [
+            made_up(tmp_path / f"{name}{at}", *of, about={"seed": seed})
+            for at, (of, seed) in enumerate(((one, 30), seed) for one, seed in runs)
+        ]
+
+    other = side("v", (97, 98), (1, 2))
+    with pytest.raises(ValueError, match=r"base must be independent runs, got .*b0.* and .*b1.* to the last digit"):
+        compare(side("b", (100, 100), (42, 42)), other)
+    with pytest.warns(UserWarning, match="base has several runs of seed 42: if they began alike, they scatter less"):
+        compare(side("c", (100, 101), (42, 42)), other)
+
+
+def test_a_side_of_several_settings_is_told_of(tmp_path: Path) -> None:
+    def side(name: str, *batches: float) -> list[Path]:
+        return [made_up(tmp_path / f"{name}{at}", 100 + at, 30, batch_tokens=size) for at, size in enumerate(batches)]
+
+    with pytest.warns(UserWarning, match="variant has runs of 2 settings, by their records: they scatter more"):
+        compare(side("a", 64, 64), side("b", 64, 1024))
+
+
+def test_other_validation_loaders_are_other_data(tmp_path: Path) -> None:
+    first, second = (made_up(tmp_path / f"of_{index}", 100, 30, dataloader_idx=index) for index in (0, 1))
+    unsaid = made_up(tmp_path / "unsaid", 100, 30)
+    with pytest.raises(ValueError, match=r"activation spectra of dataloader_idx 0 in .* and 1 in"):
+        compare(first, second)
+    assert compare(unsaid, first).gains["tokens"].gain == 0
+    loss = "val_loss/dataloader_idx_"
+    first, second = (made_up(tmp_path / f"loss_{index}", 100, 30, loss=f"{loss}{index}") for index in (0, 1))
+    with pytest.raises(ValueError, match=r"got the validation loss '\S+_0' in .* and '\S+_1' in"):
+        compare(first, second)
+    assert compare(unsaid, first).gains["tokens"].gain == 0
+
+
+def test_a_recorded_floor_is_of_about_the_loss_that_is_matched(tmp_path: Path) -> None:
+    runs = [made_up(tmp_path / str(number), 100 + number, 30) for number in range(4)]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(to_json(compare(runs[:2], runs[2], at_loss=1.5).as_dict()))
+    assert compare(runs[3], made_up(tmp_path / "new", 90, 30), floor=earlier).loss == 1.5
+    with pytest.raises(
+        ValueError, match=r"floor must be of about the loss that is matched, 0.7, got one of 1.5: compare"
+    ):
+        compare(runs[3], tmp_path / "new", at_loss=0.7, floor=earlier)
+    facts = json.loads(earlier.read_text()) | {"loss_name": "train_loss"}
+    earlier.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="floor must be of the loss that is compared, val_loss, got one of train_loss"):
+        compare(runs[3], tmp_path / "new", floor=earlier)
+
+
 def test_runs_that_are_compared_are_no_floor_of_their_own(tmp_path: Path) -> None:
     base = [made_up(tmp_path / f"b{number}", 100 + number, 1) for number in range(3)]
     variant = made_up(tmp_path / "v", 50, 1)

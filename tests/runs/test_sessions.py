@@ -100,7 +100,20 @@ def test_times_of_any_zone_are_read(tmp_path: Path, started: str, expected: date
 @pytest.mark.parametrize("started", [None, "", "yesterday", 5, ["2026"]], ids=str)
 def test_a_record_without_a_start_has_no_session(tmp_path: Path, started: object) -> None:
     about = when(0) | {"started": started}
-    assert session_of(Run(made_up(tmp_path / "a", 100, 30, about=about))) is None
+    run = Run(made_up(tmp_path / "a", 100, 30, about=about))
+    assert session_of(run) == f"{run.path} did not record when it started"
+
+
+def test_a_run_that_was_resumed_soon_is_one_session_and_one_of_another_day_is_none(tmp_path: Path) -> None:
+    def session(name: str, **about: object) -> Session | str:
+        return session_of(Run(made_up(tmp_path / name, 100, 30, about=when(0) | about)))
+
+    soon, late = ((START + timedelta(hours=hours)).isoformat() for hours in (2, 50))
+    assert isinstance(session("soon", resumed=[3], resumed_at=[soon]), Session)
+    assert session("late", resumed=[3, 5], resumed_at=[soon, late]) == f"{tmp_path / 'late'} was resumed on another day"
+    for name, more in (("old", {}), ("half", {"resumed_at": [soon]}), ("odd", {"resumed_at": [soon, "then"]})):
+        why = session(name, resumed=[3, 5], **more)
+        assert why == f"{tmp_path / name} did not record when it was resumed"
 
 
 def test_runs_that_have_days_to_themselves_are_no_runs_in_turn() -> None:

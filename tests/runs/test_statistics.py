@@ -146,8 +146,8 @@ def test_what_only_one_scatter_knows_is_kept() -> None:
 def test_a_scatter_reads_back_from_json(tmp_path: Path) -> None:
     known = scatter(sides_of(3, 2))
     path = tmp_path / "earlier.json"
-    path.write_text(to_json({"run_floor": known.as_dict(), "loss": 1.0}))
-    assert read_scatter(path) == known
+    path.write_text(to_json({"run_floor": known.as_dict(), "loss": 1.0, "loss_name": "val_loss"}))
+    assert read_scatter(path) == known._replace(loss=1.0, loss_name="val_loss")
 
 
 GOOD = {"variances": {"tokens": {"value": 1.0, "degrees": 2}}, "families": ["F"], "runs": ["a"]}

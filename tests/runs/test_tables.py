@@ -241,6 +241,16 @@ def test_overlap_is_that_with_the_first_report(tmp_path: Path, capsys: Printed) 
     assert [row[-1] for row in rows if row[-1].startswith(("0.", "1."))][-6:] == [f"{one:.3f}" for one in expected]
 
 
+def test_overlap_of_unlike_ranks_is_of_the_directions_that_both_have(tmp_path: Path) -> None:
+    """A run that was resumed may keep more directions than it began with: those it led with have turned away."""
+    folder = made_up(tmp_path / "a", 100, 1, rank=2)
+    for index, path in enumerate(sorted((folder / "spectra").glob("*.npz"))):
+        basis = np.eye(32)[:, :2] if index == 0 else np.eye(32)[:, [2, 3, 0, 1]]
+        np.savez(path, **(dict(np.load(path)) | {f"activation/{LAYER}/vectors": basis}))
+    run = Run(folder)
+    assert [row["overlap"] for row in evolution(run, "activation", run.steps("activation"))] == [1, 0, 0, 0, 0, 0]
+
+
 FAR, NEAR = Forecast(nan, nan, nan, True, "too far"), Forecast(1.0, 1.0, 1.0)
 
 

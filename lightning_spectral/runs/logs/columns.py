@@ -198,6 +198,12 @@ class _Reading:
         self._check_amounts("seconds", name, seconds)
         paused = f", {self.log.pauses} pause{'s' * (self.log.pauses > 1)} left out" * bool(self.log.pauses)
         by_clock = "" if self.told.seconds else f" (the clock on the wall{paused})"
+        if (np.diff(seconds) < 0).any():
+            why = f"{describe(name)}, which begins anew, as in a run that was resumed"
+            if self.told.seconds:
+                raise ValueError(f"seconds must be those of all training so far, got {why}: leave them out")
+            self.words["seconds"] = f"left out: {why}"
+            return np.full(len(steps), nan)
         self.words["seconds"] = f"{name}{by_clock}"
         return np.interp(steps, at, seconds, left=nan, right=nan) if len(at) else np.full(len(steps), nan)
 

@@ -120,11 +120,23 @@ def test_runs_without_tokens_are_not_compared(tmp_path: Path) -> None:
 
 def test_logs_of_a_family_are_compared(tmp_path: Path) -> None:
     slow = "step,val_loss\n2,3.0\n4,2.0\n8,1.0\n"
-    base = [Run(log(tmp_path / name, slow), batch_tokens=10, family="F") for name in "ab"]
-    variant = [Run(log(tmp_path / name), batch_tokens=10, family="F") for name in "cd"]
+    other = "step,val_loss\n2,3.0\n4,2.1\n8,1.0\n"
+    base = [Run(log(tmp_path / name, of), batch_tokens=10, family="F") for name, of in (("a", slow), ("b", other))]
+    variant = [Run(log(tmp_path / "c"), batch_tokens=10, family="F")]
     comparison = compare(base, variant)
     assert comparison.gains["tokens"].gain == pytest.approx(1)
     assert comparison.base[0].family == "F"
+    copy = Run(log(tmp_path / "backup", slow), batch_tokens=10, family="F")
+    with pytest.raises(ValueError, match=r"base must be independent runs, got .* the same to the last digit"):
+        compare([base[0], copy], variant)
+
+
+def test_seconds_that_begin_anew_are_no_training_time(tmp_path: Path) -> None:
+    path = log(tmp_path, "step,val_loss,elapsed\n1,3.0,500\n2,2.0,900\n3,1.5,100\n4,1.0,600\n")
+    with pytest.raises(
+        ValueError, match="seconds must be those of all training so far, got 'elapsed', which begins anew"
+    ):
+        Run(path, seconds="elapsed")
 
 
 @pytest.mark.parametrize(
