@@ -30,7 +30,8 @@ class ChannelFinder:
 
     What the modules of a layer say is checked against the output, for the last to be registered need not be the last to
     run: only those count whose number of channels is the length of their axis. Where none of them fits, the last whose
-    number of channels is found on one axis only. Modules of other kinds are asked where there is no known one: an axis
+    number of channels is found on one other axis only, unless there may be fewer of them on its own, as of gates, heads
+    and shuffles to pixels. Modules of other kinds are asked where there is no known one: an axis
     that one of their weights has, too. A layer without weights (an activation, a pooling) is like the module registered
     before it. Where nothing speaks for another, three axes are ``(batch, position, channel)``. If two axes would do,
     or of four and more none, the layer is refused.
@@ -56,9 +57,11 @@ class ChannelFinder:
         if fitting:
             return fitting.pop() if len(fitting) == 1 else None
         for claim in self._claims:
-            found = [axis for axis in (1, last) if shape[axis] == claim.width]
+            found = [axis for axis in range(1, len(shape)) if shape[axis] == claim.width]
+            if found and (len(found) > 1 or found[0] not in (1, last) or _may_be_regrouped(claim, shape)):
+                return None
             if found:
-                return found[0] if len(found) == 1 else None
+                return found[0]
         if direct and (last == 2 or direct[0].axis == 1):
             # Halves of a gated unit; of more axes they could be heads.
             gated = {claim.axis % len(shape) for claim in direct if claim.width == 2 * shape[claim.axis]}
@@ -71,6 +74,15 @@ class ChannelFinder:
                 # Vectors and matrices work on the last axis by themselves; among maps somebody may have turned it.
                 return found[-1] if len(found) == 1 or (last == 2 and len(weights) <= 2) else None
         return last if last == 2 else None
+
+
+def _may_be_regrouped(claim: _Claim, shape: tuple[int, ...]) -> bool:
+    """Whether channels may still lie on their own axis, fewer of them: halves of a gate, heads, a shuffle to pixels.
+
+    Another axis that is as long as they are many may then be so by chance, as a sequence as long as a layer is wide.
+    """
+    there = shape[claim.axis]
+    return claim.width is not None and 1 < there < claim.width and claim.width % there == 0
 
 
 def _claims(layer: nn.Module) -> Iterator[_Claim]:

@@ -85,6 +85,23 @@ def first_of(layer: nn.Module, *shape: int) -> Callable[[], tuple[nn.Module, tup
     return output
 
 
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+def gated(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), nn.GLU())
+
+
+def shuffled(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 1), nn.PixelShuffle(2))
+
+
+def heads(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.Unflatten(-1, (2, width // 2)))
+
+
 @pytest.mark.parametrize(
     ("made", "axis"),
     [
@@ -114,6 +131,14 @@ def first_of(layer: nn.Module, *shape: int) -> Callable[[], tuple[nn.Module, tup
         pytest.param(first_of(OwnNorm(8), 2, 8, 8), 2, id="own norm"),
         pytest.param(first_of(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten()), 2, 3, 4, 4), 1, id="two axes"),
         pytest.param(first_of(nn.Sequential(nn.Linear(4, 12), nn.Unflatten(-1, (2, 6))), 2, 5, 4), None, id="heads"),
+        # What lies on the axis of channels by a coincidence of lengths is refused, and read at other lengths.
+        pytest.param(first_of(gated(16), 2, 12, 4), 2, id="gated halves, of 12 positions"),
+        pytest.param(first_of(gated(16), 2, 16, 4), None, id="gated halves, of as many positions as channels"),
+        pytest.param(first_of(nn.Sequential(nn.Conv1d(4, 8, 1), nn.GLU(1)), 2, 4, 8), None, id="and of a conv"),
+        pytest.param(first_of(shuffled(16), 2, 3, 8, 8), None, id="pixels shuffled, as long"),
+        pytest.param(first_of(shuffled(16), 2, 3, 6, 8), None, id="pixels shuffled, as wide"),
+        pytest.param(first_of(heads(8), 2, 8, 8), None, id="heads, of as many positions as channels"),
+        pytest.param(first_of(nn.Sequential(nn.Linear(4, 9), Transposed()), 2, 5, 4), 1, id="transposed at the end"),
         pytest.param(first_of(nn.Identity(), 2, 5, 4), 2, id="nothing known, three axes"),
         pytest.param(first_of(nn.Identity(), 2, 5, 4, 4), None, id="nothing known, four axes"),
     ],
