@@ -1,7 +1,8 @@
 """The table of kinds: what is logged, recorded and compared under each; and the names that are made of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ KINDS = {
     "forecast": Kind("layer", series="activation"),
     "readout": Kind("head", series="readout"),
 }
+
+
+def setting_of(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting of a measurement as its record has it; a loader that is not said is the first."""
+    return settings.get(name, 0 if name == "dataloader_idx" else None)
 
 
 class Series(NamedTuple):

@@ -12,7 +12,7 @@ from lightning_spectral.functional.estimate import Estimate, Exponent, Spectrum
 from lightning_spectral.functional.powerlaw import Band, power_law
 from lightning_spectral.functional.spectrum import rankme
 from lightning_spectral.runs.history import Point
-from lightning_spectral.runs.kinds import KINDS, Key
+from lightning_spectral.runs.kinds import KINDS, Key, setting_of
 from lightning_spectral.runs.loss_names import loss_of_validation
 from lightning_spectral.runs.run import Run
 
@@ -104,7 +104,7 @@ def _choose_series(kind: str, runs: Sequence[Run]) -> None:
 def _unlike(kind: str, one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings without which spectra do not compare, where two measurements differ in them."""
     found = [
-        (name, one.get(name), other.get(name))
+        (name, setting_of(one, name), setting_of(other, name))
         for name in KINDS[kind].must_agree
         # A run that was resumed with other layers has had several sets of them, and is compared by what both have.
         if not any(names in _sets(name, other) for names in _sets(name, one))
@@ -115,7 +115,7 @@ def _unlike(kind: str, one: dict[str, Any], other: dict[str, Any]) -> list[tuple
 
 
 def _sets(name: str, settings: dict[str, Any]) -> list[Any]:
-    return [settings.get(name, 0 if name == "dataloader_idx" else None), *settings.get(f"{name}_before", ())]
+    return [setting_of(settings, name), *settings.get(f"{name}_before", ())]
 
 
 def series_used(runs: Sequence[Run], kind: str) -> list[str]:

@@ -6,7 +6,7 @@ from math import inf, log, nan
 from typing import Any
 
 from lightning_spectral.runs.course import SAME
-from lightning_spectral.runs.kinds import KINDS
+from lightning_spectral.runs.kinds import KINDS, setting_of
 from lightning_spectral.runs.logarithms import log_of
 from lightning_spectral.runs.run import Run
 
@@ -73,6 +73,6 @@ def noise_series(run: Run, settings: Mapping[str, Any] | None) -> str:
     must_agree = KINDS[GRADIENT].must_agree
     for series in run.all_series(GRADIENT):
         there = run.settings(series)
-        if all(there.get(name) == settings.get(name) for name in must_agree):
+        if all(setting_of(there, name) == setting_of(settings, name) for name in must_agree):
             return series
     return ""

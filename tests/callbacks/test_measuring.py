@@ -199,11 +199,13 @@ def failures_of(folder: Path) -> list[tuple[int, float]]:
 
 def test_nan_activations_are_nan_in_one_report(tmp_path: Path) -> None:
     class Spoilt(LanguageModel):
-        """The first block puts out NaN at the third step, after the loss has been computed from the rest."""
+        """The first block puts out NaN in the fourth step, after the loss has been computed from the rest."""
 
-        def on_before_zero_grad(self, optimizer) -> None:
+        def training_step(self, *given):
+            loss = super().training_step(*given)
             if self.trainer.global_step == 3:
                 self.network.blocks[0](torch.full((1, 8, 32), torch.nan))
+            return loss
 
     spectrum = Reports(every_n_steps=4, num_tokens=10**6)
     with pytest.warns(UserWarning, match="at step 4, network.blocks.0: NaN, because the rows hold NaN") as caught:
