@@ -67,8 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         if words[0] in RUN_COMMANDS:
-            RUN_COMMANDS[words[0]](words)
-            sys.stdout.flush()
+            _run_reader(words)
         elif words[0] == "probe":
             import lightning_spectral.nanogpt  # noqa: F401  (as for Lightning's commands)
             from lightning_spectral.probing.command import run_probe
@@ -82,8 +81,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if message is None:
             raise
         _stop(message)
-    except BrokenPipeError:  # who reads has enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still flushes at its end
+
+
+def _run_reader(words: list[str]) -> None:
+    """One of the commands that read records; it ends without a word where who reads it has enough, as ``head`` has."""
+    try:
+        RUN_COMMANDS[words[0]](words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
         raise SystemExit(1) from None
 
 
