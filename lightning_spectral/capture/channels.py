@@ -31,10 +31,10 @@ class ChannelFinder:
     What the modules of a layer say is checked against the output, for the last to be registered need not be the last to
     run: only those count whose number of channels is the length of their axis. Where none of them fits, the last whose
     number of channels is found on one other axis only, unless there may be fewer of them on its own, as of gates, heads
-    and shuffles to pixels. Modules of other kinds are asked where there is no known one: an axis
-    that one of their weights has, too. A layer without weights (an activation, a pooling) is like the module registered
-    before it. Where nothing speaks for another, three axes are ``(batch, position, channel)``. If two axes would do,
-    or of four and more none, the layer is refused.
+    and shuffles to pixels. Modules of other kinds are asked where there is no known one: an axis that one of their
+    weights has, too. A layer without weights (an activation, a pooling) is like the module registered before it. Where
+    nothing speaks for another, three axes are ``(batch, position, channel)``. If two axes would do, or of four and more
+    none, the layer is refused.
 
     Args:
         layer: The module whose output is read.
@@ -58,10 +58,9 @@ class ChannelFinder:
             return fitting.pop() if len(fitting) == 1 else None
         for claim in self._claims:
             found = [axis for axis in range(1, len(shape)) if shape[axis] == claim.width]
-            if found and (len(found) > 1 or found[0] not in (1, last) or _may_be_regrouped(claim, shape)):
-                return None
             if found:
-                return found[0]
+                is_clear = len(found) == 1 and found[0] in (1, last) and not _may_be_regrouped(claim, shape)
+                return found[0] if is_clear else None
         if direct and (last == 2 or direct[0].axis == 1):
             # Halves of a gated unit; of more axes they could be heads.
             gated = {claim.axis % len(shape) for claim in direct if claim.width == 2 * shape[claim.axis]}
