@@ -32,7 +32,8 @@ def _steps_of(trainer: Trainer) -> Callable[[], bool]:
     whole = trainer.lightning_module
 
     def is_in_step() -> bool:
-        # By which ``self.log`` knows where it was called; it is put back after each hook within a step.
-        return whole._current_fx_name in STEPS
+        # By which ``self.log`` knows where it was called; it is put back after each hook within a step. Should a
+        # version of Lightning not have it, all that runs while a batch is open counts.
+        return getattr(whole, "_current_fx_name", STEPS[0]) in STEPS
 
     return is_in_step

@@ -17,6 +17,11 @@ _readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakVal
 _next_reader = itertools.count()
 
 
+def always() -> bool:
+    """Of a loop that cannot tell its step from what runs beside it."""
+    return True
+
+
 class ActivationReader:
     """Forward hooks on named layers that hand each output to a consumer while the reader is open.
 
@@ -29,7 +34,7 @@ class ActivationReader:
         self,
         consume: Callable[[str, Tensor], None],
         fail: Callable[[str, str], None] = lambda name, reason: None,
-        is_in_step: Callable[[], bool] = lambda: True,
+        is_in_step: Callable[[], bool] = always,
     ) -> None:
         self.is_open = False
         self.names: list[str] = []

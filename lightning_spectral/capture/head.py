@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.capture.activations import no_hook, outside_dynamo
+from lightning_spectral.capture.activations import always, no_hook, outside_dynamo
 from lightning_spectral.capture.contraction import is_linear
 from lightning_spectral.capture.names import clean_name, matching
 from lightning_spectral.capture.one_line import reason_of
@@ -69,6 +69,7 @@ class HeadReader:
         consume: Called within the backward pass.
         fail: Likewise.
         timer: Makes a context to spend that time in.
+        is_in_step: Whether what runs is the step's own, as for :class:`.activations.ActivationReader`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class HeadReader:
         consume: Callable[[HeadPass], None],
         fail: Callable[[str], None],
         timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        is_in_step: Callable[[], bool] = always,
     ) -> None:
         self.is_open = False
         self.takes_runs = False
@@ -83,6 +85,7 @@ class HeadReader:
         self._consume = consume
         self._fail = fail
         self._timer = timer
+        self._is_in_step = is_in_step
         self._module: nn.Module | None = None
         self._handle: RemovableHandle | None = None
         self._num_waiting = 0
@@ -104,6 +107,8 @@ class HeadReader:
     def ran(self, inputs: tuple[Any, ...], output: Any) -> None:
         """The head has run."""
         if not (self.is_open and self.takes_runs and isinstance(output, Tensor) and output.requires_grad):
+            return
+        if not self._is_in_step():
             return
         try:
             self._num_waiting += 1

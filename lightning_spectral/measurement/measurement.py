@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.capture.activations import always
 from lightning_spectral.capture.batch import SampleCutter, Samples, path_of
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
@@ -23,11 +24,6 @@ from lightning_spectral.metrics.collectives import Together, world_size
 from lightning_spectral.metrics.layout import Layout
 
 Stage = Literal["train", "validate"]
-
-
-def always() -> bool:
-    """Of a loop that cannot tell its step from what runs beside it."""
-    return True
 
 
 class Scene(NamedTuple):

@@ -94,7 +94,7 @@ class ReadoutMeasurement(Measurement):
                 f"readout={request.readout!r} reads heads that are whole on each rank, got a model of DTensors or "
                 "replicas: use 'ddp', or readout=None"
             )
-        self._reader = HeadReader(self._add, self._fail, scene.stopwatch.running)
+        self._reader = HeadReader(self._add, self._fail, scene.stopwatch.running, scene.is_in_step)
         self._sums: ReadoutSums | None = None
         self._span: list[int] = []
         self._step = 0

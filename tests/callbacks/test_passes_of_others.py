@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_spectral import ActivationSpectrum
 from tests.models import tiny_trainer
 
-WIDTH, ROWS = 8, 32
+WIDTH, ROWS, CLASSES = 8, 32, 4
 
 
 class Sampled(LightningModule):
@@ -23,7 +23,7 @@ class Sampled(LightningModule):
         torch.manual_seed(0)
         self.hook, self.automatic_optimization = hook, not is_manual
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
-        head = nn.Linear(WIDTH, 1)
+        head = nn.Linear(WIDTH, CLASSES)
         self.head = torch.jit.script(head) if scripted else head
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,20 +32,22 @@ class Sampled(LightningModule):
         return x
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self.head(self(batch[0])).square().mean()
+        loss = self.loss(batch)
         if not self.automatic_optimization:
             self.manual_backward(loss)
-            loss = self.head(self(batch[0])).square().mean()  # of the step, too
+            loss = self.loss(batch)  # of the step, too
             self.optimizers().step()
         return loss
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self(batch[0])), torch.arange(len(batch[0])) % CLASSES)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", self(batch[0]).square().mean())
 
     def sample(self, hook: str) -> None:
         if self.hook == hook:
-            with torch.no_grad():
-                self(10 * torch.randn(64, WIDTH))
+            self.head(self(10 * torch.randn(64, WIDTH)))  # with its graph, which nobody differentiates
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.sample("on_train_batch_start")
@@ -68,13 +70,20 @@ class Sampler(Callback):
             pl_module(10 * torch.randn(64, WIDTH))
 
 
-def measured(folder: Path, module: Sampled, stage: str, *others: Callback) -> dict[str, float]:
+def measured(
+    folder: Path, module: Sampled, stage: str, *others: Callback, readout: str | None = None
+) -> dict[str, float]:
     rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(rows), ROWS // 2)
-    callback = ActivationSpectrum("blocks.*", every_n_steps=2, stage=stage, tail=(1, 4), head=(1, 4), num_groups=1)
+    bands = {"tail": (1, 4), "head": (1, 4), "num_groups": 1}
+    callback = ActivationSpectrum("blocks.*", every_n_steps=2, stage=stage, readout=readout, **bands)
     trainer = tiny_trainer(folder, callbacks=[*others, callback], max_steps=2)
     trainer.fit(module, loader, loader)
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("activation/blocks")}
+    return {
+        key: float(value)
+        for key, value in trainer.callback_metrics.items()
+        if key.startswith(("activation/blocks", "activation/head"))
+    }
 
 
 @pytest.mark.parametrize("stage", ["train", "validate"])
@@ -84,6 +93,13 @@ def test_they_are_not_read(tmp_path: Path, stage: str) -> None:
     assert measured(tmp_path, Sampled(), stage, Sampler()) == pytest.approx(expected, nan_ok=True)
     own = Sampled("on_train_batch_start" if stage == "train" else "on_validation_batch_start")
     assert measured(tmp_path, own, stage) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_head_that_they_run_is_read_in_the_step_alone(tmp_path: Path) -> None:
+    expected = measured(tmp_path, Sampled(), "train", readout="head")
+    assert expected["activation/head/task_power"] > 0
+    found = measured(tmp_path, Sampled("on_train_batch_start"), "train", readout="head")
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_all_passes_of_a_manual_step_are(tmp_path: Path) -> None:
