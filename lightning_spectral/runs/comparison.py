@@ -1,8 +1,6 @@
 """Comparing two sides of runs at equal loss: what was gained in tokens and in time, and what moved in the spectra."""
 
 import os
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +8,7 @@ from lightning_spectral.runs.arguments import check_loss, check_paths
 from lightning_spectral.runs.divergences import find_divergences, losses_between
 from lightning_spectral.runs.finding import RunPaths, open_runs
 from lightning_spectral.runs.gains import BETTER, TIMES, Gain, gain_in, without_floor
+from lightning_spectral.runs.independence import check_alike, check_apart
 from lightning_spectral.runs.kinds import Key
 from lightning_spectral.runs.measured import (
     bands_of,
@@ -22,7 +21,6 @@ from lightning_spectral.runs.measured import (
 from lightning_spectral.runs.movement import Lead, Movement, find_lead, move
 from lightning_spectral.runs.pairs import Pairs, check_paired, find_pairs, in_order, use_pairs
 from lightning_spectral.runs.run import Run
-from lightning_spectral.runs.settings import settings_of
 from lightning_spectral.runs.shifts import Shift, mean_shift, shifts_of
 from lightning_spectral.runs.sides import Sides
 from lightning_spectral.runs.statistics import Scatter, read_scatter, scatter
@@ -30,9 +28,6 @@ from lightning_spectral.runs.timing import Timing, time_sides
 from lightning_spectral.runs.verdict import Verdict, decide
 
 Paths = RunPaths
-
-LEAST_ENTRIES = 3
-"""Losses of which two runs must have all alike to be taken for one: fewer, if rounded, might be so by chance."""
 
 NEAR_LOSS = 0.05
 """Share by which the loss of a recorded floor may differ from the one that is matched."""
@@ -128,8 +123,8 @@ def compare(
     sides = open_runs(base, "base"), open_runs(variant, "variant")
     others, recorded = _open_floor(floor, sides)
     for name, side in (("base", sides[0]), ("variant", sides[1]), ("floor", others)):
-        _check_alike(name, side)
-    _check_apart(*sides)
+        check_alike(name, side)
+    check_apart(*sides)
     pairs = find_pairs(*sides)
     sides = in_order(sides[0], pairs), in_order(sides[1], pairs)
     runs = [*sides[0], *sides[1], *others]
@@ -218,54 +213,3 @@ def _check_floor_is_of(recorded: Scatter, loss_name: str, loss: float) -> None:
             f"floor must be of about the loss that is matched, {loss:.4g}, got one of {recorded.loss:.4g}: compare at "
             "that, or give the runs that it was made of"
         )
-
-
-def _check_alike(name: str, runs: Sequence[Run]) -> None:
-    """Refuse runs on a side that are no seeds of one setting, and warn where their records say that they are none."""
-    seen: dict[str, Run] = {}
-    courses: dict[tuple[Any, ...], Run] = {}
-    for run in runs:
-        if run.family != runs[0].family:
-            raise ValueError(
-                f"{name} must be runs of one family, got {runs[0].family} in {runs[0]} and {run.family} in {run}"
-            )
-        other = seen.setdefault(run.id, run)
-        if other is not run:
-            raise ValueError(
-                f"{name} must be independent runs, got {other} and {run}, which go on from one start: leave one out"
-            )
-        entries, losses = run.history.with_loss()
-        numbers = (run.history.step[entries], run.history.tokens[entries], losses)
-        course = (run.about.get("seed"), *(one.tobytes() for one in numbers))
-        can_be_told = bool(course[0] is not None or run.columns) and len(entries) >= LEAST_ENTRIES
-        other = courses.setdefault(course, run) if can_be_told else run
-        if other is not run:
-            raise ValueError(
-                f"{name} must be independent runs, got {other} and {run}, whose losses are the same to the last digit: "
-                "leave one out, and train others with other seeds"
-            )
-    _warn_of_unlike_seeds(name, runs)
-
-
-def _warn_of_unlike_seeds(name: str, runs: Sequence[Run]) -> None:
-    """Say where the scatter of a side may be that of other things than seeds."""
-    seeds = [run.about["seed"] for run in runs if run.about.get("seed") is not None]
-    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        warnings.warn(
-            f"{name} has several runs of seed {twice[0]}: if they began alike, they scatter less than seeds do",
-            stacklevel=3,
-        )
-    if (number := max(settings_of(runs), default=0) + 1) > 1:
-        warnings.warn(
-            f"{name} has runs of {number} settings, by their records: they scatter more than seeds do",
-            stacklevel=3,
-        )
-
-
-def _check_apart(base: Sequence[Run], variant: Sequence[Run]) -> None:
-    """Refuse a run that is compared with itself, by whatever path it is named."""
-    for run in variant:
-        same = next((one for one in base if one.id == run.id or one.folder.samefile(run.folder)), None)
-        if same is not None:
-            where = f"{run.path}" if same.path == run.path else f"{same.path} and {run.path}, which are one run"
-            raise ValueError(f"base and variant must be different runs, got {where} on both sides: leave it out of one")

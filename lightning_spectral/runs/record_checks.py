@@ -65,6 +65,7 @@ _FACTS = {
     "batch_samples": _Fact("a positive number", _is_positive),
     "val_loss": _TEXT,
     "resumed": _LIST,
+    "resumed_at": _LIST,
     "machines": _LIST,
     "setting": _TABLE,
     "advice": _ADVICE,

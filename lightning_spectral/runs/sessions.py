@@ -53,11 +53,12 @@ def session_of(run: Run) -> Session | str:
     machines = run.about.get("machines")
     hosts = ", ".join(map(str, machines)) if isinstance(machines, list) else ""
     duration = timedelta(seconds=float(seconds.max(initial=0)))
-    resumed = [_time(one) for one in run.about.get("resumed_at") or ()]
-    if len(resumed) < len(run.about.get("resumed") or ()) or None in resumed:
+    times, steps = run.about.get("resumed_at") or [], run.about.get("resumed") or []
+    resumed = [time for one in times if (time := _time(one)) is not None]
+    if len(resumed) < len(steps):
         return f"{run.path} did not record when it was resumed"
     # A machine may be faster on another day; what a run took of each is not told apart.
-    if any(one is not None and one - start > duration + DAY for one in resumed):
+    if any(one - start > duration + DAY for one in resumed):
         return f"{run.path} was resumed on another day"
     return Session(start, duration, hosts, str(run.about.get("device", "")))
 
