@@ -169,7 +169,7 @@ class Setting:
         reader = BackwardReader()
         for name, parameter in self.parameters.items():
             reader.add(name, parameter, self.module)
-        reader.checked()
+        reader.come_whole()
         reader.begin(LayerRows(self.samples, store.open(self.samples), float(self.samples)), reduce)
         self.plain()
         rows = reader.end()

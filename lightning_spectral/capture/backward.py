@@ -1,8 +1,8 @@
 """Per-sample gradients read off the backward pass of training, which happens anyway, by hooks that change nothing."""
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ class BackwardReader:
     """Hooks on the layers of chosen parameters that turn gradients of outputs into rows while a batch is open.
 
     A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
-    layer's input until then. In a compiled graph it does nothing. Under non-reentrant activation checkpointing the kept
-    inputs are memory that checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take
+    layer's input until then. Where the parameter's own gradient comes by, it is compared with the sum of rows. In a
+    compiled graph nothing happens. Under non-reentrant activation checkpointing the kept inputs are memory that
+    checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take
     within a backward pass. Given the name of a parameter, a layer's input and the gradient of its output, ``localise``
     says which parts of them give the rows that are wanted here.
     """
@@ -46,7 +47,8 @@ class BackwardReader:
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._unchecked: set[str] = set()
+        self._new: set[str] = set()
+        """Those of which no batch has shown whether their gradient comes in one part."""
         self._in_parts: set[str] = set()
         """Those whose gradient came more than once in a batch: none is the last for sure."""
         self._completed: set[str] = set()
@@ -67,7 +69,7 @@ class BackwardReader:
             return
         self.drop(name)
         self._parameters[name], self._places[name] = parameter, places
-        self._unchecked.add(name)
+        self._new.add(name)
         hooks = [(module, _ForwardHook(self, name, attribute)) for module, attribute in places]
         self._handles[name] = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
 
@@ -77,33 +79,30 @@ class BackwardReader:
             handle.remove()
         self._parameters.pop(name, None)
         self._places.pop(name, None)
-        self._unchecked.discard(name)
+        self._new.discard(name)
         self._in_parts.discard(name)
 
-    def checked(self) -> None:
-        """Take for granted that the rows add up to the gradient of each parameter, as an earlier batch has shown."""
-        self._unchecked.clear()
+    def come_whole(self) -> None:
+        """Take for granted that the gradient of each parameter comes in one part, as an earlier batch has shown."""
+        self._new.clear()
 
     def begin(self, rows: LayerRows, on_complete: Callable[[str], None] | None = None) -> None:
         """Open for the passes of one batch.
 
-        The first batch of which all rows are wanted also shows whether they add up to the gradient of each parameter.
-        ``on_complete`` is called within the backward pass with the name of a parameter whose rows are all there, once
-        they have been shown to add up; not for one whose gradient came in parts before.
+        ``on_complete`` is called within the backward pass with the name of a parameter whose rows are all there; not
+        for one whose gradient came in parts before, nor in its first batch. None where a later pass of the batch may be
+        the one that counts.
         """
         self.rows = rows
         self.passes.clear()
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad or is_lazy(parameter):
                 continue  # frozen, or made by this very batch: there is nothing to hook yet
-            if name in self._unchecked:
-                if len(rows.out[name]) == rows.num_samples:
-                    hook = _register_first(parameter, functools.partial(self._add_gradient, name))
-                    self._batch_handles.append(hook)
-            elif on_complete is not None and name not in self._in_parts:
-                # Autograd sums the gradients of all layers that share a parameter before it comes by here.
-                hook = parameter.register_hook(lambda _, name=name: self._complete(name, on_complete))
-                self._batch_handles.append(hook)
+            # Autograd sums the gradients of all layers that share a parameter before it comes by here.
+            read = functools.partial(self._add_gradient, name)
+            if on_complete is not None and name not in self._new | self._in_parts:
+                read = functools.partial(self._complete, name, on_complete)
+            self._batch_handles.append(_register_first(parameter, read))
 
     def end(self) -> LayerRows | None:
         """Close after the batch and give its rows, or None if there was no :meth:`begin`."""
@@ -116,12 +115,12 @@ class BackwardReader:
         if rows is not None:
             for name, gradient in self._gradients.items():
                 try:
-                    rows.check(name, gradient)
+                    rows.compare(name, gradient)
                 except Exception as error:  # of whatever kind a gradient may be
                     rows.failures.setdefault(name, reason_of(error))
-                if name not in rows.failures:
-                    # One that fails is looked at again: its rows must not pass as good the next time.
-                    self._unchecked.discard(name)
+            rows.settle()
+            # One that fails is looked at again as if it were new: how its gradient comes has not been shown.
+            self._new -= self._gradients.keys() - rows.failures.keys()
         self._gradients.clear()
         return rows
 
@@ -157,16 +156,15 @@ class BackwardReader:
     def _add_gradient(self, name: str, gradient: Any) -> None:
         if self.rows is not None and name in self.rows.final:
             return
-        if hasattr(gradient, "to_local"):
-            if gradient.placements != getattr(self._parameters[name], "placements", None):
-                return  # still to be reduced, which cannot be compared
-            gradient = gradient.to_local()
-        seen = self._gradients.get(name)
-        if seen is not None:
-            # Reentrant checkpoints that share a parameter do this, and several backward passes in one training step.
-            self._in_parts.add(name)
         try:
-            self._gradients[name] = gradient.detach().clone() if seen is None else seen + gradient.detach()
+            local = self._comparable(name, gradient)
+            if local is None:
+                return
+            seen = self._gradients.get(name)
+            if seen is not None:
+                # Reentrant checkpoints that share a parameter do this, and several backward passes in one step.
+                self._in_parts.add(name)
+            self._gradients[name] = local.clone() if seen is None else seen + local
         except Exception as error:  # never raised: a backward pass is under way
             self._fail(name, error)
 
@@ -174,18 +172,50 @@ class BackwardReader:
         if self.rows is not None:
             self.rows.failures.setdefault(name, reason_of(error))
 
-    def _complete(self, name: str, on_complete: Callable[[str], None]) -> None:
+    def _complete(self, name: str, on_complete: Callable[[str], None], gradient: Any) -> None:
         rows = self.rows
-        if rows is None or name not in rows.seen or name in rows.failures or name in self._completed:
+        if rows is None or name not in rows.seen or name in rows.failures or name in rows.final:
+            return
+        if name in self._completed:
+            self._came_in_parts(rows, name)
             return
         self._completed.add(name)
         try:
-            # A parameter's hooks run in the stream in which it was first used, which under DDP is another: memory that
-            # is let go of there would be written over while it is still read.
-            with self._timer(), torch.cuda.stream(self._streams.get(name)):
+            local = self._comparable(name, gradient)
+            with self._timer(), self._stream_of_rows(name, local):
+                if local is not None:
+                    rows.compare(name, local)
                 on_complete(name)
         except Exception as error:  # never raised: a backward pass is under way
             rows.failures[name] = reason_of(error)
+
+    def _came_in_parts(self, rows: LayerRows, name: str) -> None:
+        self._in_parts.add(name)
+        rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"
+
+    def _comparable(self, name: str, gradient: Any) -> Tensor | None:
+        """The part of a gradient that is of this rank's rows; None if it is still to be reduced over ranks."""
+        if hasattr(gradient, "to_local"):
+            is_reduced = gradient.placements == getattr(self._parameters[name], "placements", None)
+            gradient = gradient.to_local() if is_reduced else None
+        return None if gradient is None else gradient.detach()
+
+    @contextmanager
+    def _stream_of_rows(self, name: str, gradient: Tensor | None) -> Iterator[None]:
+        """Work in the stream in which rows were written, if that is on a GPU.
+
+        A parameter's hooks run in the stream in which it was first used, which under DDP is another: memory that is let
+        go of there would be written over while it is still read.
+        """
+        stream = self._streams.get(name)
+        if stream is None:
+            yield
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        if gradient is not None:
+            gradient.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield
 
     def watch(self, name: str, attribute: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Ask for the gradient of what a layer returned; ``attribute`` is the parameter's name in the layer."""
@@ -207,8 +237,7 @@ class BackwardReader:
                 return
             self.passes.setdefault(name, set()).add(torch._C._current_graph_task_id())
             if name in self._completed:
-                self._in_parts.add(name)
-                rows.failures[name] = "its gradient came in parts for the first time; the next report will allow for it"
+                self._came_in_parts(rows, name)
                 return
             try:
                 with self._timer():

@@ -14,9 +14,11 @@ from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
 from lightning_spectral.capture.batch import Cut, cut, num_samples, take
 from lightning_spectral.capture.branches import BranchError
 from lightning_spectral.capture.contraction import LayerRows, owners
+from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.capture.stand_ins import MetricTermError
+from lightning_spectral.capture.time_first import without_samples
 from lightning_spectral.capture.vmap_rules import VmapRules, buffers_of_samples
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
@@ -61,6 +63,9 @@ def by_vmap(loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor
 def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, Tensor]) -> None:
     """:func:`by_vmap` of samples that take the same branches; BranchError if they do not."""
     loss.freeze()
+    for name in names:
+        # One that is reached otherwise than by its module, where another takes its place, is then seen in the values.
+        loss.parameter(name)[1].requires_grad_(True)
     keys = {name: loss.parameter(name)[0] for name in names}
     chosen = {keys[name]: loss.parameter(name)[1].detach() for name in names}
     if samples.ones is not None:
@@ -94,6 +99,12 @@ def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, T
             raise
         loss.reset()
     loss.check(values)
+    leaves = {id(leaf) for leaf in graph_of(values).leaves}
+    if held := [name for name in names if id(loss.parameter(name)[1]) in leaves]:
+        raise ValueError(
+            f"{held[0]} is used by another way than its module, held in a list or by functools.partial for example, "
+            "where no other tensor can take its place: use method='loop'"
+        )
     if not loss.is_dependent and not any(bool(gradient.any()) for gradient in gradients.values()):
         loss.unfreeze()
         loss.is_reentrant(loss(take(samples, 0, 1)))  # which refuses a loss that depends on nothing
@@ -152,31 +163,30 @@ def gradients_of(loss: BatchLoss, batch: Any, parameters: list[nn.Parameter]) ->
 class ByHooks:
     r"""One forward and backward pass for the whole batch; each layer's input and output gradient give its rows.
 
-    Only gradients of activations are computed, down to the first layer that is asked for: no gradient of a parameter,
-    unless the rows are still to be checked against it.
+    Their sum is compared with the gradient of the batch. At the first call a forward pass of one sample shows which
+    axis of layers' outputs is that of samples.
 
     Args:
         loss_reduction: How the loss of a batch comes from those of its samples. Under ``"mean"`` a row is B times its
             sample's part of the gradient of the batch. That is the gradient of the sample's own loss if samples weigh
             the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it, over
             the B samples of one pass.
+        batch_dim: Axis of samples of what a layer takes and gives, if it is as long as there are samples; else 0.
     """
 
-    def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean") -> None:
+    def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean", batch_dim: int = 0) -> None:
         self.loss_reduction = loss_reduction
-        self.is_checked = False
+        self.batch_dim = batch_dim
+        self._known: set[str] = set()
+        """Names of which the axis of samples has been seen to be right."""
 
     def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
         """See :class:`Engine`."""
-        # The first graph is a whole one: where all is frozen, reentrant checkpointing leaves no trace.
-        if self.is_checked:
-            loss.freeze()
-        else:
-            loss.unfreeze()
+        loss.unfreeze()
         parameters = {name: loss.parameter(name)[1] for name in names}
         check_contracts(loss.shadow, parameters)
         size = num_samples(batch) or 0
-        rows = LayerRows(size, out, float(size) if self.loss_reduction == "mean" else 1.0)
+        rows = LayerRows(size, out, float(size) if self.loss_reduction == "mean" else 1.0, self.batch_dim)
         device = next(iter(parameters.values())).device
         # What each tapped output leads back to: the one thing a gradient is asked of.
         anchor = torch.zeros((), device=device, requires_grad=True)
@@ -186,11 +196,12 @@ class ByHooks:
                 hook = _tap(rows, name, attribute, anchor)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
-            wanted = [anchor, *(() if self.is_checked else parameters.values())]
             value = loss(batch)
             loss.check(value.detach())
-            if not self.is_checked and loss.is_reentrant(value):
+            # Where all is frozen, reentrant checkpointing leaves no trace.
+            if loss.is_reentrant(value):
                 raise ValueError("method='hooks' cannot see through reentrant checkpointing: use method='loop'")
+            wanted = [anchor, *parameters.values()]
             gradients = torch.autograd.grad(value, wanted, allow_unused=True) if value.requires_grad else ()
         finally:
             for handle in handles:
@@ -198,11 +209,14 @@ class ByHooks:
             loss.reset()
         for name, gradient in zip(names, gradients[1:], strict=False):
             if gradient is not None:
-                rows.check(name, gradient)
+                rows.compare(name, gradient)
+        rows.settle()
         failures = {name: NO_GRADIENT for name in names if name not in rows.seen} | rows.failures
+        if new := {name: p for name, p in parameters.items() if name not in self._known | failures.keys()}:
+            failures |= without_samples(loss, new, rows.axes, cut(batch))
+        self._known |= parameters.keys() - failures.keys()
         if failures:
             raise SomeRowsError(failures)
-        self.is_checked = True
 
 
 def _tap(rows: LayerRows, name: str, attribute: str, anchor: Tensor) -> Callable[..., Tensor]:
@@ -258,9 +272,9 @@ class ByVmapOrLoop:
         self.cause = self.cause or cause
 
 
-def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean") -> Engine:
-    """A new engine of a method, for it may remember what it learns; ``loss_reduction`` is of use to ``hooks`` alone."""
+def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean", batch_dim: int | None = None) -> Engine:
+    """A new engine of a method, for it may remember what it learns; all but ``method`` is of use to ``hooks`` alone."""
     if method == "hooks":
-        return ByHooks(loss_reduction)
+        return ByHooks(loss_reduction, batch_dim or 0)
     engines: dict[str, Engine] = {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}
     return engines[method]

@@ -115,7 +115,7 @@ def per_sample_gradients(
             name: torch.empty(size, p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in chosen.items()
         }
-        fill_rows(engine_of(method, loss_reduction), loss, list(chosen), batch, out, chunk_size)
+        fill_rows(engine_of(method, loss_reduction, batch_dim), loss, list(chosen), batch, out, chunk_size)
     return out
 
 

@@ -12,6 +12,8 @@ from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.self_check import MOST_LOOPED
+from lightning_spectral.capture.shadow import BatchLoss
+from lightning_spectral.capture.time_first import is_ambiguous, without_samples
 from lightning_spectral.measurement.gradient_request import GradientRequest
 from lightning_spectral.measurement.gradients import GradientMeasurement, without_vmap
 from lightning_spectral.measurement.measurement import Scene
@@ -19,6 +21,11 @@ from lightning_spectral.metrics.layout import are_sharded
 
 OWN_PASSES = (
     "training_step calls backward several times itself, and its passes cannot be told apart: manual_backward can"
+)
+
+UNKNOWN_AXIS = (
+    "its rows may be of samples or of positions, for a tensor of the batch has as many of both, and no pass of one "
+    "sample could be made to tell: give batch_dim, 0 for samples first"
 )
 
 
@@ -44,6 +51,10 @@ class BackwardGradients(GradientMeasurement):
         self._had_backward = False
         self._held: tuple[Cut, int] | None = None
         """Samples of the first batch for the self-check, with its index."""
+        self._axes: dict[str, set[tuple[int, int]]] = {}
+        self._of_samples: set[str] = set()
+        """Names of which the axis of samples has been seen to be right."""
+        self._is_square = False
         self._reader = BackwardReader(scene.stopwatch.running, self._sharded.local)
         refused = self._sharded.take_up(scene.module, self.parameters)
         if refused:
@@ -76,20 +87,23 @@ class BackwardGradients(GradientMeasurement):
 
     @override
     def collect(self, batch: Any, step: int) -> None:
-        size = self.samples.cut(batch).size
+        cut = self.samples.cut(batch)
+        size = cut.size
         self._offered += size
         if self._store.room > 0 and len(self._failures) < len(self.parameters):
             wanted = min(size, self._store.room)
             mean_of = float(size) if self.request.loss_reduction == "mean" else 1.0
-            is_last = wanted == self._store.room and len(self._layout.data_ranks) == 1
             # Under manual optimisation a later pass may be the one that counts.
-            is_last = is_last and getattr(self._module, "automatic_optimization", True)
+            is_one_pass = bool(getattr(self._module, "automatic_optimization", True))
+            is_last = wanted == self._store.room and len(self._layout.data_ranks) == 1 and is_one_pass
             out = self._store.open(wanted, is_last)
             self._rows = LayerRows(size, out, mean_of, self.request.batch_dim or 0)
             self._had_backward = False
+            self._is_square = self._is_square or is_ambiguous(cut)
             if self._held is None and self.is_checking:
                 self._hold(batch, size)
-            self._reader.begin(self._rows, self._reduce if is_last else None)
+            on_complete = self._reduce if is_last else _keep
+            self._reader.begin(self._rows, on_complete if is_one_pass else None)
             self._span = [*self._span[:1], step]
 
     @torch.no_grad()
@@ -128,16 +142,25 @@ class BackwardGradients(GradientMeasurement):
     @override
     def finish(self, step: int) -> None:
         held, self._held = self._held, None
-        if held is None or not self.is_checking or self._is_sharded():
-            return
-        batch, batch_idx = held
-        try:
-            loss = self._make_loss(None)
-            loss.batch_idx = batch_idx
-            with loss.isolated(batch) as kept:
-                self.check_span(loss, kept, batch, None)
-        except Exception as error:  # a module that cannot be copied can be read all the same
-            self.checked["span"] = reason_of(error)
+        if held is not None and self.is_checking and not self._is_sharded():
+            batch, batch_idx = held
+            try:
+                loss = self._make_loss(None)
+                loss.batch_idx = batch_idx
+                with loss.isolated(batch) as kept:
+                    self._check_axes(loss, batch)
+                    self.check_span(loss, kept, batch, None)
+            except Exception as error:  # a module that cannot be copied can be read all the same
+                self.checked["span"] = reason_of(error)
+        if self._is_square and self.request.check != "off" and self.request.batch_dim is None:
+            unknown = self.parameters.keys() - self._of_samples
+            self._failures |= dict.fromkeys(unknown - self._failures.keys(), UNKNOWN_AXIS)
+
+    def _check_axes(self, loss: BatchLoss, batch: Cut) -> None:
+        chosen = {name: loss.parameter(name)[1] for name in self.parameters if name not in self._failures}
+        failures = without_samples(loss, chosen, self._axes, batch)
+        self._of_samples |= chosen.keys() - failures.keys()
+        self._failures |= failures
 
     @override
     def close(self) -> None:
@@ -156,9 +179,15 @@ class BackwardGradients(GradientMeasurement):
             if are_sharded(self._module):
                 failures = {name: without_vmap(reason) for name, reason in failures.items()}
             self._failures |= failures
+            for name, axes in rows.axes.items():
+                self._axes.setdefault(name, set()).update(axes)
             self._store.commit()
 
     @override
     def forget(self) -> None:
         super().forget()
-        self._grams, self._held = {}, None
+        self._grams, self._axes, self._held, self._is_square = {}, {}, None, False
+
+
+def _keep(name: str) -> None:
+    """What becomes of rows that are complete, as long as others may join them."""

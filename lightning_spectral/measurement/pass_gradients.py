@@ -35,7 +35,7 @@ class PassGradients(GradientMeasurement):
         if request.method == "hooks":
             check_contracts(scene.module, self.parameters)
         self.chunk_size = request.chunk_size
-        self._engine = engine_of(request.method, request.loss_reduction)
+        self._engine = engine_of(request.method, request.loss_reduction, request.batch_dim)
         self._batches: list[tuple[Cut, int, int]] = []
         """Each with its number of samples and its index in the loader."""
         self._waiting = 0

@@ -133,7 +133,7 @@ def test_use_outside_of_the_layer_is_found_out(model: LanguageModel) -> None:
     for _ in range(2):  # and is not forgotten
         reader.begin(rows_for(tied, 6, 6.0, names=names))
         tied.loss(batch()).backward()
-        assert "part of its gradient does not come from its own layers" in reader.end().failures[names[0]]
+        assert "is not the sum of what its own layers gave" in reader.end().failures[names[0]]
 
 
 @pytest.mark.parametrize(("share", "is_short"), [(0.01, False), (0.1, True)])
@@ -171,7 +171,7 @@ def test_rows_are_complete_once_their_gradient_comes_by(model: LanguageModel) ->
     data = batch()
     expected = per_sample_gradients(model, data, NAMES, method="loop")
     reader = reader_of(model)
-    reader.checked()
+    reader.come_whole()
     rows = rows_for(model, 6, scale=6.0)
     found: dict[str, Tensor] = {}
     reader.begin(rows, lambda name: found.update({name: rows.out[name].clone()}))
@@ -185,7 +185,7 @@ def test_rows_are_complete_once_their_gradient_comes_by(model: LanguageModel) ->
 def test_gradients_in_parts_are_never_taken_for_complete_twice(model: LanguageModel) -> None:
     data = batch()
     reader = reader_of(model)
-    reader.checked()
+    reader.come_whole()
     completed: list[str] = []
     failures = []
     for _ in range(2):
@@ -203,7 +203,7 @@ def test_a_failure_to_use_complete_rows_is_noted_and_training_goes_on(model: Lan
         raise RuntimeError(f"no memory for {name}")
 
     reader = reader_of(model)
-    reader.checked()
+    reader.come_whole()
     reader.begin(rows_for(model, 6, scale=6.0), fail)
     model.loss(batch()).backward()
     assert reader.end().failures == {name: f"no memory for {name}" for name in NAMES}

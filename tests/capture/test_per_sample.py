@@ -1,6 +1,7 @@
 """Per-sample gradients by every engine are those of autograd on one sample at a time, and the module stays as it is."""
 
 import copy
+import functools
 import random
 import warnings
 from collections.abc import Callable
@@ -350,6 +351,32 @@ def test_auto_loops_where_vmap_fails_and_knows_why(make: Callable[[], LanguageMo
     assert_rows(out, per_sample_gradients(model, batch, names, method="loop"))
 
 
+class Holding(LanguageModel):
+    """Its head holds the weight itself, where no other tensor can take its place."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.head = functools.partial(F.linear, weight=self.network.embedding.weight)
+        self.dropout = dropout
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = F.dropout(self.network.embedding(batch["input_ids"]), self.dropout)
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), batch["labels"].flatten())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-6])
+def test_a_weight_that_is_held_beside_its_module_is_not_left_out(dropout: float) -> None:
+    torch.manual_seed(0)
+    model, batch, name = Holding(dropout), language_batch(), "network.embedding.weight"
+    expected = per_sample_gradients(model, batch, name, method="loop")
+    assert_rows(per_sample_gradients(model, batch, name), expected)
+    with pytest.raises(ValueError, match=f"^{name} is used by another way than its module, held in a list or by"):
+        per_sample_gradients(model, batch, name, method="vmap")
+    # Of others the gradients are whole.
+    other = per_sample_gradients(model, batch, "network.logits.bias", method="vmap", loss_fn=lambda m, b: m.loss(b))
+    assert other["network.logits.bias"].any()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_loop_works_through_activation_checkpointing(use_reentrant: bool) -> None:
     torch.manual_seed(0)
@@ -463,7 +490,7 @@ def test_hooks_refuse_what_they_cannot_read() -> None:
     with pytest.raises(ValueError, match=r"wpe.weight: the first axis of its layer's input .* batch of 5 samples"):
         per_sample_gradients(module, batch, "*.wpe.weight", method="hooks")
     module, batch = nanogpt()
-    with pytest.raises(ValueError, match=r"gpt.embedding.weight: part of its gradient does not come from its own lay"):
+    with pytest.raises(ValueError, match=r"gpt.embedding.weight: its gradient is not the sum of what its own"):
         per_sample_gradients(module, batch, "gpt.embedding.weight", method="hooks")
     with pytest.raises(
         ValueError, match=r"linear layers and embeddings, got parameter .*norm.weight' of LayerNorm: use"
