@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.capture.fast_path import Onlooker, may_take_it
 from lightning_spectral.capture.one_line import reason_of
 
 _readers: "weakref.WeakValueDictionary[int, ActivationReader]" = weakref.WeakValueDictionary()
@@ -36,7 +37,7 @@ class ActivationReader:
         fail: Callable[[str, str], None] = lambda name, reason: None,
         is_in_step: Callable[[], bool] = always,
     ) -> None:
-        self.is_open = False
+        self._is_open = False
         self.names: list[str] = []
         """Of all layers that are, or were, watched."""
         self.inputs: tuple[Any, ...] = ()
@@ -44,18 +45,34 @@ class ActivationReader:
         self._consume = consume
         self._fail = fail
         self._is_in_step = is_in_step
-        self._watched: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._watched: dict[str, tuple[nn.Module, RemovableHandle | None]] = {}
+        self._onlooker = Onlooker(self._read_apart)
         self.id = next(_next_reader)
         _readers[self.id] = self
 
-    def add(self, name: str, layer: nn.Module) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether outputs are handed on."""
+        return self._is_open
+
+    @is_open.setter
+    def is_open(self, is_open: bool) -> None:
+        self._is_open = is_open
+        self._onlooker.stand_by(is_open)
+
+    def add(self, name: str, layer: nn.Module, root: nn.Module | None = None) -> None:
         """Watch one more layer, or another one instead, under the name that is handed to the consumer.
 
         A module that was compiled and *called* before no longer looks at its hooks: add layers before the first step.
+        Given the tree that the layer is in, one that hooks would take off torch's fast path is seen without any.
         """
         self.drop(name)
         if name not in self.names:
             self.names.append(name)
+        if root is not None and may_take_it(root, layer):
+            self._onlooker.looked_for[id(layer)] = layer
+            self._watched[name] = layer, None
+            return
         hook = _Hook(self.id, self.names.index(name))
         self._watched[name] = layer, layer.register_forward_hook(hook)
 
@@ -65,8 +82,13 @@ class ActivationReader:
 
     def drop(self, name: str) -> None:
         """Watch a layer no longer, if it is; its name stays."""
-        if name in self._watched:
-            self._watched.pop(name)[1].remove()
+        if name not in self._watched:
+            return
+        layer, handle = self._watched.pop(name)
+        if handle is not None:
+            handle.remove()
+        elif all(other is not layer for other, _ in self._watched.values()):
+            del self._onlooker.looked_for[id(layer)]
 
     def layer(self, name: str) -> nn.Module:
         """The layer that is watched under a name."""
@@ -78,6 +100,11 @@ class ActivationReader:
         for name in list(self._watched):
             self.drop(name)
         self.names.clear()
+
+    def _read_apart(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for name, (layer, handle) in self._watched.items():
+            if layer is module and handle is None:
+                self.read(self.names.index(name), output, inputs)
 
     def read(self, index: int, output: Any, inputs: tuple[Any, ...] = ()) -> None:
         """Hand on whatever the layer ``names[index]`` returned, if open."""

@@ -30,9 +30,9 @@ class BackwardReader:
     A forward hook asks the output's gradient to come by (a tensor hook: no node is added to the graph) and keeps the
     layer's input until then. Where the parameter's own gradient comes by, it is compared with the sum of rows. In a
     compiled graph nothing happens. Under non-reentrant activation checkpointing the kept inputs are memory that
-    checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take
-    within a backward pass. Given the name of a parameter, a layer's input and the gradient of its output, ``localise``
-    says which parts of them give the rows that are wanted here.
+    checkpointing would have saved. ``timer`` makes a context to spend the time in that rows take within a backward
+    pass. Given the name of a parameter, a layer's input and the gradient of its output, ``localise`` says which parts
+    of them give the rows that are wanted here.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class BackwardReader:
         self._localise = localise
         self.rows: LayerRows | None = None
         """Where the rows of the batch go; None while none is wanted."""
-        self._handles: dict[str, list[RemovableHandle]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._new: set[str] = set()
@@ -70,13 +69,9 @@ class BackwardReader:
         self.drop(name)
         self._parameters[name], self._places[name] = parameter, places
         self._new.add(name)
-        hooks = [(module, _ForwardHook(self, name, attribute)) for module, attribute in places]
-        self._handles[name] = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
 
     def drop(self, name: str) -> None:
         """Watch a parameter no longer, if it is."""
-        for handle in self._handles.pop(name, []):
-            handle.remove()
         self._parameters.pop(name, None)
         self._places.pop(name, None)
         self._new.discard(name)
@@ -95,6 +90,12 @@ class BackwardReader:
         """
         self.rows = rows
         self.passes.clear()
+        # Only now, for in evaluation mode torch looks for hooks before it takes a fast path; and first of all, for a
+        # user's may make something else of what the layer gave.
+        for name, places in self._places.items():
+            for module, attribute in places:
+                hook = _ForwardHook(self, name, attribute)
+                self._batch_handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad or is_lazy(parameter):
                 continue  # frozen, or made by this very batch: there is nothing to hook yet

@@ -17,6 +17,7 @@ from lightning_spectral.capture.channels import (
     rows_last,
     unknown_axis,
 )
+from lightning_spectral.capture.fast_path import SKIPPED, is_skipped, refuse_compiled
 from lightning_spectral.capture.masks import Mask, Meaning, fit_rows
 from lightning_spectral.capture.nested import has_shape, parts_of, rows_of_parts
 from lightning_spectral.capture.one_line import reason_of
@@ -165,13 +166,17 @@ class ActivationMeasurement(Measurement):
             num_vectors: How many leading eigenvectors are needed in each report, 0 for none.
             again: Makes the same choice again before each report, of a model that may have changed.
             bands: What is looked at, and by ``dtype="auto"`` measured in float64 where float32 does not resolve it.
+
+        Raises:
+            ValueError: For layers that cannot be read without taking them off a fast path of torch.
         """
+        refuse_compiled(self._scene.module, layers)
         self._bands += [band for band in bands if band not in self._bands]
         self._num_vectors = max(self._num_vectors, num_vectors)
         self._choices.append((lambda: layers) if again is None else again)
         for name, layer in layers.items():
             if name not in self._reader.names:
-                self._reader.add(name, layer)
+                self._reader.add(name, layer, self._scene.module)
                 self._layers[name] = layer
 
     @override
@@ -184,7 +189,7 @@ class ActivationMeasurement(Measurement):
             self._reader.drop(name)
         changed = [name for name, layer in found.items() if not self._reader.watches(name, layer)]
         for name in changed:
-            self._reader.add(name, found[name])
+            self._reader.add(name, found[name], self._scene.module)
             self.widths.pop(name, None)
         if changed:
             self._collector.forget()
@@ -211,6 +216,11 @@ class ActivationMeasurement(Measurement):
         """Why layers will be NaN in the next report, as far as it is known on this rank."""
         never = {name: NEVER_RAN for name, rows in self.offered().items() if rows == 0 and name not in self.widths}
         return never | dict.fromkeys(self._absent, ABSENT) | self._collector.failures
+
+    def _never(self, name: str) -> str:
+        """Why nothing was seen of a layer."""
+        layer = self._layers.get(name)
+        return NEVER_RAN if layer is None or not is_skipped(self._scene.module, layer) else SKIPPED
 
     def channel_axis(self, name: str, num_axes: int) -> int | None:
         """The axis, from 0, of a layer's channels in an output of so many axes, once it was found."""
@@ -407,8 +417,9 @@ class ActivationMeasurement(Measurement):
     def make_report(self, step: int) -> None:
         settle(self._collector.device)
         with self.stopwatch.running():
+            names = self._reader.names
             reasons = dict.fromkeys(self._absent, ABSENT) | self._collector.failures
-            spectra = {name: self._missing(name, step, reasons.get(name, NEVER_RAN)) for name in self._reader.names}
+            spectra = {name: self._missing(name, step, reasons.get(name) or self._never(name)) for name in names}
             if not self._collector.is_agreed:
                 self._collector.agree()
             same = self._same_rows.agree(self._collector.device) if self.stage == "validate" else ""

@@ -57,7 +57,7 @@ class ActivationProbe:
         """The batch is about to pass."""
         self.look_up(scene.module)
         for name, layer in self.layers.items():
-            self._shapes.add(name, layer)
+            self._shapes.add(name, layer, scene.module)
         try:
             self._measure(scene, batch, self.request)
         except ValueError as error:
