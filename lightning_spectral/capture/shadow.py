@@ -121,7 +121,7 @@ class BatchLoss(nn.Module):
         except MetricTermError:
             self.compute_metrics()
             value = self(batch)
-        return float(value) / self.scale
+        return float(value.detach()) / self.scale
 
     @contextmanager
     def isolated(self, *beside: Any) -> Iterator[Kept]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from lightning_spectral.capture.engines import is_out_of_memory
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.parameters import (
@@ -174,8 +175,16 @@ class GradientMeasurement(Measurement):
         try:
             loss = self._make_loss(None)
             loss.batch_idx = self.batch_idx
-            with loss.isolated(batch), torch.no_grad():
-                self._expected = loss.of_training(batch), loss_tolerance(loss)
+            try:
+                with loss.isolated(batch), torch.no_grad():
+                    value = loss.of_training(batch)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                # A step may differentiate something itself, as a force is an energy's slope.
+                with loss.isolated(batch):
+                    value = loss.of_training(batch)
+            self._expected = value, loss_tolerance(loss)
         except Exception as error:  # for the report to say, where it matters
             self.checked["loss"] = reason_of(error)
 

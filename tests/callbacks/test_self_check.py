@@ -224,6 +224,25 @@ def test_it_is_made_at_the_first_report_and_every_tenth(
     assert steps == [2, 22, 42]
 
 
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_a_step_that_differentiates_something_itself_is_checked(tmp_path: Path, method: Any) -> None:
+    class Force(Net):
+        """Fits the slope of what it makes of its input."""
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.out(x).tanh().sum(), x)
+            return F.mse_loss(self.fc(slope)[:, :4], batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    model, spectrum = Force(), Kept(method=method)
+    trainer = fit(tmp_path, model, spectrum)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+    assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
+
+
 @METHODS
 def test_training_step_is_told_the_index_of_its_batch(tmp_path: Path, method: Any) -> None:
     class Indexed(Net):
