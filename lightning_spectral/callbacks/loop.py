@@ -21,6 +21,11 @@ from lightning_spectral.measurement.backward_gradients import BackwardGradients
 from lightning_spectral.measurement.passes import Pass
 from lightning_spectral.warner import Warner
 
+UNTOLD = (
+    "loss must be told by watch.loss(loss) within watch.step(batch), for method='hooks' reads its backward pass: call "
+    "it there, or use method='vmap'"
+)
+
 
 class Loop:
     """Hands the events of a loop to the session of its instruments, and has each of them take its reports.
@@ -33,6 +38,7 @@ class Loop:
         participants: Who takes part.
         hooked: Optimizers that are hooked, so that their steps need not be told.
         who: What warnings begin with.
+        untold: What is said where rows off backward passes are asked for, and no loss was told.
 
     Raises:
         ValueError: For instruments that do not go with the model or with each other.
@@ -44,13 +50,14 @@ class Loop:
         participants: Sequence[Participant],
         hooked: Sequence[Optimizer] = (),
         who: str = "SpectralWatch",
+        untold: str = UNTOLD,
     ) -> None:
         self.host = host
         self.is_closed = False
         """Whether it is over."""
         self._participants = participants
         self._session = host.session
-        self._warner = Warner(who)
+        self._warner, self._untold = Warner(who), untold
         self._batch: Any = None
         self._loss: Tensor | None = None
         self._reduction: str | None = None
@@ -128,6 +135,25 @@ class Loop:
             passes = count()
             loss.register_hook(lambda gradient: self._before_backward(value, gradient / factor, next(passes)))
         return loss
+
+    def doubt_gradients(self, stage: str, reason: str, has_size: bool = False) -> None:
+        """Have no gradients of single samples in the batch under way, whose loss is not the one that is trained.
+
+        Args:
+            stage: Of those meant.
+            reason: Why.
+            has_size: Whether rows off the backward pass, which are of what is trained, are of a known size: they are
+                measured all the same, but nothing checks them.
+        """
+        for measurement in self._session.measurements:
+            if not (isinstance(measurement, GradientMeasurement) and measurement.is_collecting):
+                continue
+            if measurement.stage != stage or measurement.request.loss_fn is not None:
+                continue
+            if has_size and isinstance(measurement, BackwardGradients):
+                measurement.go_unchecked(reason)
+            else:
+                measurement.fail(ValueError(reason))
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step."""
@@ -260,7 +286,8 @@ class Loop:
         batch, loss = self._batch, self._loss if self._is_recorded else None
         self._is_waiting, self._batch, self._loss = False, None, None
         if not self._is_differentiated:
-            self._fail_gradients()
+            # Of a loss that nobody differentiates the gradients are not those of training.
+            self.doubt_gradients("train", "no backward pass went through the loss that was told: give loss_fn")
         self._measure(lambda: self._session.end_train_batch(batch, loss, self.host.step))
         self._of_each(lambda one: one.take_report(self.host))
 
@@ -286,10 +313,7 @@ class Loop:
         for measurement in self._readers:
             wanted = measurement.request.loss_reduction
             if self._loss is None:
-                error = ValueError(
-                    "loss must be told by watch.loss(loss) within watch.step(batch), for method='hooks' reads its "
-                    "backward pass: call it there, or use method='vmap'"
-                )
+                error = ValueError(self._untold)
             elif self._reduction not in (None, wanted):
                 error = ValueError(
                     f"loss_reduction must be that of the loss that is told, which is a {self._reduction}, got "
@@ -310,14 +334,6 @@ class Loop:
     def _fail_rows(self, error: ValueError) -> None:
         for measurement in self._readers:
             measurement.fail(error)
-
-    def _fail_gradients(self) -> None:
-        """Of a loss that nobody differentiates the gradients are not those of training."""
-        for measurement in self._session.measurements:
-            if not (isinstance(measurement, GradientMeasurement) and measurement.is_collecting):
-                continue
-            if measurement.stage == "train" and measurement.request.loss_fn is None:
-                measurement.fail(ValueError("no backward pass went through the loss that was told: give loss_fn"))
 
     def _check_early(self) -> None:
         for one in self._instruments:

@@ -139,6 +139,12 @@ class BackwardGradients(GradientMeasurement):
         except Exception as error:  # a batch that cannot be cut can be read all the same
             self.checked["span"] = reason_of(error)
 
+    def go_unchecked(self, reason: str) -> None:
+        """Measure the batch under way by what is there, though no shadow can have its loss."""
+        self._expected = self._held = None
+        if self.is_checking:
+            self.checked |= dict.fromkeys(("loss", "span"), reason)
+
     @override
     def finish(self, step: int) -> None:
         held, self._held = self._held, None

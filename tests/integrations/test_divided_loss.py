@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from lightning_spectral.integrations.divided_loss import own_mean_factor
+from lightning_spectral.integrations.trained_loss import OwnLoss, is_multiple, times_of
 
 CLASSES = 7
 
@@ -82,3 +83,30 @@ def test_a_mean_was_not_divided(loss_of: Callable[[Tensor, Tensor], Tensor]) -> 
 )
 def test_anything_else_is_not_known(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert own_mean_factor(loss_of(*logits_and_targets((5, 3))), torch.tensor(99)) is None
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_what_processes_multiply_by_is_undone(num_processes: int) -> None:
+    logits, targets = logits_and_targets((4,))
+    expected = cross_entropy(logits, targets).detach()
+    loss = cross_entropy(logits, targets, reduction="sum") / 10
+    loss *= num_processes
+    assert own_mean_factor(loss, 10) is None
+    assert own_mean_factor(loss, 10, num_processes + 1) is None
+    torch.testing.assert_close(loss * own_mean_factor(loss, 10, num_processes), expected)
+
+
+def test_a_model_has_its_own_loss_back_from_the_trainer_or_another() -> None:
+    logits, targets = logits_and_targets((4,))
+    loss = cross_entropy(logits, targets)
+    own = OwnLoss(loss.detach().clone(), loss.grad_fn, 1.0)
+    others = loss * 0.5, loss + logits.square().mean(), loss + 1, loss * loss.detach()
+    assert [times_of(one, own, 2) for one in (loss, loss.clone(), loss * 2, *others)] == [1, 1, 2, *[None] * 4]
+    assert [is_multiple(one, loss.grad_fn) for one in (loss, loss / 4, 2 * loss / 3)] == [True] * 3
+    assert not any(is_multiple(one, loss.grad_fn) for one in (loss + 1, loss * loss, logits.sum()))
+    in_place = cross_entropy(logits, targets)
+    own = OwnLoss(in_place.detach().clone(), in_place.grad_fn, 1.0)
+    in_place *= 2
+    assert times_of(in_place, own, 2) == 2
+    in_place += logits.square().mean()
+    assert times_of(in_place, own, 2) is None

@@ -1,5 +1,6 @@
 """Under the Trainer of transformers a model is measured as under Lightning's: the same numbers, keys and records."""
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -234,20 +237,163 @@ def test_a_model_that_is_told_of_labels_and_divides_by_none_is_seen(tmp_path: Pa
     np.testing.assert_allclose(history.train_loss[1:], np.mean(losses), rtol=0.02)
 
 
-class Custom(Trainer):
-    """Trains something else than what the model returns."""
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return model(**inputs).logits.square().mean()
+NORM = "gradient/transformer.h.1.attn.c_proj.weight/grad_norm"
 
 
-def test_gradients_of_another_loss_than_is_trained_are_nan(tmp_path: Path) -> None:
-    trainer = Custom(gpt2(), arguments(tmp_path, max_steps=4, eval_strategy="no"), train_dataset=Padded())
-    callback = HFSpectralCallback(gradients=instruments()["gradients"])
-    trainer.add_callback(callback)
-    with pytest.warns(UserWarning, match="NaN, because no backward pass went through the loss that was told"):
-        trainer.train()
-    assert math.isnan(callback.metrics["gradient/transformer.h.0.attn.c_proj.weight/alpha_tail"])
+def with_penalty(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    output = model(**batch)
+    return 0.5 * output.loss + 5.0 * output.logits.square().mean()
+
+
+def smoothed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+
+
+class Penalised(Trainer):
+    """Trains by more than what the model returns."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss = with_penalty(model, inputs)
+        return (loss, model(**inputs)) if return_outputs else loss
+
+
+class Added(Trainer):
+    """Likewise, in its step."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        loss = 0.5 * loss + 5.0 * output.logits.square().mean()
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Looking(Trainer):
+    """Trains by what the model returns, and looks at it."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, output = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.seen = loss.item(), output.logits.std()
+        return (loss, output) if return_outputs else loss
+
+
+def of_a_step(folder: Path, kind: type[Trainer], method: str, batches: int = 1, **kwargs: Any) -> dict[str, float]:
+    """The numbers of one step on eight samples."""
+    given = {name: kwargs.pop(name) for name in ("loss_fn", "compute_loss_func") if name in kwargs}
+    bands = {"head": (1, 4), "tail": (1, 4), "num_groups": 1}
+    weight = "transformer.h.1.attn.c_proj.weight"
+    gradients = GradientSpectrum(weight, every_n_steps=1, num_samples=8, method=method, **bands)
+    callback = HFSpectralCallback(gradients=gradients, record=RunRecord(), loss_fn=given.pop("loss_fn", None))
+    shape = {"per_device_train_batch_size": 8 // batches, "gradient_accumulation_steps": batches, "max_steps": 1}
+    of = arguments(folder, **shape, learning_rate=0.0, eval_strategy="no", **kwargs)
+    trainer = kind(gpt2(), of, train_dataset=Padded(8, 0, 1), callbacks=[callback], **given)
+    trainer.train()
+    assert not {"compute_loss"} & vars(trainer).keys()
+    assert "backward" not in vars(trainer.accelerator)
+    return callback.metrics
+
+
+def batch_of_eight() -> dict[str, Tensor]:
+    data = Padded(8, 0, 1)
+    return {key: torch.stack([data[index][key] for index in range(8)]) for key in data[0]}
+
+
+def norm_of(loss_fn: Any) -> float:
+    """Of the gradient of a loss of eight samples, by autograd alone."""
+    model, batch = gpt2(), batch_of_eight()
+    weight = model.get_parameter("transformer.h.1.attn.c_proj.weight")
+    return float(torch.autograd.grad(loss_fn(model, batch), weight)[0].norm())
+
+
+CASES = [
+    ("loop", Penalised, "another loss than GPT2LMHeadModel"),
+    ("vmap", Penalised, "another loss than GPT2LMHeadModel"),
+    ("loop", Added, "training_step"),
+    ("hooks", Added, "training_step"),  # of which what compute_loss returns is a part of nobody knows what size
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "match"), CASES)
+def test_gradients_of_another_loss_than_is_trained_are_nan(
+    tmp_path: Path, method: str, kind: type[Trainer], match: str
+) -> None:
+    with pytest.warns(UserWarning, match=f"NaN, because {kind.__name__}.*{match}.*give loss_fn"):
+        found = of_a_step(tmp_path, kind, method)
+    assert math.isnan(found[NORM])
+    assert found["gradient/failed"] == 1
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_a_loss_fn_that_does_what_compute_loss_does_is_measured_and_checked(tmp_path: Path, method: str) -> None:
+    found = of_a_step(tmp_path / "right", Penalised, method, loss_fn=with_penalty)
+    assert found[NORM] == pytest.approx(norm_of(with_penalty), rel=1e-5)
+    with pytest.warns(UserWarning, match="training's loss of a batch was"):
+        wrong = of_a_step(tmp_path / "wrong", Penalised, method, loss_fn=lambda model, batch: model(**batch).loss)
+    assert math.isnan(wrong[NORM])
+
+
+def test_rows_off_the_backward_pass_are_of_the_loss_that_is_trained(tmp_path: Path) -> None:
+    found = of_a_step(tmp_path, Penalised, "hooks")
+    assert found[NORM] == pytest.approx(norm_of(with_penalty), rel=1e-5)
+    assert Run(tmp_path).history.train_loss[-1] == pytest.approx(with_penalty(gpt2(), batch_of_eight()).item())
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_compute_loss_that_returns_the_models_own_loss_is_no_other(tmp_path: Path, method: str, batches: int) -> None:
+    found = of_a_step(tmp_path, Looking, method, batches)
+    assert found[NORM] == pytest.approx(norm_of(lambda model, batch: model(**batch).loss), rel=1e-5)
+    assert found["gradient/failed"] == 0
+    assert found["gradient/sample_weights_ratio"] == pytest.approx(1)
+
+
+def of_labels(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits, labels = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return loss / num_items_in_batch if num_items_in_batch is not None else loss / len(labels)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_losses_of_labels_that_the_model_is_not_told(tmp_path: Path, batches: int) -> None:
+    found = of_a_step(tmp_path / "hooks", Trainer, "hooks", batches, compute_loss_func=of_labels)
+    assert found[NORM] == pytest.approx(norm_of(lambda model, batch: model(**batch).loss), rel=1e-5)
+    with pytest.warns(UserWarning, match="NaN, because GPT2LMHeadModel returns no loss to Trainer"):
+        assert math.isnan(of_a_step(tmp_path / "loop", Trainer, "loop", batches, compute_loss_func=of_labels)[NORM])
+
+
+def test_smoothed_labels(tmp_path: Path) -> None:
+    found = of_a_step(tmp_path, Trainer, "hooks", label_smoothing_factor=0.1)
+    assert found[NORM] == pytest.approx(norm_of(smoothed), rel=1e-5)
+
+
+def test_a_size_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:
+    """Whether the loss was divided by the labels of all batches nothing tells."""
+    with (
+        pytest.warns(UserWarning, match="training losses are not recorded"),
+        pytest.warns(UserWarning, match="NaN, because Penalised trains by another loss"),
+    ):
+        assert math.isnan(of_a_step(tmp_path, Penalised, "hooks", 2)[NORM])
+
+
+def test_who_calls_without_a_trainer_is_told(tmp_path: Path) -> None:
+    callback = HFSpectralCallback(gradients=True)
+    with pytest.raises(ValueError, match="trainer must be given for gradients"):
+        callback.on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=gpt2())
+
+
+def test_a_copy_of_the_model_is_not_watched(tmp_path: Path) -> None:
+    """Nor does it take the callback, and with it the Trainer, along."""
+    copies: list[nn.Module] = []
+
+    class Copying(Looking):
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            copies[:] = copies or [copy.deepcopy(model)]
+            copies[0](**args[0])
+            return super().compute_loss(model, *args, **kwargs)
+
+    assert of_a_step(tmp_path, Copying, "loop")["gradient/failed"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # as it is called in the oldest version
@@ -424,9 +570,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     found = run_distributed(of_a_rank, 2, str(tmp_path / "two"), 2)
     assert found[0] == pytest.approx(found[1], rel=1e-12, nan_ok=True)
     assert expected["activation/transformer.h.0/num_tokens"] == 4 * 48
-    # Of two samples a rank none can be told from a mean of others.
-    assert expected.pop("gradient/sample_weights_ratio") == pytest.approx(1)
-    assert math.isnan(found[0].pop("gradient/sample_weights_ratio"))
+    assert found[0]["gradient/sample_weights_ratio"] == pytest.approx(1)
     assert found[0] == pytest.approx(expected, rel=1e-4, nan_ok=True)
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     assert one.history.tokens.tolist() == two.history.tokens.tolist()
