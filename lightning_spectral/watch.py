@@ -56,7 +56,8 @@ class SpectralWatch:
         gradients: True or a :class:`GradientSpectrum`, likewise.
         drift: True or a :class:`HeadDrift`, likewise.
         forecast: A :class:`TailForecaster`, whose ``monitor`` is a loss that :meth:`log` is given in validation.
-        record: A :class:`RunRecord` that says more of the run; None for a record without its notes.
+        record: A :class:`RunRecord` that says more of the run; None for a record without its notes. The seed on record
+            is that of Lightning's, or Fabric's, ``seed_everything``, if torch has been given no other since.
         optimizer: The optimizer, or several, whose steps are counted.
         loss_fn: ``loss_fn(module, batch) -> loss``, or its import path: the loop's loss, for a GradientSpectrum that
             has none of its own. A LightningModule, as under Fabric, has its ``training_step``.

@@ -174,6 +174,23 @@ def copying(folder: Path, batch_size: int, seed: int, steps: int) -> None:
     watch.close()
 
 
+def test_a_seed_is_on_record_while_it_is_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(name: str) -> int | None:
+        watch = SpectralWatch(nn.Linear(2, 2), log_dir=tmp_path / name)
+        with watch.step(torch.zeros(1, 2)):
+            pass
+        watch.close()
+        return Run(tmp_path / name).about["seed"]
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # to be put back
+    seed_everything(5, verbose=False)
+    assert recorded("lightning") == 5
+    torch.manual_seed(6)
+    assert recorded("own") is None
+    Fabric(accelerator="cpu").seed_everything(8, verbose=False)
+    assert recorded("fabric") == 8
+
+
 def test_its_runs_are_forecast_from_each_other(tmp_path: Path) -> None:
     for batch_size in (2, 4, 8):
         for seed in (0, 1):

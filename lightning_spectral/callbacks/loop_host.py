@@ -17,7 +17,7 @@ from lightning_spectral.measurement.passes import Pass, pass_of
 from lightning_spectral.metrics.collectives import broadcast_object, rank_and_world
 from lightning_spectral.metrics.layout import Layout, are_sharded
 from lightning_spectral.recording import RunRecorder, Start
-from lightning_spectral.recording.about import describe_run, record_folder
+from lightning_spectral.recording.about import describe_run, global_seed, record_folder
 from lightning_spectral.recording.family import describe_model, family_name
 from lightning_spectral.runs.record import FOLDER
 
@@ -34,6 +34,7 @@ class LoopHost:
         log_dir: Where the record goes; None for the log directory of the first logger.
         loss_fn: The loop's loss; None if the module has a ``training_step``, or no gradients are asked for.
         optimizers: Those whose steps count.
+        seed: Of the run; None for the one of Lightning's ``seed_everything``, if it is the last that torch was given.
 
     Raises:
         ValueError: For a model that is not whole on each rank.
@@ -51,6 +52,7 @@ class LoopHost:
         log_dir: str | Path | None,
         loss_fn: LossFunction | None,
         optimizers: Sequence[Any],
+        seed: int | None = None,
     ) -> None:
         self.module = watched_module(model)
         self.strategy = type(model).__name__
@@ -68,6 +70,7 @@ class LoopHost:
         self._log_dir = None if log_dir is None else Path(log_dir)
         self._loss_fn = loss_fn
         self._optimizers = optimizers
+        self._seed = seed
 
     def scene(self) -> Scene:
         """Losses are computed by the loop's ``loss_fn``, else as in a ``training_step``."""
@@ -102,6 +105,7 @@ class LoopHost:
                 world_size=self.num_ranks,
                 precision=f"parameters in {', '.join(dtypes)}",
                 device=self.device,
+                seed=_seed_in_force() if self._seed is None else self._seed,
             )
 
         is_placed = self._log_dir is not None or bool(self.loggers)
@@ -134,6 +138,12 @@ class LoopHost:
     @property
     def _reducing(self) -> torch.device:
         return torch.device("cpu") if self.device.type == "mps" else self.device
+
+
+def _seed_in_force() -> int | None:
+    """Loops seed as they like: what ``seed_everything`` has left may be of a run before, which torch then tells."""
+    seed = global_seed()
+    return seed if seed == torch.initial_seed() else None
 
 
 def _is_dealt(loader: Any) -> bool:

@@ -15,7 +15,7 @@ from lightning_spectral.callbacks.scene import scene_of
 from lightning_spectral.measurement import Scene, Session
 from lightning_spectral.measurement.passes import Pass, pass_of
 from lightning_spectral.recording import RunRecorder, Start
-from lightning_spectral.recording.about import describe_run, record_folder
+from lightning_spectral.recording.about import describe_run, global_seed, record_folder
 from lightning_spectral.recording.family import describe_model, family_name
 
 _sessions: "weakref.WeakKeyDictionary[Trainer, Session[RunRecorder]]" = weakref.WeakKeyDictionary()
@@ -112,6 +112,7 @@ class TrainerHost(Host):
                 world_size=trainer.world_size,
                 precision=str(trainer.precision),
                 device=device,
+                seed=global_seed(),
             )
 
         return Start(

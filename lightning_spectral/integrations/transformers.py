@@ -45,12 +45,12 @@ class HFSpectralCallback(TrainerCallback):
     The batch is what the model is called with, which forward hooks on it see: the first call in each training step, and
     in each step of an evaluation that the Trainer has announced (``control.should_evaluate``); of several sets the
     first is read. So masks are named as the model calls them, ``mask="attention_mask"``. Steps are the Trainer's
-    ``global_step``, validation losses what it evaluates (``eval_loss``), the training loss what the Trainer's
-    ``compute_loss`` returns, which is watched while it trains, and the loss of single samples what the model returns.
-    Where the Trainer has it divided by the tokens of all batches of a step (``num_items_in_batch``), it is made the
-    mean over the batch's own again, and samples are measured by their own means: the graph of the loss shows what it
-    was divided by. Where that is not a plain cross-entropy, the training loss of a step of several batches is recorded
-    as NaN.
+    ``global_step``, the seed on record is its ``args.seed``, validation losses are what it evaluates (``eval_loss``),
+    the training loss what its ``compute_loss`` returns, which is watched while it trains, and the loss of single
+    samples what the model returns. Where the Trainer has it divided by the tokens of all batches of a step
+    (``num_items_in_batch``), it is made the mean over the batch's own again, and samples are measured by their own
+    means: the graph of the loss shows what it was divided by. Where that is not a plain cross-entropy, the training
+    loss of a step of several batches is recorded as NaN.
 
     Where something else is trained than the model returns (a ``compute_loss`` or ``training_step`` of one's own,
     ``compute_loss_func``), gradients are NaN with that reason, unless there is a ``loss_fn``. By ``method="hooks"`` in
@@ -129,7 +129,7 @@ class HFSpectralCallback(TrainerCallback):
         model, output = kwargs["model"], Path(args.output_dir or ".")
         folder = output if self._log_dir is None and not self._loggers else self._log_dir
         optimizers = [one for one in [kwargs.get("optimizer")] if one is not None]
-        host = LoopHost(model, self._loggers, folder, self._loss_fn, optimizers)
+        host = LoopHost(model, self._loggers, folder, self._loss_fn, optimizers, args.seed)
         self._loop = Loop(host, self._instruments, who=type(self).__name__, untold=UNTOLD)
         self._resume(self._loop, output, state.global_step)
         self._handles = [

@@ -78,6 +78,7 @@ def describe_run(
     world_size: int,
     precision: str,
     device: torch.device,
+    seed: int | None,
 ) -> dict[str, Any]:
     """What there is to say of a run before its first step: JSON-like facts by name.
 
@@ -86,7 +87,6 @@ def describe_run(
     """
     model = describe_model(module)
     is_cuda = device.type == "cuda"
-    seed = os.environ.get("PL_GLOBAL_SEED", "")
     return {
         "family": notes.family or family_name(model),
         "tags": dict(notes.tags),
@@ -98,13 +98,19 @@ def describe_run(
         "world_size": world_size,
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "seed": int(seed) if seed.isdigit() else None,
+        "seed": seed,
         "versions": {
             "python": platform.python_version(),
             "lightning-spectral": __version__,
             **{name: _version(name) for name in ("lightning", "torch")},
         },
     }
+
+
+def global_seed() -> int | None:
+    """The seed that Lightning's ``seed_everything`` has set last, in this process or in the one that began it."""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(seed) if seed.isdigit() else None
 
 
 def _version(distribution: str) -> str | None:

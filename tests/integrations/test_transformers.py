@@ -534,12 +534,13 @@ class Same(Padded):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def test_its_runs_are_shown_compared_and_forecast(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(
-        "PL_GLOBAL_SEED", raising=False
-    )  # of another test; these runs are alike, which is known of seeds alone
+def test_the_seed_is_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # of a run before, under Lightning
+    copying(tmp_path, 2, 7, 4)
+    assert Run(tmp_path).about["seed"] == 7
+
+
+def test_its_runs_are_shown_compared_and_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for batch_size in (2, 4, 8):
         for seed in (0, 1):
             copying(tmp_path / f"{batch_size}-{seed}", batch_size, seed, 40)
