@@ -65,24 +65,27 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     read off the backward passes of the last steps before a report, at weights that move with these steps (the figure's
     title has the span); loss scaling, accumulation and the mean over the batch are undone. In every report the rows of
     a batch are compared with its gradient, so that what reaches a weight by other ways than its layers, a penalty or a
-    pass beside, is NaN with the reason. Where samples weigh
-    differently in the batch's mean, its rows differ from those of the other methods: under a mean over tokens, the row
-    of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one forward
-    and backward pass for all. Where parameters are sharded over ranks, by ``fully_shard`` or tensor parallelism, it is
-    the only method there is, and what ``"auto"`` takes, with one warning.
+    pass beside, is NaN with the reason. Under manual optimisation rows are of the loss that ``backward`` is called on,
+    by ``manual_backward`` or by itself: one that ``training_step`` divides before has a ``grad_norm`` as many times
+    smaller, and all else as it is; a ``loss_fn``, which is then for the self-check, must divide it, too. Where samples
+    weigh differently in the batch's mean, its rows differ from those of the other methods: under a mean over tokens,
+    the row of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one
+    forward and backward pass for all. Where parameters are sharded over ranks, by ``fully_shard`` or tensor
+    parallelism, it is the only method there is, and what ``"auto"`` takes, with one warning.
 
     **Self-check.** At the first report and every tenth after two things are looked at. The shadow's loss on a whole
     batch must equal what ``training_step`` returned for it (not by a ``loss_fn``, under manual optimisation or in
-    validation). And the gradient of up to 64 samples together must lie in the span of their own gradients, up to a
-    thousandth of its norm: true for every loss that is a weighted mean over samples, false for losses between samples
-    (contrastive ones, batch statistics) and where a sample is not what it was taken for. It costs one forward pass of
-    the batch and one pass of these samples; by ``"hooks"``, and where a step draws random numbers, at most 17 passes of
-    single samples. By ``"hooks"`` a pass of one sample also tells an axis of samples from one of positions, of which a
-    batch may have as many; where no such pass can be made, ``batch_dim`` must say which it is. The record says which
-    parts ran. ``gradient/sample_weights_ratio`` is the largest over the smallest weight found: 1 if samples weigh the
-    same; under a mean over tokens, the longest over the shortest sample. Far from 1 the mean of the rows is not the
-    gradient that training follows, and by ``"hooks"`` rows differ from those of the other methods by these weights. NaN
-    if weights are not known, or some are not positive.
+    validation; by ``"hooks"`` under manual optimisation a ``loss_fn`` must equal what ``manual_backward`` is called on,
+    if that is once a batch). And the gradient of up to 64 samples together must lie in the span of their own gradients,
+    up to a thousandth of its norm: true for every loss that is a weighted mean over samples, false for losses between
+    samples (contrastive ones, batch statistics) and where a sample is not what it was taken for. It costs one forward
+    pass of the batch and one pass of these samples; by ``"hooks"``, and where a step draws random numbers, at most 17
+    passes of single samples. By ``"hooks"`` a pass of one sample also tells an axis of samples from one of positions,
+    of which a batch may have as many; where no such pass can be made, ``batch_dim`` must say which it is. The record
+    says which parts ran. ``gradient/sample_weights_ratio`` is the largest over the smallest weight found: 1 if samples
+    weigh the same; under a mean over tokens, the longest over the shortest sample. Far from 1 the mean of the rows is
+    not the gradient that training follows, and by ``"hooks"`` rows differ from those of the other methods by these
+    weights. NaN if weights are not known, or some are not positive.
 
     Values lie under ``gradient/{parameter}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``r2_tail``, ``alpha_head``,
     ``alpha_head_stderr``, ``alpha_tail_centred`` (of the rows about their mean), ``rankme`` (of singular values),
@@ -132,7 +135,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         method: How per-sample gradients are had.
         chunk_size: Samples at a time, for all methods but ``"loop"``; None for as many as fit into a quarter of the
             free memory and are of use. Halved when memory runs out.
-        loss_fn: ``loss_fn(module, batch) -> loss``, or its import path; None for ``training_step``.
+        loss_fn: ``loss_fn(module, batch) -> loss``, or its import path; None for ``training_step``. By ``"hooks"`` in
+            training it is of use under manual optimisation alone, for the self-check.
         loss_reduction: For ``"hooks"``: whether the loss of a batch is the mean over its samples or their sum. The
             self-check refuses a sum that is taken for a mean, for rows would be of another size.
         weights: Log the spectra of the weights themselves, too.

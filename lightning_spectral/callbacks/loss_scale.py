@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def gradient_scale(trainer: Trainer, pl_module: LightningModule) -> float:
-    """Factor between the gradients of a training step's backward pass and those of the loss it returned."""
+    """Factor between the gradients of a training step's backward pass and those of the loss it returned.
+
+    Under manual optimisation those of the loss that backward is called on: by what it was divided nothing tells.
+    """
     return loss_scale(trainer) / accumulated_batches(trainer, pl_module)
 
 

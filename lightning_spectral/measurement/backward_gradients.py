@@ -12,7 +12,7 @@ from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.self_check import MOST_LOOPED
-from lightning_spectral.capture.shadow import BatchLoss
+from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.capture.time_first import is_ambiguous, without_samples
 from lightning_spectral.measurement.gradient_request import GradientRequest
 from lightning_spectral.measurement.gradients import GradientMeasurement, without_vmap
@@ -30,7 +30,10 @@ UNKNOWN_AXIS = (
 
 
 class BackwardGradients(GradientMeasurement):
-    """Each backward pass before a report leaves its samples' rows.
+    """Each backward pass before a report leaves its samples' rows, of the loss that it begins at.
+
+    What a ``training_step`` under manual optimisation divides its loss by nobody can tell, so that rows are of what it
+    calls ``backward`` on. A ``loss_fn`` is then compared with it, if that is once a batch, by ``manual_backward``.
 
     Args:
         request: What to measure.
@@ -55,6 +58,8 @@ class BackwardGradients(GradientMeasurement):
         self._of_samples: set[str] = set()
         """Names of which the axis of samples has been seen to be right."""
         self._is_square = False
+        self._began_at: list[Tensor] = []
+        """The losses that the batch under way is differentiated by, where ``loss_fn`` is to be compared with them."""
         self._reader = BackwardReader(scene.stopwatch.running, self._sharded.local)
         refused = self._sharded.take_up(scene.module, self.parameters)
         if refused:
@@ -118,7 +123,10 @@ class BackwardGradients(GradientMeasurement):
 
     @override
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
-        super().before_backward(scale, loss)
+        if self._loss_to_check is None:
+            super().before_backward(scale, loss)
+        elif self._expected is not None and loss is not None:
+            self._began_at.append(loss / scale())
         self._had_backward = True
         if self._rows is not None:
             # Of those that the forward pass of the batch has made the size is known only now.
@@ -131,6 +139,29 @@ class BackwardGradients(GradientMeasurement):
     def before_optimizer_step(self, optimizer: Any) -> None:
         if self._rows is not None:
             self._reader.end_passes(p for group in optimizer.param_groups for p in group["params"])
+
+    @property
+    @override
+    def _loss_to_check(self) -> LossFunction | None:
+        return None if getattr(self._module, "automatic_optimization", True) else self.request.loss_fn
+
+    def _compare_by_hand(self) -> None:
+        """Compare ``loss_fn`` with what the one backward pass of the batch began at."""
+        assert self._expected is not None
+        began_at, self._began_at = self._began_at, []
+        if len(began_at) != 1:
+            self._expected = None
+            self.checked["loss"] = (
+                f"training_step calls manual_backward {len(began_at)} times, where once can be compared"
+            )
+            return
+        self.compare(float(began_at[0]))
+        if self.checked["loss"] == "failed":
+            value, found = self.losses
+            self.doubts["loss"] = (
+                f"training_step called manual_backward on a loss of {found:.6g} for a batch, and loss_fn gives "
+                f"{value:.6g} on a copy of the module in the same state: have loss_fn do, and divide, as that does"
+            )
 
     def _hold(self, batch: Any, size: int) -> None:
         try:
@@ -151,7 +182,7 @@ class BackwardGradients(GradientMeasurement):
         if held is not None and self.is_checking and not self._is_sharded():
             batch, batch_idx = held
             try:
-                loss = self._make_loss(None)
+                loss = self._make_loss(self._loss_to_check)
                 loss.batch_idx = batch_idx
                 with loss.isolated(batch) as kept:
                     self._check_axes(loss, batch)
@@ -173,6 +204,8 @@ class BackwardGradients(GradientMeasurement):
         if self._rows is None:
             return
         with self.stopwatch.running():
+            if self._loss_to_check is not None and self._expected is not None:
+                self._compare_by_hand()
             rows, self._rows = self._reader.end(), None
             assert rows is not None
             if not (rows.seen or rows.failures or self._had_backward):
@@ -192,7 +225,7 @@ class BackwardGradients(GradientMeasurement):
     @override
     def forget(self) -> None:
         super().forget()
-        self._grams, self._axes, self._held, self._is_square = {}, {}, None, False
+        self._grams, self._axes, self._held, self._is_square, self._began_at = {}, {}, None, False, []
 
 
 def _keep(name: str) -> None:

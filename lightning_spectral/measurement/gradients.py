@@ -169,11 +169,11 @@ class GradientMeasurement(Measurement):
         self._was_asked = True
         if self._is_sharded():
             return
-        if self.request.loss_fn is not None:
+        if self.request.loss_fn is not None and self._loss_to_check is None:
             self.checked["loss"] = "loss_fn has one of its own"
             return
         try:
-            loss = self._make_loss(None)
+            loss = self._make_loss(self._loss_to_check)
             loss.batch_idx = self.batch_idx
             try:
                 with loss.isolated(batch), torch.no_grad():
@@ -187,6 +187,11 @@ class GradientMeasurement(Measurement):
             self._expected = value, loss_tolerance(loss)
         except Exception as error:  # for the report to say, where it matters
             self.checked["loss"] = reason_of(error)
+
+    @property
+    def _loss_to_check(self) -> LossFunction | None:
+        """What the shadow computes to be compared with training's loss; None for what training itself computes."""
+        return None
 
     def _is_sharded(self) -> bool:
         """Whether there can be no shadow; the self-check then says that it was not made."""

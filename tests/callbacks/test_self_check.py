@@ -367,6 +367,59 @@ def test_hooks_on_parameters_are_no_part_of_a_row(tmp_path: Path, method: Any) -
     assert spectrum.reports[0].checked == "loss: passed; span: passed"
 
 
+class Dividing(Net):
+    """Accumulates by hand, as Lightning's documentation does: over four batches."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.by_hand = by_hand
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = F.mse_loss(self(batch[0]), batch[1]) / 4
+        loss.backward() if self.by_hand else self.manual_backward(loss)
+        if (batch_idx + 1) % 4 == 0:
+            self.norms.append(float(self.fc.weight.grad.norm()))
+            self.optimizers().step()
+            self.zero_grad()
+
+    def on_after_backward(self) -> None:
+        pass
+
+
+def divided(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1]) / 4
+
+
+def undivided(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("loss_fn", [None, divided])
+def test_rows_under_manual_optimisation_are_of_the_loss_that_is_differentiated(
+    tmp_path: Path, by_hand: bool, loss_fn: Any
+) -> None:
+    """The optimizer takes the sum of the four batches, each of a quarter of its mean."""
+    torch.manual_seed(0)
+    model, spectrum = Dividing(by_hand), Kept(method="hooks", num_samples=4 * BATCH, loss_fn=loss_fn)
+    trainer = fit(tmp_path, model, spectrum)
+    assert 4 * norm(trainer) == pytest.approx(model.norms[-1], rel=1e-5)
+    if loss_fn is not None:
+        said = "training_step calls manual_backward 0 times, where once can be compared" if by_hand else "passed"
+        assert spectrum.reports[0].checked == f"loss: {said}; span: passed"
+        assert ratio(trainer) == pytest.approx(1, rel=1e-2)
+
+
+def test_a_loss_fn_that_does_not_divide_as_training_does_is_found_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spectrum = Kept(method="hooks", num_samples=4 * BATCH, loss_fn=undivided)
+    with pytest.warns(UserWarning, match="manual_backward on a loss of .* and loss_fn gives .*divide, as that does"):
+        trainer = fit(tmp_path, Dividing(False), spectrum)
+    assert math.isnan(norm(trainer))
+    assert spectrum.reports[0].checked == "loss: failed; span: passed"
+
+
 class Adversaries(Net):
     """Two networks, one after the other trained on losses that pass through both."""
 
