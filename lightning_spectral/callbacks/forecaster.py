@@ -15,6 +15,7 @@ from lightning_spectral.runs.reference_numbers import Look, ReferenceNumbers
 from lightning_spectral.runs.references import References, Wanted, find_references
 from lightning_spectral.runs.settings import settings_of
 from lightning_spectral.runs.tables import from_log
+from lightning_spectral.runs.validation_data import ValidationData
 
 
 class Forecaster:
@@ -26,6 +27,8 @@ class Forecaster:
         target: The loss.
         predictor: What to go by.
         warn: Told of what to know before a forecast is believed, and whether only this rank knows.
+        awaits_data: Whether a validation run is to come that tells which of them are of other data than the run: until
+            :meth:`take_data` there are no forecasts.
     """
 
     def __init__(
@@ -35,14 +38,19 @@ class Forecaster:
         target: float,
         predictor: str,
         warn: Callable[[str, bool], None],
+        awaits_data: bool = False,
     ) -> None:
-        self.references = references
-        self._predictor, self._warn = predictor, warn
-        self._settings = settings_of([reference.run for reference in references.usable])
-        self._numbers = ReferenceNumbers(references.usable, look, target, warn, keep=2)
+        self._look, self._target, self._predictor, self._warn = look, target, predictor, warn
+        self._awaits_data = awaits_data and any(reference.data.fingerprints for reference in references.usable)
+        self._use(references)
         self.low, self.p_value = math.nan, math.nan
         """Of the last forecast: the least that the run is to take, relative to the best reference, and how likely
         references that do not forecast each other do so well."""
+
+    def _use(self, references: References) -> None:
+        self.references = references
+        self._settings = settings_of([reference.run for reference in references.usable])
+        self._numbers = ReferenceNumbers(references.usable, self._look, self._target, self._warn, keep=2)
 
     @classmethod
     def find(
@@ -80,7 +88,30 @@ class Forecaster:
             rank_zero_info(
                 f"TailForecaster goes by loss and batch alone: {num_without} references have no such spectra"
             )
-        return cls(found, look, wanted.target, predictor, warn)
+        return cls(found, look, wanted.target, predictor, warn, host.has_validation)
+
+    def take_data(self, data: ValidationData | None) -> None:
+        """Go on without references that were validated on other data than the run, and warn of them.
+
+        Args:
+            data: Of the run, the same on all ranks; None where even after a validation run nobody knows.
+        """
+        self._awaits_data = False
+        if data is None:
+            return
+        before, found = self.references.usable, self.references.for_data(data)
+        if found.usable == before:
+            return
+        self._use(found)
+        if found.aside:
+            left, paths = len(found.usable), [str(reference.run.path) for reference in found.aside]
+            what = (
+                f"goes by {left} references" if left >= MIN_REFERENCES else f"makes no forecast with {left} references"
+            )
+            self._tell(
+                f"{what}, and without {len(paths)} that were validated on other data than this run ({_first(paths)}): "
+                "give references= that were validated on the same samples in the same order"
+            )
 
     def forecast(self, shown: Shown, step: int, tokens: float, is_there: bool) -> dict[str, float]:
         """What the references make of what a run shows.
@@ -96,6 +127,9 @@ class Forecaster:
         """
         self.low = self.p_value = math.nan
         if is_there or len(self.references.usable) < MIN_REFERENCES:
+            return {"num_references": float(len(self.references.usable))}
+        if self._awaits_data:
+            self._tell("makes no forecast before a validation run has told whether references are of the same data")
             return {"num_references": float(len(self.references.usable))}
         if self._predictor == "tail" and step < predicting.MIN_STEPS:
             least = predicting.MIN_STEPS
@@ -138,10 +172,9 @@ class Forecaster:
         paths = [str(reference.run.path) for reference in self.references.usable]
         rising = [path for path, past in zip(paths, is_past, strict=True) if past is False]
         if rising and any(is_past):
-            shown = ", ".join(rising[:3]) + (", ..." if len(rising) > 3 else "")
             self._tell(
                 f"at {tokens:,.0f} tokens goes by tails on both sides of their own peaks, where the sign of tail "
-                f"against tokens changes: those of {len(rising)} references still rise ({shown})"
+                f"against tokens changes: those of {len(rising)} references still rise ({_first(rising)})"
             )
 
     def _warn_of(self, found: StackedForecast, reason: str | None, tokens: float) -> None:
@@ -160,3 +193,7 @@ class Forecaster:
                 f"has no skill {at}: its references forecast each other with a rank "
                 f"correlation of {found.skill:.2f} (p = {found.p_value:.2f}), as runs without a relation do"
             )
+
+
+def _first(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")

@@ -63,7 +63,8 @@ class HeadDrift(LayersCallback):
         reference: ``"first"`` report of the run, which is its own reference; the ``"previous"`` report, without which
             the first one is NaN; or the log directory of a recorded run of the same initialisation that had a
             ``HeadDrift`` of this rank or more, whose report nearest in tokens counts. All ranks must be able to read
-            it.
+            it. Against one that was validated on other data, as far as their first samples tell, validation rows have
+            no drift but NaN, with a warning.
         every_n_steps: Optimizer steps between reports; between measured validation runs at the least.
         stage: ``"validate"`` reads rows spread over a validation run, the same at each report unless they are
             shuffled; ``"train"`` the last training batches before a report.
@@ -224,7 +225,7 @@ class HeadDrift(LayersCallback):
             is_auto = self.request.dtype == "auto"
             known = {name: one for name, one in self._bases.items() if not (is_auto and self._is_cut(one))}
             self._bases = bases | known
-        references = self._reference_for()
+        references = self._reference_for(report.step)
         rows = {name: self._describe(report.step, name, bases.get(name), references.get(name)) for name in spectra}
         if self.reference == "previous":
             self._bases = self._bases | bases
@@ -248,11 +249,16 @@ class HeadDrift(LayersCallback):
                 prefix=self.prefix, rank=self.rank, reference=self.reference, layers=layers, step=last["step"]
             )
 
-    def _reference_for(self) -> dict[str, Spectrum]:
+    def _reference_for(self, step: int) -> dict[str, Spectrum]:
         if self._recorded is None:
             return self._bases
         if math.isnan(self.tokens):
             self.warn("has no reference outside training, where tokens are not counted")
+            return {}
+        assert self.session is not None  # of which tokens are counted
+        data = self.session.recorder.validation_data if self.stage == "validate" else None
+        if data is not None and (reason := self._recorded.why_other(data, self.request.dataloader_idx)) is not None:
+            self.warn(f"at step {step}: NaN, because {reason}")
             return {}
         # Every rank reads the file, so that all come to the same numbers.
         return self._recorded.nearest(self.tokens, self.names, self.rank)

@@ -189,7 +189,7 @@ class Loop:
         logged, self._validated = self._validated or {}, None
         self._measure(lambda: self._session.end_validation_rows(self.host.step))
         self._of_each(lambda one: one.end_validation_rows(self.host))
-        self._measure(lambda: self._session.end_validation(self.host.step, logged, 1))
+        self._measure(lambda: self._session.end_validation(self.host.step, logged))
         self._of_each(lambda one: one.end_validation(self.host))
 
     def log(self, given: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.runs import Run
+from lightning_spectral.runs.validation_data import ValidationData
 
 
 class RecordedBases:
@@ -53,6 +54,16 @@ class RecordedBases:
                 f"reference must hold {rank} eigenvectors a layer, got {self._run} with {num_kept}: "
                 f"record it with HeadDrift(rank={rank})"
             )
+
+    def why_other(self, data: ValidationData, loader: int) -> str | None:
+        """Why its rows do not compare with those of a run that was validated on some data, and read a loader of it."""
+        there = ValidationData.of(self._run.about).of_loader(self._run.settings(self._series).get("dataloader_idx", 0))
+        if not there.is_other(data.of_loader(loader)):
+            return None
+        return (
+            f"reference must have been validated on the data of this run, got {self._run}: validate both on the same "
+            "samples in the same order, or give reference='first'"
+        )
 
     def nearest(self, tokens: float, layers: Sequence[str], rank: int) -> dict[str, Spectrum]:
         """Of the report nearest in tokens, spectra by layer with so many vectors; one that failed is missing."""

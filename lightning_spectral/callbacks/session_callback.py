@@ -131,7 +131,7 @@ class SessionCallback(Participant, Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (session := self._led()) and not trainer.sanity_checking:
-            session.end_validation(trainer.global_step, trainer.callback_metrics, len(trainer.num_val_batches))
+            session.end_validation(trainer.global_step, trainer.callback_metrics)
         self.end_validation(TrainerHost(trainer, pl_module))
 
     @override

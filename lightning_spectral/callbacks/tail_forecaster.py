@@ -71,20 +71,23 @@ class TailForecaster(LayersCallback):
     - ``failed``: measurements that came to nothing so far.
 
     A table of the forecasts closes the run. Forecasts and truth also go into its record, and a finished run is a
-    reference for the next. A reference must be of the same family and have reached the target; its spectra are used if
-    all references have them, of the same layer, stage, normalisation and number of rows. Exponents are taken anew from
-    its eigenvalues, whatever its bands. Forecasts are made at the end of a validation run: an EarlyStopping that
-    monitors them comes after this callback in the Trainer's list.
+    reference for the next. A reference must be of the same family, have reached the target, and have been validated on
+    the same data: of this run they are known at the end of its first validation run, before which there is no forecast,
+    and references whose first samples were others are left out then, with a warning. Those that do not say, as logs of
+    other tools, serve. Its spectra are used if all references have them, of the same layer, stage, normalisation and
+    number of rows. Exponents are taken anew from its eigenvalues, whatever its bands. Forecasts are made at the end of
+    a validation run: an EarlyStopping that monitors them comes after this callback in the Trainer's list.
 
     Args:
         target_loss: Value of ``monitor`` to be reached from above.
         monitor: Key of the loss in ``trainer.callback_metrics``.
         references: Log directories of finished runs, or glob patterns of them, which all ranks must be able to read;
-            ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries. Logs of
-            other tools (CSVLogger, TensorBoard, exports of W&B and MLflow) serve by loss and batch, as runs of this
-            family, for you give them as such; where their columns are not found by the rules of
-            :class:`lightning_spectral.Run`, say them in a mapping: ``{"path": "csv_logs/*", "loss": "val/nll",
-            "batch_tokens": "batch_size*1024"}``. The loss is the column ``monitor`` unless it is said.
+            ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries, validated
+            on the standard library of Python 3.11.7. Logs of other tools (CSVLogger, TensorBoard, exports of W&B and
+            MLflow) serve by loss and batch, as runs of this family, for you give them as such; where their columns are
+            not found by the rules of :class:`lightning_spectral.Run`, say them in a mapping: ``{"path": "csv_logs/*",
+            "loss": "val/nll", "batch_tokens": "batch_size*1024"}``. The loss is the column ``monitor`` unless it is
+            said.
         layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
         stage: ``"validate"`` reads rows spread over a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.
@@ -293,6 +296,8 @@ class TailForecaster(LayersCallback):
         wanted = Wanted(*reached, layer, settings, needs_spectra, gradients)
         look = Look(layer, self.tail, self.head)
         self._forecaster = Forecaster.find(host, self.references, wanted, look, self.predictor, self.warn)
+        if (data := host.session.recorder.validation_data) is not None:  # of a run that is resumed
+            self._forecaster.take_data(data)
 
     @override
     def take_report(self, host: Host) -> None:
@@ -315,6 +320,7 @@ class TailForecaster(LayersCallback):
         if host.is_fitting:
             self._take_loss(host)
             if not host.is_checking:
+                self._forecaster.take_data(host.session.recorder.validation_data)
                 self.take_report(host)
                 self._stop_if_hopeless(host)
 

@@ -29,7 +29,10 @@ class Recorder(Protocol):
     def add_report(self, measurement: Measurement, report: Report) -> None:
         """A measurement has made a report."""
 
-    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+    def end_validation_rows(self) -> None:
+        """The last batch of a validation run has ended."""
+
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """A validation run has ended, and its loss is known."""
 
     def end_training(self, step: int) -> None:
@@ -208,14 +211,15 @@ class Session(Generic[R]):
 
     def end_validation_rows(self, step: int) -> None:
         """The last batch of a validation run has ended; all its reports are made."""
+        self.recorder.end_validation_rows()
         for measurement in self.measurements:
             before = measurement.report
             measurement.end_validation(step)
             self._record(measurement, before)
 
-    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """A validation run has ended, and its loss is among the metrics."""
-        self.recorder.end_validation(step, metrics, num_loaders)
+        self.recorder.end_validation(step, metrics)
 
     def end_training(self, step: int) -> None:
         """Training has ended."""

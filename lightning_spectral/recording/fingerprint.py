@@ -7,9 +7,7 @@ import torch
 
 from lightning_spectral.capture.batch import Samples, checksum
 from lightning_spectral.metrics.exchange import sum_over_ranks
-
-NUM_SAMPLES = 16
-"""Samples of each loader, over all ranks, that are looked at."""
+from lightning_spectral.runs.validation_data import NUM_SAMPLES
 
 
 class Fingerprint:

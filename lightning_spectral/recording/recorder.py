@@ -23,6 +23,7 @@ from lightning_spectral.recording.place import Place
 from lightning_spectral.recording.validation_loss import loss_candidates, mean_over_ranks, validation_loss
 from lightning_spectral.runs.kinds import KINDS, Series
 from lightning_spectral.runs.record import Record, Row, read_about
+from lightning_spectral.runs.validation_data import ValidationData
 from lightning_spectral.warner import Warner
 
 BATCH_MOVES = 0.01
@@ -83,6 +84,7 @@ class RunRecorder:
         self._begun: dict[Measurement, tuple[float, float]] = {}
         self._tokens_of: dict[Measurement, float] = {}
         self._fingerprint: Fingerprint | None = None
+        self._has_told_data = True
         self._passes: Sequence[Pass | None] = ()
         self._validated = 0.0
         self._device = torch.device("cpu")
@@ -96,6 +98,8 @@ class RunRecorder:
         """Name that runs of this one's kind share; known from the start of training on."""
         self.batch_tokens = nan
         """Training tokens of an optimizer step over all ranks, as the record says it; NaN until its first line."""
+        self.validation_data: ValidationData | None = None
+        """The same on all ranks; None until the last batch of the run's first validation, which a resumed run had."""
 
     @property
     def notes(self) -> Notes:
@@ -184,6 +188,8 @@ class RunRecorder:
         samples = next((m.samples for m, _ in start.settings if m.samples.is_said), Samples())
         self._counter = BatchCounter(self.notes.tokens_per_sample, start.device, tokens, losses, samples, start.layout)
         self._fingerprint = Fingerprint(start.layout.rank, start.layout.world, samples, start.layout.counts)
+        self._has_told_data = False
+        self.validation_data = ValidationData.of(before) if "validation_data" in before else None
         self._is_training, self._is_validating = True, False
         self.batch_tokens = before.get("batch_tokens", nan)
         self._name_series(start, {})
@@ -275,7 +281,21 @@ class RunRecorder:
             with self._stopwatch.running():
                 self._fingerprint.add(batch, loader)
 
-    def end_validation(self, step: int, metrics: Mapping[str, Tensor], num_loaders: int) -> None:
+    def end_validation_rows(self) -> None:
+        """The last batch of a validation run has ended: which data these are is known before a report is looked at."""
+        if not self._is_validating or (fingerprint := self._fingerprint) is None:
+            return
+        try:
+            found = self._together.attempt(lambda: fingerprint.agree(len(self._passes), self._device))
+        except Exception as error:  # on all ranks, and tried again after the next validation
+            self._warner.warn(f"does not know which validation data these are: {error}")
+            return
+        self._fingerprint = None
+        passes = enumerate(self._passes)
+        known = {str(loader): of.of_all_ranks for loader, of in passes if of and of.of_all_ranks}
+        self.validation_data = ValidationData(found, known)
+
+    def end_validation(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """A validation run has ended, and its loss is known."""
         if not self._is_training:
             return
@@ -283,15 +303,9 @@ class RunRecorder:
         key = self._loss_key(metrics)
         loss = self.over_ranks(key, None if key is None else float(metrics[key]))
         self._add_row(step, nan if loss is None else inf if isnan(loss) else loss)  # NaN says that there was none
-        if (fingerprint := self._fingerprint) is not None:
-            try:
-                data = self._together.attempt(lambda: fingerprint.agree(num_loaders, self._device))
-                self._fingerprint = None
-                passes = enumerate(self._passes)
-                known = {str(loader): of.of_all_ranks for loader, of in passes if of and of.of_all_ranks}
-                self.describe(validation_data=data, validation_samples=known, val_loss=key)
-            except Exception as error:  # on all ranks, and tried again after the next validation
-                self._warner.warn(f"does not know which validation data these are: {error}")
+        if self._fingerprint is None and self.validation_data is not None and not self._has_told_data:
+            self._has_told_data = True
+            self.describe(**self.validation_data.as_facts(), val_loss=key)
         self._is_validating = False
         self._clock.start()
 
@@ -458,7 +472,8 @@ class RunRecorder:
         if self._state is None or not self._is_training:
             return self._state
         counted = {"tokens": self._counter.estimate, "losses": self._counter.losses, "batch_tokens": self.batch_tokens}
-        return {**self._state, **counted, "seconds": self._clock.seconds}
+        data = {} if self.validation_data is None else self.validation_data.as_facts()
+        return {**self._state, **counted, **data, "seconds": self._clock.seconds}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take up what :meth:`state_dict` gave when the checkpoint that is being resumed was written."""

@@ -42,12 +42,16 @@ def _is_sentence(value: Any) -> bool:
     return isinstance(value, dict) and all(is_one_line(value.get(part)) for part in ("text", "url"))
 
 
+def _is_table_of(holds: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, dict) and all(map(holds, value.values()))
+
+
 _TEXT = _Fact("a text of one line", is_one_line)
 _FLAG = _Fact("true or false", lambda value: isinstance(value, bool))
 _COUNT = _Fact("a count", _is_count)
 _BAND = _Fact("two ascending ranks or fractions", _is_band)
 _TABLE = _Fact("a table", lambda value: isinstance(value, dict))
-_TABLES = _Fact("a table of tables", lambda value: isinstance(value, dict) and all(map(_TABLE.holds, value.values())))
+_TABLES = _Fact("a table of tables", lambda value: _is_table_of(_TABLE.holds, value))
 _NAMES = _Fact("a list of names", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
 _ADVICE = _Fact(
     "a list of tables with text and url, of one line each",
@@ -63,6 +67,8 @@ _FACTS = {
     "forecast": _TABLES,
     "batch_tokens": _Fact("a positive number", _is_positive),
     "batch_samples": _Fact("a positive number", _is_positive),
+    "validation_data": _Fact("a table of digits", lambda value: _is_table_of(is_one_line, value)),
+    "validation_samples": _Fact("a table of counts", lambda value: _is_table_of(_is_count, value)),
     "val_loss": _TEXT,
     "resumed": _LIST,
     "resumed_at": _LIST,

@@ -19,6 +19,7 @@ from lightning_spectral.runs.logs import Columns
 from lightning_spectral.runs.noise_course import noise_series
 from lightning_spectral.runs.run import Run
 from lightning_spectral.runs.source import has_record
+from lightning_spectral.runs.validation_data import ValidationData
 
 KIND = "activation"
 
@@ -71,6 +72,11 @@ class Reference(NamedTuple):
     gradients: str = ""
     """The measurement of gradients whose noise scale is of use; empty for none."""
 
+    @property
+    def data(self) -> ValidationData:
+        """What the run was validated on."""
+        return ValidationData.of(self.run.about)
+
 
 class References(NamedTuple):
     """What was found where references were said to be."""
@@ -78,11 +84,33 @@ class References(NamedTuple):
     usable: list[Reference]
     skipped: dict[str, str]
     """Why others do not serve, by path."""
+    aside: tuple[Reference, ...] = ()
+    """Those of others that would serve a run which was validated on their data."""
 
     @property
     def best(self) -> float:
         """Fewest tokens to the target; NaN without a reference."""
         return min((reference.tokens_to_target for reference in self.usable), default=nan)
+
+    def for_data(self, data: ValidationData) -> "References":
+        """Those for a run that was validated on some data, which says, and not most of them, what serves.
+
+        Args:
+            data: Of the run.
+
+        Returns:
+            With those aside that are of other data, and without those aside that are of this.
+        """
+        back = [one for one in self.aside if one.data.fingerprints == data.fingerprints]
+        out = [one for one in self.usable if one.data.is_other(data)]
+        usable = [one for one in self.usable if not one.data.is_other(data)] + back
+        aside = [one for one in self.aside if one.data.fingerprints != data.fingerprints] + out
+        theirs = {
+            str(one.run.path): "of other validation data than this run" for one in aside if one.data.is_other(data)
+        }
+        returned = {str(one.run.path) for one in back}
+        skipped = {path: reason for path, reason in self.skipped.items() if path not in returned}
+        return References(usable, skipped | theirs, tuple(aside))
 
     def reasons(self) -> str:
         """The reasons, each with how often it holds.
@@ -170,11 +198,13 @@ def find_references(references: Any, wanted: Wanted, own_id: str | None = None) 
                 before = usable.setdefault(found.run.id, found)
                 usable[found.run.id] = max(before, found, key=lambda one: _last_step(one.run))
     data = [data for reference in usable.values() if (data := reference.run.about.get("validation_data"))]
+    aside = []
     for run_id, reference in list(usable.items()):
         # Logs of other tools do not say.
         if reference.run.about.get("validation_data") not in (None, {}, max(data, key=data.count, default=None)):
-            skipped[str(usable.pop(run_id).run.path)] = "of other validation data than most"
-    return References(list(usable.values()), skipped)
+            aside.append(usable.pop(run_id))
+            skipped[str(reference.run.path)] = "of other validation data than most"
+    return References(list(usable.values()), skipped, tuple(aside))
 
 
 def _open(folder: Path, told: Columns, wanted: Wanted) -> Run:

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(folder: Path) -> list[dict]:
     for number, tokens in enumerate((40, 45, 50, 60)):
         path = folder / "references" / str(number)
-        common = {"layer": "blocks.1", "num_tokens": 10_000, "normalize": False, "batch_tokens": tokens}
+        common = {"layer": "blocks.1", "num_tokens": 10_000, "normalize": False, "batch_tokens": tokens, "data": None}
         made_up(path, tokens, 1, tokens / 100, **common)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(

@@ -15,7 +15,7 @@ from lightning_spectral import GradientSpectrum, Run, RunRecord, forecast, funct
 from lightning_spectral.callbacks import forecaster
 from lightning_spectral.functional import Early, StackedForecast
 from lightning_spectral.runs import Record, Row, predicting
-from tests.callbacks.test_tail_forecaster import LAYER, Falling, Kept
+from tests.callbacks.test_tail_forecaster import DATA, LAYER, Falling, Kept
 from tests.models import LENGTH, tiny_trainer, token_loader
 from tests.runs.made_up import SETTINGS
 
@@ -35,7 +35,7 @@ def reference(folder: Path, number: int) -> None:
     batch = batch_of(number)
     facts = {"id": str(folder), "family": "F", "batch_tokens": batch}
     facts |= {"series": {"activation-validate": settings, "gradient-validate": GRADIENTS | {"loss_reduction": "mean"}}}
-    record = Record.begin(folder / "spectra", facts | {"validation_data": {"0": "a1"}, "val_loss": "falling_loss"})
+    record = Record.begin(folder / "spectra", facts | {"validation_data": {"0": DATA}, "val_loss": "falling_loss"})
     for index in range(1, int(1200 / batch)):
         tokens = batch * index
         loss = 3 - rate * tokens / STEP / 10 + 0.05 * math.cos(index + number)
@@ -82,7 +82,7 @@ def as_of(run: Path, step: int, folder: Path) -> Path:
         if int(report.stem.rpartition("-")[2]) > step:
             report.unlink()
     about = json.loads((folder / "spectra/run.json").read_text())
-    about |= {"validation_data": {"0": "a1"}, "validation_samples": {}, "val_loss": "falling_loss", "id": str(folder)}
+    about |= {"validation_data": {"0": DATA}, "validation_samples": {}, "val_loss": "falling_loss", "id": str(folder)}
     (folder / "spectra/run.json").write_text(json.dumps(about))
     return folder
 

@@ -53,12 +53,13 @@ def train(folder: Path, refs: str, limit: float | None, **kwargs: Any) -> dict[s
     }
 
 
-def on_rank(rank: int, folder: str, refs: str) -> dict[str, Any]:
+def on_rank(rank: int, folder: str, refs: str, other: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore", "Kept ")
     found: dict[str, Any] = {"patient": train(Path(folder) / "patient", refs, None)}
     found["limit"] = limit = (1 + found["patient"]["low"][0] / best()) / 2
     found["all"] = train(Path(folder) / "all", refs, limit)
     found["mean"] = train(Path(folder) / "mean", refs, None, monitor="uneven_loss", target_loss=2.1)
+    found["other data"] = train(Path(folder) / "other", other, limit)
     real = ReferenceNumbers.__init__
 
     def blind(self: ReferenceNumbers, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +82,8 @@ def best() -> float:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    return run_distributed(on_rank, 2, str(folder), references(folder / "refs"))
+    refs, other = references(folder / "refs"), references(folder / "other refs", data="a1")
+    return run_distributed(on_rank, 2, str(folder), refs, other)
 
 
 def test_all_ranks_end_at_one_step_and_one_says_why(ranks: list[dict[str, Any]]) -> None:
@@ -113,3 +115,10 @@ def test_the_loss_is_the_mean_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
     """2.2 at step 8 and 1.8 at step 12 in the mean; of either rank it would be crossed elsewhere, or never."""
     expected = 8 * STEP * (12 / 8) ** 0.25
     assert [one["mean"]["actual"] for one in ranks] == [pytest.approx(expected)] * 2
+
+
+def test_references_of_other_validation_data_are_left_out_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [one["other data"]["step"] for one in ranks] == [12, 12]
+    for one in ranks:
+        assert np.isnan(one["other data"]["low"]).all()
+        assert np.isfinite(one["all"]["low"]).all()

@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from lightning_spectral import Run, TailForecaster
 from lightning_spectral.callbacks import tail_forecaster
 from lightning_spectral.runs import predicting
-from tests.callbacks.test_tail_forecaster import LAYER, Kept, fit
+from tests.callbacks.test_tail_forecaster import DATA, LAYER, Kept, fit
 from tests.models import LENGTH
 from tests.runs.made_up import made_up
 
@@ -27,10 +27,10 @@ def law(batch_tokens: float) -> float:
     return 375 * (1 + batch_tokens / 200)
 
 
-def references(folder: Path, exponents: list[float] = UNRELATED) -> str:
+def references(folder: Path, exponents: list[float] = UNRELATED, data: str = DATA) -> str:
     for number, (size, exponent) in enumerate(zip(SIZES, exponents, strict=True)):
         tokens = law(size) * (1.005, 0.995, 0.995, 1.005, 1.005, 0.995)[number]
-        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": size}
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": size, "data": data}
         made_up(folder / f"{number}", tokens, 1.0, exponent, **common)
     return f"{folder}/*"
 

@@ -1,7 +1,10 @@
 """HeadDrift in real runs: rotations that are known, rows that do not drift, references, floors, resuming."""
 
+import json
 import math
 import re
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_spectral import ActivationSpectrum, HeadDrift, Run
 from lightning_spectral.functional import js_divergence
 from lightning_spectral.measurement import Report
+from tests.distributed import run_distributed
 from tests.models import PROBES, LanguageModel, Network, tiny_trainer, token_loader
 
 LAYERS = [f"network.{name}" for name in PROBES]
@@ -375,6 +379,98 @@ def test_a_run_of_the_same_initialisation_and_order_has_not_drifted(tmp_path: Pa
     fit(tmp_path / "two", drift)
     assert drift.values("js") == [0.0] * 3
     np.testing.assert_allclose(drift.values("overlap"), 1.0)
+
+
+def standing(folder: Path, drift: Kept, *loaders: DataLoader, **kwargs: Any) -> list[float]:
+    """Overlaps of a run whose weights stand still, validated on some data."""
+
+    class Standing(LanguageModel):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    seed_everything(0, verbose=False)
+    trainer = tiny_trainer(folder, callbacks=[drift], **({"max_steps": 8, "val_check_interval": 4} | kwargs))
+    trainer.fit(Standing(), token_loader(48), list(loaders))
+    return drift.values("overlap")
+
+
+def test_a_run_that_was_validated_on_other_data_is_no_reference(tmp_path: Path) -> None:
+    """Weights stand still: whatever drift there would be is that of the data."""
+    this, other = token_loader(64, seed=1), token_loader(64, seed=2)
+    standing(tmp_path / "one", Kept(), this)
+    one = str(tmp_path / "one")
+    assert standing(tmp_path / "same", Kept(reference=one), this) == pytest.approx([1.0, 1.0])
+    drift = Kept(reference=one)
+    reason = (
+        r"^Kept at step 4: NaN, because reference must have been validated on the data of this run, got Run\(.*one'\): "
+        r"validate both on the same samples in the same order, or give reference='first'$"
+    )
+    with pytest.warns(UserWarning, match=reason) as caught:
+        standing(tmp_path / "other", drift, other)
+    assert sum(str(one.message).startswith("Kept ") for one in caught) == 1
+    for distance in DISTANCES:
+        assert np.isnan(drift.values(distance)).all()
+        assert np.isfinite(drift.values(f"{distance}_floor")).all()  # that of its own rows
+    assert math.isnan(drift.headline()["turned_beyond_floor"])
+    assert Run(tmp_path / "other").advice == []
+    assert drift.num_failed == 0
+
+
+def test_what_does_not_tell_of_other_data_is_a_reference(tmp_path: Path) -> None:
+    this, other = token_loader(64, seed=1), token_loader(64, seed=2)
+    one = str(tmp_path / "one")
+    standing(tmp_path / "one", Kept(), this)
+    # A limit leaves eight samples, of which the fingerprint is another.
+    few = Kept(reference=one, num_tokens=64)
+    with pytest.warns(UserWarning, match="compares 64 rows with 512, and fewer rows"):
+        standing(tmp_path / "few", few, this, limit_val_batches=2)
+    assert np.isfinite(few.values("overlap")).all()
+    # Other loaders than the one that is read are nobody's business here.
+    second = Kept(reference=one, dataloader_idx=1)
+    assert standing(tmp_path / "second", second, other, this) == pytest.approx([1.0, 1.0])
+    # Training rows are not those of validation.
+    standing(tmp_path / "train", Kept(stage="train"), this)
+    trained = Kept(stage="train", reference=str(tmp_path / "train"))
+    assert standing(tmp_path / "trained", trained, other) == pytest.approx([1.0, 1.0])
+    # Nor does an old record say anything.
+    about = tmp_path / "one" / "spectra" / "run.json"
+    facts = json.loads(about.read_text())
+    about.write_text(json.dumps({name: fact for name, fact in facts.items() if not name.startswith("validation_")}))
+    assert np.isfinite(standing(tmp_path / "unknown", Kept(reference=one), other)).all()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_resumed_run_goes_by_the_data_that_it_is_validated_on(tmp_path: Path, seed: int) -> None:
+    fit(tmp_path / "one", Kept())
+    epochs: dict[str, Any] = {"max_steps": 16, "limit_train_batches": 4}
+    reference = str(tmp_path / "one")
+    fit(tmp_path, Kept(reference=reference), SaveEveryValidation(), **epochs)
+    again = Kept(reference=reference)
+    trainer = tiny_trainer(tmp_path / "again", callbacks=[again], val_check_interval=4, limit_val_batches=16, **epochs)
+    says = pytest.warns(UserWarning, match="reference must have been") if seed == 2 else nullcontext()
+    with says:
+        path = tmp_path / "step=8.ckpt"
+        trainer.fit(LanguageModel(), token_loader(48), token_loader(64, seed=seed), ckpt_path=path)
+    assert np.isfinite(again.values("overlap")).tolist() == [seed == 1] * 2
+
+
+def on_two_ranks(rank: int, folder: str) -> list[list[float]]:
+    """Overlaps of a run against one on the same data, and of one on other data, as a rank has them."""
+    warnings.filterwarnings("ignore", "Kept at step 4: NaN, because reference must have been validated")
+    two = {"strategy": "ddp", "devices": 2}
+    standing(Path(folder) / "one", Kept(), token_loader(64, seed=1), **two)
+    found = []
+    for seed in (1, 2):
+        drift = Kept(reference=f"{folder}/one")
+        found.append(standing(Path(folder) / str(seed), drift, token_loader(64, seed=seed), **two))
+    return found
+
+
+def test_all_ranks_know_of_other_data(tmp_path: Path) -> None:
+    for same, other in run_distributed(on_two_ranks, 2, str(tmp_path)):
+        assert same == pytest.approx([1.0])
+        assert np.isnan(other).all()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def watching(folder: Path, **kwargs: Any) -> list[Callback]:
     for number in range(6):
         tokens, exponent, batch = 1000 * 1.3**number, 0.2 + 0.2 * number, 2.0**number
         path = folder / "references" / str(number)
-        made_up(path, tokens, 1, exponent, layer=LAYERS[-1], num_tokens=512, batch_tokens=batch)
+        made_up(path, tokens, 1, exponent, layer=LAYERS[-1], num_tokens=512, batch_tokens=batch, data=None)
     common = {"stage": "validate", "every_n_steps": 4, "num_tokens": 512, **kwargs}
     forecaster = TailForecaster(
         1.0, references=[f"{folder}/references/*"], predictor="head", layer=LAYERS[-1], **common

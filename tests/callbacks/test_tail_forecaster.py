@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,6 +18,7 @@ from lightning_spectral import ActivationSpectrum, Run, RunRecord, TailForecaste
 from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
+from lightning_spectral.recording.fingerprint import Fingerprint
 from lightning_spectral.runs import predicting
 from tests.models import LENGTH, LanguageModel, tiny_trainer, token_loader
 from tests.runs.made_up import made_up
@@ -28,6 +30,18 @@ QUANTITIES = {
     *("spectral_gain", "spectral_gain_low", "spectral_gain_high", "actual", "failed"),
 }
 ALPHAS = [0.8, 1.0, 1.1, 1.3, 1.5, 1.6]
+
+
+def fingerprint(seed: int) -> str:
+    """Of validation data."""
+    found = Fingerprint(0, 1)
+    for batch in token_loader(64, seed=seed):
+        found.add(batch, 0)
+    return found.agree(1, torch.device("cpu"))["0"]
+
+
+DATA = fingerprint(1)
+"""Of those of the runs here."""
 
 
 def law(alpha: float) -> float:
@@ -85,7 +99,7 @@ def references(folder: Path, alphas: list[float] = ALPHAS, **kwargs: Any) -> str
             alpha,
             layer=LAYER,
             loss="falling_loss",
-            **{"num_tokens": 512, "batch_tokens": 2.0**number, **kwargs},
+            **{"num_tokens": 512, "batch_tokens": 2.0**number, "data": DATA, **kwargs},
         )
     return f"{folder}/*"
 
@@ -119,7 +133,7 @@ def test_forecast_follows_the_references_law(tmp_path: Path) -> None:
 def test_references_are_taken_at_the_tokens_of_the_report(tmp_path: Path) -> None:
     """Exponents that grow with log tokens alike in all references: taken anywhere else, forecasts would be off."""
     for number, alpha in enumerate(ALPHAS):
-        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number, "data": DATA}
         made_up(tmp_path / "refs" / f"{number}", law(alpha), 1.0, 1.0, **common)
         record = Run(tmp_path / "refs" / f"{number}")
         for step in record.steps("activation"):
@@ -171,7 +185,7 @@ def test_a_target_that_no_reference_reached_is_told(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast")
 def test_a_family_without_relation_has_no_skill_and_says_so(tmp_path: Path) -> None:
     for number, (alpha, tokens) in enumerate(zip(ALPHAS, (300, 420, 280, 310, 430, 290), strict=True)):
-        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number, "data": DATA}
         made_up(tmp_path / "refs" / f"{number}", tokens, 1.0, alpha, **common)
     forecaster = Kept(f"{tmp_path}/refs/*")
     with pytest.warns(UserWarning, match=r"has no skill at \d+ tokens: its references forecast each other"):
@@ -335,7 +349,8 @@ def test_seeds_of_one_setting_count_once_and_their_skill_cannot_be_told(tmp_path
     """Twelve references of three batch sizes: a number with the interval of three, and a warning."""
     for number in range(12):
         alpha = (0.2, 2.0, 4.0)[number % 3] + 0.01 * number
-        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0 ** (number % 3)}
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "data": DATA}
+        common |= {"batch_tokens": 2.0 ** (number % 3)}
         made_up(tmp_path / "refs" / f"{number}", (300, 420, 350)[number % 3] + number, 1.0, alpha, **common)
     forecaster = Kept(f"{tmp_path}/refs/*")
     with pytest.warns(UserWarning, match="cannot tell its skill at .*references are of 3 settings"):
@@ -362,7 +377,7 @@ def test_an_exponent_beyond_the_references_is_told(
         fit(tmp_path / "a", own, max_steps=8)
     least = own.values("alpha_tail")[-1] + shift
     for number in range(6):
-        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number, "data": DATA}
         made_up(tmp_path / "refs" / f"{number}", 400.0 - 20 * number, 1.0, least + 0.2 * number, **common)
     later = Kept(f"{tmp_path}/refs/*")
     with pytest.warns(UserWarning, match=said):
@@ -402,3 +417,66 @@ def test_a_loss_above_the_target_again_changes_nothing() -> None:
     below.add(2, 20.0, 2.5)
     assert below.is_there
     assert math.isnan(below.actual), "nobody knows when"
+
+
+def test_references_of_other_validation_data_make_no_forecast(tmp_path: Path) -> None:
+    forecaster = Kept(references(tmp_path / "refs", data="a1"), target_loss=1.9)
+    with pytest.warns(
+        UserWarning, match="makes no forecast with 0 references, and without 6 that were valid"
+    ) as caught:
+        trainer = fit(tmp_path / "run", forecaster)
+    (message,) = {str(one.message) for one in caught if "makes no forecast" in str(one.message)}
+    assert f"({tmp_path}/refs/0, {tmp_path}/refs/1, {tmp_path}/refs/2, ...): give references= that" in message
+    assert "\n" not in message
+    assert np.isnan(forecaster.values("tokens_to_target")).all()
+    assert forecaster.values("num_references") == [0.0] * 3
+    assert math.isfinite(forecaster.actual)
+    assert trainer.callback_metrics["forecast/failed"] == 0
+    assert [one["tokens_to_target"] for one in Run(tmp_path / "run").forecasts] == [None] * 3
+
+
+def test_some_references_of_other_validation_data_are_left_out(tmp_path: Path) -> None:
+    """What is of the run's data serves, though most are of others."""
+    only = Kept(references(tmp_path / "refs"))
+    fit(tmp_path / "only", only, max_steps=8)
+    for number, alpha in enumerate([*ALPHAS, 1.2]):
+        common = {"layer": LAYER, "loss": "falling_loss", "num_tokens": 512, "batch_tokens": 2.0**number}
+        made_up(tmp_path / "refs" / f"other {number}", 9 * law(alpha), 1.0, alpha, data="a1", **common)
+    beside = Kept(f"{tmp_path}/refs/*")
+    with pytest.warns(UserWarning, match="goes by 6 references, and without 7 that were validated on other data than"):
+        fit(tmp_path / "beside", beside, max_steps=8)
+    assert beside.logged == {step: pytest.approx(values, nan_ok=True) for step, values in only.logged.items()}
+    assert math.isfinite(beside.values("tokens_to_target")[-1])
+
+
+@pytest.mark.parametrize("data", [DATA, None], ids=["this", "unknown"])
+@pytest.mark.filterwarnings("ignore:Kept forecasts beyond", "ignore:Kept cannot tell its skill")
+def test_a_few_samples_tell_of_no_other_data(tmp_path: Path, data: str | None) -> None:
+    """Of a limit that leaves eight samples fingerprints are of eight."""
+    about = {"validation_samples": {"0": 64}}
+    forecaster = Kept(references(tmp_path / "refs", data=data, about=about, num_tokens=64), num_tokens=64)
+    fit(tmp_path / "run", forecaster, max_steps=8, limit_val_batches=2)
+    assert Run(tmp_path / "run").about["validation_data"] != {"0": DATA}
+    assert forecaster.values("num_references")[-1] == 6
+
+
+@pytest.mark.parametrize("data", [DATA, "a1", None], ids=["this", "other", "unknown"])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Kept has no skill")
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast", "ignore:Kept forecasts beyond")
+def test_before_a_validation_run_it_is_not_known_what_serves(tmp_path: Path, data: str | None) -> None:
+    """Training rows are reported at 4, and again at 12 after a resume, before the validation runs at 8 and 16."""
+    refs = references(tmp_path / "refs", data=data, stage="train")
+    common = {"limit_train_batches": 4, "val_check_interval": None, "check_val_every_n_epoch": 2, "max_epochs": -1}
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=2, save_on_train_epoch_end=True)
+    options = {"stage": "train", "predictor": "batch", "num_tokens": 512}
+    first, second, whole = (Kept(refs, **options) for _ in range(3))
+    fit(tmp_path / "whole", whole, max_steps=16, **common)
+    fit(tmp_path / "cut", first, saving, max_steps=8, enable_checkpointing=True, **common)
+    fit(tmp_path / "cut", second, max_steps=16, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    assert {**first.logged, **second.logged} == {
+        step: pytest.approx(values, nan_ok=True) for step, values in whole.logged.items()
+    }
+    num = {DATA: 6, "a1": 0, None: 6}[data]
+    assert whole.values("num_references") == [6, 6, num, num]
+    has_forecast = np.isfinite(whole.values("low"))
+    assert has_forecast.tolist() == {DATA: [0, 0, 1, 1], "a1": [0] * 4, None: [1] * 4}[data]

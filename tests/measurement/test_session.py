@@ -128,6 +128,7 @@ def test_validation_batches_go_to_those_of_their_loader() -> None:
     assert [event[1] for event in heard if event[0] == "recorder"] == [
         "start_validation",
         "start_validation_batch",
+        "end_validation_rows",
         "add_report",
         "add_report",
     ]

@@ -28,6 +28,7 @@ from lightning_spectral.boards import Board
 from lightning_spectral.measurement import stopwatch
 from lightning_spectral.recording import recorder
 from lightning_spectral.recording.validation_loss import validation_loss
+from lightning_spectral.runs.validation_data import ValidationData
 from tests.models import LENGTH, PROBES, Alternating, LanguageModel, NoLogDir, Perceptron, tiny_trainer, token_loader
 
 BLOCK = "network.blocks.0"
@@ -426,6 +427,31 @@ def test_fingerprint_is_that_of_the_data(tmp_path: Path, batch_size: int) -> Non
         prints.append(Run(tmp_path / name).about["validation_data"]["0"])
     same, known, other = prints
     assert same == known != other
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_which_data_are_validated_on_is_known_before_a_report_is_looked_at(tmp_path: Path) -> None:
+    class Knowing(ActivationSpectrum):
+        known: list[Any]
+
+        def start_training(self, host: Any) -> None:
+            super().start_training(host)
+            self.known = [host.session.recorder.validation_data]
+
+        def measured(self, report: Any) -> dict[str, float]:
+            self.known.append(self.session.recorder.validation_data)
+            return super().measured(report)
+
+    options = {"num_tokens": 64, "every_n_steps": 4, "stage": "validate"}
+    common = {"limit_train_batches": 1, "val_check_interval": None, "check_val_every_n_epoch": 4, "max_epochs": -1}
+    saving = ModelCheckpoint(tmp_path / "checkpoints", "at", every_n_epochs=4, save_on_train_epoch_end=True)
+    first, second = Knowing(**options), Knowing(**options)
+    fit(tmp_path, first, saving, max_steps=4, enable_checkpointing=True, **common)
+    fit(tmp_path, second, max_steps=8, ckpt_path=tmp_path / "checkpoints" / "at.ckpt", **common)
+    recorded = ValidationData.of(Run(tmp_path).about)
+    assert recorded.fingerprints.keys() == recorded.num_samples.keys() == {"0"}
+    assert first.known == [None, recorded]
+    assert second.known == [recorded, recorded]
 
 
 def test_family_does_not_depend_on_what_a_sweep_sweeps(tmp_path: Path) -> None:

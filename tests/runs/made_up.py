@@ -39,7 +39,7 @@ def made_up(
     family: str = "F",
     layer: str = LAYER,
     batch_tokens: float = 64.0,
-    data: str = "a1",
+    data: str | None = "a1",
     loss: str = "val_loss",
     num_positive: int = 32,
     about: Mapping[str, Any] | None = None,
@@ -55,7 +55,7 @@ def made_up(
         family: Its own.
         layer: The one that was measured.
         batch_tokens: Tokens of a step.
-        data: Fingerprint of the validation data.
+        data: Fingerprint of the validation data; None as of old records, which say none.
         loss: Key that its validation loss was logged under.
         num_positive: Eigenvalues above the rounding of float32.
         about: What else its record says of it.
@@ -64,7 +64,7 @@ def made_up(
     settings = SETTINGS | {"layers": [layer]} | settings
     series = {"activation-validate": settings}
     facts = {"id": str(folder), "family": family, "series": series, "batch_tokens": batch_tokens}
-    facts |= {"validation_data": {"0": data}, "val_loss": loss, **(about or {})}
+    facts |= {"validation_data": {} if data is None else {"0": data}, "val_loss": loss, **(about or {})}
     record = Record.begin(folder / "spectra", facts)
     ranks = np.arange(1, 33.0)
     eigenvalues = np.where(num_positive >= ranks, ranks**-exponent, 0.0)

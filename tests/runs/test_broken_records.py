@@ -91,6 +91,14 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda run: about(run, forecast={"a": {"actual": "x"}}),
         "forecast.a.actual must be a positive number",
     ),
+    "fingerprints in a list": (
+        lambda run: about(run, validation_data=["a"]),
+        r"validation_data must be a table of digits, got \['a'\]",
+    ),
+    "samples a text": (
+        lambda run: about(run, validation_samples={"0": "x"}),
+        "validation_samples must be a table of counts",
+    ),
     "advice of text": (lambda run: about(run, advice="x"), "advice must be a list of tables with text and url"),
     "advice of numbers": (lambda run: about(run, advice=[{"text": 1, "url": "u"}]), "advice must be a list of tables"),
     "advice of two lines": (

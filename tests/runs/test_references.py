@@ -19,6 +19,7 @@ from lightning_spectral.runs.references import (
     longest_by_id,
     loss_at,
 )
+from lightning_spectral.runs.validation_data import ValidationData
 from tests.runs.made_up import LAYER, SETTINGS, made_up
 
 WANTED = Wanted("F", 1.0, "val_loss", LAYER, {"stage": "validate", "num_tokens": 64, "normalize": True})
@@ -135,6 +136,28 @@ def test_most_decide_what_the_validation_data_are(tmp_path: Path, data: str, kep
     found = find_references([f"{tmp_path}/*"], WANTED)
     assert [reference.run.path.name for reference in found.usable] == list(kept)
     assert set(found.skipped.values()) == {"of other validation data than most"}
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [("a", "05"), ("b", "1245"), ("c", "5"), (None, "1245")],
+)
+def test_the_data_of_the_run_decide_where_they_are_known(tmp_path: Path, own: str | None, kept: str) -> None:
+    """Whatever was told of other runs before; of one that says nothing nobody knows."""
+    for number, fingerprint in enumerate(("a", "b", "b", "b", "b", None)):
+        family = "G" if number == 3 else "F"
+        made_up(tmp_path / str(number), 100.0 + number, 1.0, data=fingerprint, family=family)
+    first = find_references([f"{tmp_path}/*"], WANTED)
+    for found in (first, first.for_data(ValidationData({"0": "c"}))):
+        of_own = found.for_data(ValidationData({} if own is None else {"0": own}))
+        if own is not None or found is first:
+            assert sorted(reference.run.path.name for reference in of_own.usable) == list(kept)
+        every = {reference.run.path.name for reference in of_own.usable} | {Path(path).name for path in of_own.skipped}
+        assert every == set("012345")
+        assert of_own.skipped[str(tmp_path / "3")] == "of another family (G, not F)"
+        if own is not None:
+            aside = [str(reference.run.path) for reference in of_own.aside]
+            assert {of_own.skipped[path] for path in aside} == {"of other validation data than this run"}
 
 
 NOTE = {"monitor": "val_loss", "target_loss": 1.0, "actual": 77.0}
