@@ -99,6 +99,11 @@ class Forecaster:
         self._awaits_data = False
         if data is None:
             return
+        if any(reference.is_near(data) for reference in self.references.usable):
+            self._tell(
+                "goes by runs that the package carries, validated on the sources of another Python than this run: "
+                "losses may differ a little, and forecasts by more; give references= of your own to rely on"
+            )
         before, found = self.references.usable, self.references.for_data(data)
         if found.usable == before:
             return

@@ -83,11 +83,11 @@ class TailForecaster(LayersCallback):
         monitor: Key of the loss in ``trainer.callback_metrics``.
         references: Log directories of finished runs, or glob patterns of them, which all ranks must be able to read;
             ``"bundled:tiny"`` for runs of the tiny GPT of ``examples/nanogpt.yaml`` that the package carries, validated
-            on the standard library of Python 3.11.7. Logs of other tools (CSVLogger, TensorBoard, exports of W&B and
-            MLflow) serve by loss and batch, as runs of this family, for you give them as such; where their columns are
-            not found by the rules of :class:`lightning_spectral.Run`, say them in a mapping: ``{"path": "csv_logs/*",
-            "loss": "val/nll", "batch_tokens": "batch_size*1024"}``. The loss is the column ``monitor`` unless it is
-            said.
+            on the standard library of Python 3.11.7; on that of another Python they serve with a warning. Logs of other
+            tools (CSVLogger, TensorBoard, exports of W&B and MLflow) serve by loss and batch, as runs of this family,
+            for you give them as such; where their columns are not found by the rules of
+            :class:`lightning_spectral.Run`, say them in a mapping: ``{"path": "csv_logs/*", "loss": "val/nll",
+            "batch_tokens": "batch_size*1024"}``. The loss is the column ``monitor`` unless it is said.
         layer: Name of the layer, or a pattern that one layer matches; None for the last block of the stack.
         stage: ``"validate"`` reads rows spread over a validation run, which are the same in all runs; ``"train"`` the
             last training batches before a report.

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_spectral.functional.arguments import describe
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.runs.arguments import check_path
-from lightning_spectral.runs.bundled import bundled
+from lightning_spectral.runs.bundled import bundled, is_bundled
 from lightning_spectral.runs.finding import folders_of_runs
 from lightning_spectral.runs.logs import Columns
 from lightning_spectral.runs.noise_course import noise_series
@@ -77,6 +77,14 @@ class Reference(NamedTuple):
         """What the run was validated on."""
         return ValidationData.of(self.run.about)
 
+    def is_near(self, data: ValidationData) -> bool:
+        """Whether other data are nearly its own: sources of another Python, for a run that the package carries."""
+        return is_bundled(self.run.path) and self.data.is_other(data)
+
+    def is_unfit(self, data: ValidationData) -> bool:
+        """Whether a run that was validated on some data does not compare with it."""
+        return self.data.is_other(data) and not self.is_near(data)
+
 
 class References(NamedTuple):
     """What was found where references were said to be."""
@@ -102,12 +110,10 @@ class References(NamedTuple):
             With those aside that are of other data, and without those aside that are of this.
         """
         back = [one for one in self.aside if one.data.fingerprints == data.fingerprints]
-        out = [one for one in self.usable if one.data.is_other(data)]
-        usable = [one for one in self.usable if not one.data.is_other(data)] + back
+        out = [one for one in self.usable if one.is_unfit(data)]
+        usable = [one for one in self.usable if not one.is_unfit(data)] + back
         aside = [one for one in self.aside if one.data.fingerprints != data.fingerprints] + out
-        theirs = {
-            str(one.run.path): "of other validation data than this run" for one in aside if one.data.is_other(data)
-        }
+        theirs = {str(one.run.path): "of other validation data than this run" for one in aside if one.is_unfit(data)}
         returned = {str(one.run.path) for one in back}
         skipped = {path: reason for path, reason in self.skipped.items() if path not in returned}
         return References(usable, skipped | theirs, tuple(aside))

@@ -435,6 +435,17 @@ def test_references_of_other_validation_data_make_no_forecast(tmp_path: Path) ->
     assert [one["tokens_to_target"] for one in Run(tmp_path / "run").forecasts] == [None] * 3
 
 
+@pytest.mark.filterwarnings("ignore:Kept makes no forecast at", "ignore:Kept cannot tell its skill")
+def test_runs_that_the_package_carries_serve_on_the_text_of_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_spectral.runs.bundled.FOLDER", tmp_path)
+    forecaster = Kept(references(tmp_path / "refs", data="a1"), target_loss=1.9)
+    with pytest.warns(UserWarning, match="goes by runs that the package carries, validated on the sources of another"):
+        fit(tmp_path / "run", forecaster, max_steps=8)
+    assert forecaster.values("num_references")[-1] == 6
+
+
 def test_some_references_of_other_validation_data_are_left_out(tmp_path: Path) -> None:
     """What is of the run's data serves, though most are of others."""
     only = Kept(references(tmp_path / "refs"))

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "bundled:"
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+
+
+def is_bundled(path: Path) -> bool:
+    """Whether the log directory at a path is one that the package carries."""
+    return FOLDER in path.resolve().parents
 
 
 def bundled(reference: Any) -> list[Path]:
