@@ -21,8 +21,14 @@ def short(value: Any, digits: int = 3) -> str:
         return "unbounded" if value > 0 else "-unbounded"
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= unit * (1 - 10.0**-digits / 2):
-            return f"{value / (1e3 if unit == 1e4 else unit):.{digits}g}{name}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+            return f"{_rounded(value / (1e3 if unit == 1e4 else unit), digits)}{name}"
+    return _rounded(value, digits)
+
+
+def _rounded(value: float, digits: int) -> str:
+    # Where `g` would write an exponent; beyond, numbers are too large to be read otherwise.
+    is_whole = 10.0 ** min(digits, 3) * (1 - 10.0**-digits / 2) <= abs(value) < 1e5
+    return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
 
 
 def signed(value: float, digits: int = 2) -> str:

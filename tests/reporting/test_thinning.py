@@ -56,7 +56,12 @@ def test_numbers_are_short_and_json() -> None:
         (1_228_800, "1.23 M"),
         (12_345, "12.3 k"),
         (2048, "2,048"),
-        (999.6, "1e+03"),
+        (999.4, "999"),
+        (999.5, "1,000"),
+        (-999.7, "-1,000"),
+        (999_700, "1 M"),
+        (9.99e14, "999 T"),
+        (1.234e15, "1,234 T"),
         (0.0123456, "0.0123"),
         (inf, "unbounded"),
         (nan, "-"),
@@ -65,6 +70,14 @@ def test_numbers_are_short_and_json() -> None:
 )
 def test_numbers_in_words(value: float | None, shown: str) -> None:
     assert short(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [(150, 2, "150"), (99.6, 2, "100"), (123_456, 2, "123 k"), (999.97, 4, "1,000"), (1234.5, 4, "1,234")],
+)
+def test_no_number_of_ordinary_size_has_an_exponent(value: float, digits: int, shown: str) -> None:
+    assert short(value, digits) == shown
 
 
 def test_other_things_in_words() -> None:
