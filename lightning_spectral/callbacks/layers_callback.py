@@ -30,6 +30,8 @@ class LayersCallback(SpectralCallback[Report]):
 
     quantities: tuple[str, ...] = ()
     """Last parts of the keys, for each layer."""
+    argument = "layers"
+    """Of the subclass, which chooses them."""
     num_vectors = 0
     """How many leading eigenvectors are needed."""
     measurement: ActivationMeasurement | None
@@ -61,7 +63,7 @@ class LayersCallback(SpectralCallback[Report]):
 
     def choose_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         """Modules to measure, by name; raises ValueError for a pattern that matches nothing, or no stack of blocks."""
-        return resolve_layers(module, self.layers)
+        return resolve_layers(module, self.layers, self.argument)
 
     def choose_again(self, module: nn.Module) -> dict[str, nn.Module]:
         """The same choice of a module that may have changed since: what is left of it, and what it means besides."""

@@ -18,7 +18,7 @@ from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.noise_beside import gradients_of, noise_seen
 from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.capture.batch import load_cutter
-from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
+from lightning_spectral.capture.layers import resolve_layers_again
 from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.forecast import NO_SKILL
@@ -130,6 +130,7 @@ class TailForecaster(LayersCallback):
     """
 
     kind = "forecast"
+    argument = "layer"
     headlines = ("tokens_to_target",)
     quantities = (
         "tokens_to_target",
@@ -241,10 +242,7 @@ class TailForecaster(LayersCallback):
 
     @override
     def choose_layers(self, module: nn.Module) -> dict[str, nn.Module]:
-        try:
-            found = resolve_layers(module, self.layers)
-        except ValueError as error:
-            raise ValueError(str(error).replace("layers", "layer", 1)) from None
+        found = super().choose_layers(module)
         if self.layers is None:
             return dict([list(found.items())[-1]])
         if len(found) > 1:

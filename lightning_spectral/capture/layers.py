@@ -12,7 +12,9 @@ NUM_PROBES = 5
 """Layers measured by default, as in the scripts released with *Spectral Lens* (arXiv 2605.05683)."""
 
 
-def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:
+def resolve_layers(
+    root: nn.Module, layers: str | Sequence[str] | None, argument: str = "layers"
+) -> dict[str, nn.Module]:
     """The modules that a choice of layers means, by clean name, in the model's order.
 
     A wrapper and the module inside it have one clean name; the wrapper is returned, since a hook on it sees what the
@@ -25,6 +27,7 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
             :func:`lightning_spectral.capture.stacks.find_stacks`. Otherwise one or several clean names, or glob
             patterns over them: ``*`` and ``?`` stay between two dots, or, where nothing matches so, run across them;
             brackets are tried as they stand first.
+        argument: Which gave the choice, for error messages.
 
     Returns:
         Modules by clean name, at least one.
@@ -33,13 +36,13 @@ def resolve_layers(root: nn.Module, layers: str | Sequence[str] | None) -> dict[
         ValueError: If no stack of blocks is found, or a pattern matches nothing.
     """
     if layers == "all":
-        return find_blocks(root)
+        return find_blocks(root, argument)
     if layers is None:
-        return {name: block for stack in _stacks(root) for name, block in _probes(stack).items()}
+        return {name: block for stack in _stacks(root, argument) for name, block in _probes(stack).items()}
     modules = _by_clean_name(root)
-    chosen = matching("layers", layers, list(modules))
+    chosen = matching(argument, layers, list(modules))
     if not chosen:
-        raise ValueError(f"layers must name at least one layer, got {layers!r}: use None for the stack of blocks")
+        raise ValueError(f"{argument} must name at least one layer, got {layers!r}: use None for the stack of blocks")
     return {name: module for name, module in modules.items() if name in chosen}
 
 
@@ -59,21 +62,21 @@ def resolve_layers_again(
     return found
 
 
-def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
+def find_blocks(root: nn.Module, argument: str = "layers") -> dict[str, nn.Module]:
     """Each block of the stack of equal blocks of a model, and of its other towers, by clean name.
 
     Raises:
         ValueError: If there is none, see :func:`lightning_spectral.capture.stacks.find_stacks`.
     """
-    return {name: block for stack in _stacks(root) for name, block in stack.items()}
+    return {name: block for stack in _stacks(root, argument) for name, block in stack.items()}
 
 
-def _stacks(root: nn.Module) -> list[Stack]:
+def _stacks(root: nn.Module, argument: str) -> list[Stack]:
     stacks = find_stacks(root)
     if not stacks:
         raise ValueError(
-            f"layers must be patterns, got None or 'all', for there is no stack of equal blocks in "
-            f"{type(root).__name__}: take for example layers={_example(root)!r}"
+            f"{argument} must be {'patterns' if argument.endswith('s') else 'a name'}, got None or 'all', for there is "
+            f"no stack of equal blocks in {type(root).__name__}: take for example {argument}={_example(root)!r}"
         )
     return stacks
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_spectral import ActivationSpectrum, Run, RunRecord, TailForecaster
 from lightning_spectral.callbacks.watched_loss import WatchedLoss
@@ -20,7 +21,7 @@ from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
 from lightning_spectral.recording.fingerprint import Fingerprint
 from lightning_spectral.runs import predicting
-from tests.models import LENGTH, LanguageModel, tiny_trainer, token_loader
+from tests.models import LENGTH, LanguageModel, Perceptron, tiny_trainer, token_loader
 from tests.runs.made_up import made_up
 
 LAYER = "network.blocks.5"
@@ -287,6 +288,13 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: dict, changes: dict, m
         forecaster = Kept(**arguments)
         fit(tmp_path, forecaster, **changes)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_without_a_stack_is_told_a_layer_to_name(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8, 1)), 4)
+    message = r"^layer must be a name, got None or 'all', .* in Perceptron: take for example layer='net\.0'$"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, max_steps=1, callbacks=[Kept(monitor="loss", stage="train")]).fit(Perceptron(), loader)
 
 
 @pytest.mark.filterwarnings("ignore:Kept makes no forecast", "ignore:Kept cannot tell its skill")
