@@ -74,6 +74,7 @@ class ActivationSpectrum(LayersCallback):
             float32 does not resolve head or tail; one warning says so. The record has the type of each spectrum.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
+            It is of one tower; where it is of encoder and decoder, say, ``layers`` has a pattern for each.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
         channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
@@ -105,9 +106,9 @@ class ActivationSpectrum(LayersCallback):
         alarm_reports: Reports that a fall may take.
 
     Raises:
-        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
-            two callbacks would write; in the first batch for bands beyond the width, masks that can mean anything and
-            layers whose channels may be on two axes.
+        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, a mask for
+            several towers and keys that two callbacks would write; in the first batch for bands beyond the width, masks
+            that can mean anything and layers whose channels may be on two axes.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,

@@ -78,6 +78,7 @@ class HeadDrift(LayersCallback):
             resolve ``rank`` eigenvalues, and ``"first"`` is then the first report in float64.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
+            It is of one tower; where it is of encoder and decoder, say, ``layers`` has a pattern for each.
         prefix: Put before every key, to tell two of these callbacks apart.
         dataloader_idx: Which validation loader to read.
         channel_dim: Axis of the channels in the layers' outputs. None finds it: the axis on which the layer's own last
@@ -88,9 +89,10 @@ class HeadDrift(LayersCallback):
         overlap: Solve while training goes on, see :class:`ActivationSpectrum`.
 
     Raises:
-        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing and keys that
-            two callbacks would write, and for a reference run that holds no such vectors; in the first batch for a
-            rank beyond the width, masks that can mean anything and layers whose channels may be on two axes.
+        ValueError: For arguments out of range; at the start of ``fit`` for patterns that match nothing, a mask for
+            several towers and keys that two callbacks would write, and for a reference run that holds no such vectors;
+            in the first batch for a rank beyond the width, masks that can mean anything and layers whose channels
+            may be on two axes.
 
     References:
         Björck, Golub, *Numerical methods for computing angles between linear subspaces* (1973); Knyazev, Argentati,

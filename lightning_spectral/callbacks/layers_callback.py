@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_spectral.callbacks.spectral_callback import SpectralCallback
-from lightning_spectral.capture.layers import resolve_layers, resolve_layers_again
+from lightning_spectral.capture.layers import check_one_mask, resolve_layers, resolve_layers_again
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
 from lightning_spectral.measurement import ActivationMeasurement, ActivationRequest, Report
@@ -75,6 +75,7 @@ class LayersCallback(SpectralCallback[Report]):
     @override
     def watch(self, module: nn.Module) -> list[str]:
         layers = self.choose_layers(module)
+        check_one_mask(module, self.layers, self.request.mask)
         assert self.measurement is not None
         self.measurement.watch(layers, self.num_vectors, lambda: self._watch_again(module), self.looks_at())
         self._has_checked_widths = False

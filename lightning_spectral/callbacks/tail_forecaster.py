@@ -18,7 +18,7 @@ from lightning_spectral.callbacks.layers_callback import LayersCallback
 from lightning_spectral.callbacks.noise_beside import gradients_of, noise_seen
 from lightning_spectral.callbacks.watched_loss import WatchedLoss
 from lightning_spectral.capture.batch import load_cutter
-from lightning_spectral.capture.layers import resolve_layers_again
+from lightning_spectral.capture.layers import resolve_layers_again, towers_spanned
 from lightning_spectral.functional.arguments import describe, is_finite_number
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.forecast import NO_SKILL
@@ -104,6 +104,7 @@ class TailForecaster(LayersCallback):
             resolve the tail.
         mask: Key of the batch, with dots where it is nested: a mask with 1 for real tokens, labels with negative
             numbers for those that do not count, or an additive mask (:class:`lightning_spectral.capture.masks.Mask`).
+            Of a model of several towers ``layer`` is then to be named.
         stop_if_relative_above: End training where even the interval's low end is more than so many times what the best
             reference needed, and the references forecast each other better than chance (p <= 0.1); None for never.
         prefix: Put before every key, to tell two of these callbacks apart.
@@ -117,8 +118,8 @@ class TailForecaster(LayersCallback):
 
     Raises:
         ValueError: For arguments out of range; at the start of ``fit`` where no validation will run to give
-            ``monitor``, or ``layer`` matches no layer or several; after the first validation where ``monitor`` is not
-            logged.
+            ``monitor``, or ``layer`` matches no layer or several, or has to be named for ``mask``; after the first
+            validation where ``monitor`` is not logged.
 
     References:
         Liu, Paquette, Sous, *Spectral Lens: Activation and Gradient Spectra as Diagnostics of LLM Optimization*,
@@ -244,7 +245,13 @@ class TailForecaster(LayersCallback):
     def choose_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         found = super().choose_layers(module)
         if self.layers is None:
-            return dict([list(found.items())[-1]])
+            name, block = list(found.items())[-1]
+            if self.request.mask is not None and towers_spanned(module, None):
+                raise ValueError(
+                    f"layer must be one that mask is of, got None with mask={self.request.mask!r} for a model of "
+                    f"several towers: name it, layer={name!r} for example"
+                )
+            return {name: block}
         if len(found) > 1:
             raise ValueError(f"layer must name one layer, got {self.layers!r}: it matches {', '.join(found)}")
         return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate, chain, takewhile
 
 from torch import nn
 
@@ -69,6 +70,60 @@ def find_blocks(root: nn.Module, argument: str = "layers") -> dict[str, nn.Modul
         ValueError: If there is none, see :func:`lightning_spectral.capture.stacks.find_stacks`.
     """
     return {name: block for stack in _stacks(root, argument) for name, block in stack.items()}
+
+
+def check_one_mask(root: nn.Module, layers: str | Sequence[str] | None, mask: str | None) -> None:
+    """Refuse, by a ValueError, one mask for layers of several towers which no pattern of its own names as such."""
+    if mask is None or not (towers := towers_spanned(root, layers)):
+        return
+    first, every = towers[0], [pattern for tower in towers for pattern in tower]
+    raise ValueError(
+        f"mask must be of all layers that it is laid over, got {mask!r} for layers={layers!r}, of several towers: give "
+        f"layers={first[0] if len(first) == 1 else first!r} and each other tower a callback with its own mask and "
+        f"prefix, or, where the mask is of all, layers={every!r}"
+    )
+
+
+def towers_spanned(root: nn.Module, layers: str | Sequence[str] | None) -> list[list[str]]:
+    """Patterns of what a choice takes of each tower, where one part of it (None, ``"all"``, a pattern) spans several.
+
+    To a tower belongs whatever is held by a module that holds blocks of it and of no other. Empty where each part stays
+    in one, which says which towers are meant.
+    """
+    if len(stacks := find_stacks(root)) < 2:
+        return []
+    held: dict[str, set[int]] = {}
+    for tower, stack in enumerate(stacks):
+        for holder in chain.from_iterable(map(_holders, stack)):
+            held.setdefault(holder, set()).add(tower)
+    for part in [layers] if layers is None or isinstance(layers, str) else [[pattern] for pattern in layers]:
+        names: dict[int, list[str]] = {}
+        for name in resolve_layers(root, part):
+            alone = (towers for holder in _holders(name) if len(towers := held.get(holder, set())) == 1)
+            for tower in next(alone, set()):
+                names.setdefault(tower, []).append(name)
+        if len(names) > 1:
+            return [_patterns(names[tower]) for tower in sorted(names)]
+    return []
+
+
+def _holders(name: str) -> list[str]:
+    """A module and those that hold it, by clean name, the outermost first."""
+    return list(accumulate(name.split("."), "{}.{}".format))
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Patterns that match names, one for each number of parts."""
+    split: dict[int, list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        split.setdefault(len(parts), []).append(parts)
+    return [".".join(map(_pattern, zip(*some, strict=True))) for some in split.values()]
+
+
+def _pattern(parts: Sequence[str]) -> str:
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*parts, strict=False))
+    return parts[0] if len(set(parts)) == 1 else "".join(letters[0] for letters in alike) + "*"
 
 
 def _stacks(root: nn.Module, argument: str) -> list[Stack]:

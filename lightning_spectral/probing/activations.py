@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_spectral.callbacks.bands import Bands
 from lightning_spectral.capture.activations import ActivationReader
 from lightning_spectral.capture.batch import Samples, named_tensors
-from lightning_spectral.capture.layers import resolve_layers
+from lightning_spectral.capture.layers import check_one_mask, resolve_layers
 from lightning_spectral.capture.masks import Mask
 from lightning_spectral.capture.names import clean_name
 from lightning_spectral.capture.one_line import reason_of
@@ -58,8 +58,14 @@ class ActivationProbe:
         self.look_up(scene.module)
         for name, layer in self.layers.items():
             self._shapes.add(name, layer, scene.module)
+        request = self.request
         try:
-            self._measure(scene, batch, self.request)
+            if self.problem is None:
+                check_one_mask(scene.module, self.choice, request.mask)
+        except ValueError as error:
+            self.mask, request = replace(self.mask, problem=str(error)), replace(request, mask=None)
+        try:
+            self._measure(scene, batch, request)
         except ValueError as error:
             self.mask = replace(self.mask, problem=str(error))
             assert self._measurement is not None

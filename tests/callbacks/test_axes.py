@@ -44,6 +44,37 @@ class TimeFirst(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
+class Translator(LightningModule):
+    """Whose sources and targets are padded to one length; the decoder adds the mean of the source's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 6), nn.Linear(6, 20)
+        self.encoder, self.decoder = (nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(2)) for _ in "ed")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x, y = self.embedding(batch["input_ids"]), self.embedding(batch["decoder_input_ids"])
+        for block in self.encoder:
+            x = block(x).tanh()
+        y = y + (x * batch["attention_mask"].unsqueeze(-1)).mean(1, keepdim=True)
+        for block in self.decoder:
+            y = block(y).tanh()
+        loss = F.cross_entropy(self.head(y).flatten(0, 1), batch["labels"].flatten())
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def translations() -> dict[str, Tensor]:
+    lengths = torch.tensor([[7, 2], [5, 1], [6, 3], [4, 7], [7, 2], [6, 1], [5, 2], [7, 3]])
+    source, target = (torch.arange(7) < lengths[:, side : side + 1] for side in (0, 1))
+    ids = torch.randint(20, (2, 8, 7))
+    labels = ids[1].masked_fill(~target, -100)
+    return {"input_ids": ids[0], "attention_mask": source.long(), "decoder_input_ids": ids[1], "labels": labels}
+
+
 class Sequences(LightningModule):
     """Takes a list of sequences of any lengths."""
 
@@ -272,6 +303,52 @@ def test_ragged_batches_are_refused_at_once_or_cut_by_the_user(tmp_path: Path) -
     run = Run(tmp_path / "cut")
     assert run.history.tokens[-1] == sum(len(ids) for batch in batches for ids in batch)
     assert run.settings("gradient")["samples"] == f"{__name__}.one_by_one"
+
+
+@pytest.mark.filterwarnings("ignore:TailForecaster makes no forecast")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            ActivationSpectrum,
+            r"^mask must be of all .*, got 'attention_mask' for layers=None, of several towers: ",
+        ),
+        (lambda **kwargs: HeadDrift("*.?", 2, stage="train", **kwargs), "^mask must be of all layers .* for layers='"),
+        (
+            lambda **kwargs: TailForecaster(1.0, "train_loss", stage="train", **kwargs),
+            r"^layer must be one that mask is of, got None with mask='attention_mask' .*, layer='decoder.1' for ",
+        ),
+    ],
+    ids=["spectrum", "drift", "forecaster"],
+)
+def test_the_encoder_s_mask_is_not_laid_over_the_decoder_unasked(tmp_path: Path, make, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        fit(tmp_path, Translator(), [translations()], make(every_n_steps=1, mask="attention_mask"))
+    assert "\n" not in str(raised.value)
+
+
+def test_each_tower_has_its_mask(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batch = Translator(), translations()
+    real = {"encoder": batch["attention_mask"] == 1, "decoder": batch["labels"] >= 0}
+    assert real["encoder"].shape == real["decoder"].shape
+    kept = {side: keep(getattr(model, side)[1], lambda rows, side=side: rows[real[side]]) for side in real}
+    shared = keep(model.decoder[1], lambda rows: rows[real["encoder"]])
+    arguments = ARGUMENTS | {"every_n_steps": 1}
+    spectra = [
+        ActivationSpectrum("encoder.*", mask="attention_mask", **arguments),
+        ActivationSpectrum("decoder.*", mask="labels", prefix="decoder/", **arguments),
+        ActivationSpectrum(["encoder.*", "decoder.*"], mask="attention_mask", prefix="shared/", **arguments),
+    ]
+    metrics = fit(tmp_path, model, [batch], *spectra).callback_metrics
+    for key, rows in (
+        ("activation/encoder.1", kept["encoder"]),
+        ("decoder/activation/decoder.1", kept["decoder"]),
+        ("shared/activation/decoder.1", shared),
+    ):
+        assert float(metrics[f"{key}/num_tokens"]) == len(rows[0])
+        assert float(metrics[f"{key}/rankme"]) == pytest.approx(expected_rankme(rows), rel=1e-6)
+    assert len(shared[0]) != len(kept["decoder"][0])
 
 
 def test_a_mask_means_the_same_in_every_batch(tmp_path: Path) -> None:

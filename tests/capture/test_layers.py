@@ -6,7 +6,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_spectral.capture import clean_name, resolve_layers
-from lightning_spectral.capture.layers import find_blocks
+from lightning_spectral.capture.layers import check_one_mask, find_blocks, towers_spanned
+from tests.capture.test_stacks import WIDTH, Parts, blocks, transformers_model, unets
 from tests.models import Block, LanguageModel, Network, Perceptron
 
 
@@ -144,6 +145,69 @@ def test_a_name_is_tried_as_it_stands_before_it_is_a_pattern() -> None:
     assert list(resolve_layers(model, "heads.task[0].*")) == ["heads.task[0].0"]
     assert list(resolve_layers(model, "heads.task?")) == ["heads.task?"]
     assert list(resolve_layers(model, "heads.task[01]")) == ["heads.task0", "heads.task1"]
+
+
+def two_towers() -> nn.Module:
+    """With what stands beside the blocks of each, and beside both."""
+    encoder, decoder = (Parts(layers=blocks(3), norm=nn.LayerNorm(WIDTH)) for _ in range(2))
+    return Parts(model=Parts(norm=nn.LayerNorm(WIDTH), encoder=encoder, decoder=decoder), head=nn.Linear(WIDTH, WIDTH))
+
+
+BLOCKS = [["model.encoder.layers.*"], ["model.decoder.layers.*"]]
+
+
+@pytest.mark.parametrize(
+    ("layers", "towers"),
+    [
+        (None, BLOCKS),
+        ("all", BLOCKS),
+        ("*.*.layers.*", BLOCKS),
+        (["head", "*.*.layers.*"], BLOCKS),
+        ("*.*.norm", [["model.encoder.norm"], ["model.decoder.norm"]]),
+        ("model.??coder", [["model.encoder"], ["model.decoder"]]),
+        ("*.mlp", [["model.encoder.layers.*.mlp"], ["model.decoder.layers.*.mlp"]]),
+        ("model.encoder.layers.*", []),
+        ("*.encoder.*.mlp", []),
+        (["model.encoder.layers.*", "model.decoder.layers.*"], []),
+        (["model.encoder.layers.0", "model.decoder.layers.0"], []),
+        (["model.norm", "head"], []),
+        ("model", []),
+    ],
+    ids=str,
+)
+def test_a_part_of_a_choice_that_spans_towers_is_told(layers, towers) -> None:
+    assert towers_spanned(two_towers(), layers) == towers
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(two_towers, id="two"),
+        pytest.param(lambda: Parts(blocks=blocks(4), decoder_blocks=blocks(2)), id="one without a word"),
+        *(pytest.param(lambda kind=kind: transformers_model(kind), id=kind) for kind in ("T5", "Bart")),
+        *(pytest.param(lambda kind=kind: unets()[kind][0], id=kind) for kind in ("lists", "holders")),
+    ],
+)
+def test_a_mask_for_several_towers_is_refused_until_each_is_named(make) -> None:
+    model = make()
+    towers = towers_spanned(model, None)
+    first, every = towers[0][0], [pattern for tower in towers for pattern in tower]
+    with pytest.raises(ValueError, match=r"^mask must be of all layers that it is laid over, got 'm' ") as raised:
+        check_one_mask(model, None, "m")
+    assert f" for layers=None, of several towers: give layers={first!r} and each" in str(raised.value)
+    assert str(raised.value).endswith(f"layers={every!r}")
+    assert "\n" not in str(raised.value)
+    # What it says helps, and means the same blocks.
+    check_one_mask(model, first, "m")
+    check_one_mask(model, every, "m")
+    assert set(resolve_layers(model, every)) == set(find_blocks(model))
+    check_one_mask(model, None, None)
+
+
+def test_a_model_of_one_tower_takes_any_mask() -> None:
+    for layers in (None, "all", "*.mlp", ["network.*", "*.mlp"]):
+        check_one_mask(LanguageModel(), layers, "m")
+    check_one_mask(Perceptron(), "net.*", "m")
 
 
 @pytest.mark.parametrize("layers", ["blocs.*", ["network.blocks.0", "blocs.*"]], ids=str)

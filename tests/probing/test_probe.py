@@ -175,6 +175,25 @@ def test_masks_that_could_be_named_are_told() -> None:
     assert [layer.rows for layer in found.layers] == [36, 36]
 
 
+def test_a_mask_for_two_towers_is_refused_and_the_rest_told() -> None:
+    class Both(Padded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            x = self.decoder(self.encoder(self.embedding(batch["input_ids"])))
+            return F.cross_entropy(self.out(x).flatten(0, 1), batch["labels"].flatten())
+
+    found = probe(Both(), padded_batch(), mask="attention_mask", **QUICK)
+    assert found.mask.problem.startswith(
+        "mask must be of all layers that it is laid over, got 'attention_mask' for lay"
+    )
+    assert [layer.rows for layer in found.layers] == [36] * 4
+    one = probe(Both(), padded_batch(), layers="encoder.layers.*", mask="attention_mask", **QUICK)
+    assert (one.mask.problem, [layer.rows for layer in one.layers]) == (None, [27, 27])
+
+
 @pytest.mark.parametrize("key", ["input_ids", "not_there"])
 def test_a_mask_that_is_none_is_refused_and_the_rest_told(key: str) -> None:
     found = probe(Padded(), padded_batch(), mask=key, **QUICK)
