@@ -19,6 +19,7 @@ from lightning_spectral.nanogpt import NanoGPT, ShardData, TextData, write_shard
 from lightning_spectral.nanogpt.checkpoints import from_speedrun, load_speedrun
 from lightning_spectral.nanogpt.config import GPTConfig
 from tests.fuzz_case import Case, accept
+from tests.runs.made_up import LAYER
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = torch.randn(12, 6, generator=GENERATOR)
@@ -135,6 +136,13 @@ def _per_sample(**kwargs: Any) -> Any:
     return ls.per_sample_gradients(nn.Linear(2, 1), batch, loss_fn=lambda module, b: module(b["x"]).mean(), **kwargs)
 
 
+def _asked(method: str) -> Callable[..., Any]:
+    def ask(path: Any, **kwargs: Any) -> Any:
+        return getattr(ls.Run(path), method)(**kwargs)
+
+    return ask
+
+
 _OF_ROWS = {
     "layers": "all",
     "every_n_steps": 5,
@@ -218,6 +226,27 @@ TARGETS: dict[str, Target] = {
         },
     ),
     "Run": Target(ls.Run, {"path": "nothing"}, names=("run",)),
+    **{
+        f"Run.{method}": Target(_asked(method), {"path": "B", **arguments}, names=("run", "kind"))
+        for method, arguments in {
+            "use": {"kind": "activation", "series": "activation-validate"},
+            "span": {"series": "activation-validate"},
+            "settings": {"kind": "gradient"},
+            "steps": {"kind": "activation", "name": LAYER},
+            "holds": {"kind": "activation", "name": LAYER},
+            "names": {"kind": "weight"},
+            "spectrum": {"kind": "activation", "name": LAYER, "step": 100},
+            "spectra": {"kind": "activation", "step": 100, "without": ("vectors",)},
+            "noise_scale": {"step": 100, "name": None, "kind": "gradient"},
+            "readout": {"step": 100, "kind": "readout"},
+            "tokens_at": {"kind": "activation", "step": 100},
+            "spectrum_at": {"kind": "activation", "name": LAYER, "tokens": 5e4},
+            "spectra_at": {"kind": "activation", "tokens": 5e4, "without": ()},
+            "course": {"kind": "activation"},
+            "tokens_to": {"loss": 1.0},
+            "at_loss": {"loss": 1.0},
+        }.items()
+    },
     "compare": Target(ls.compare, {"base": "B", "variant": "V", "at_loss": None, "floor": None}, names=("run",)),
     "forecast": Target(
         ls.forecast, {"paths": "P", "target": 1.5, "layer": None, "tail": None, "at": None}, names=("run",)

@@ -1,7 +1,7 @@
 """Checks of what users ask of runs; each names the argument, its value and a remedy in one line."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from lightning_spectral.functional.arguments import describe, is_finite_number, is_one_line
@@ -54,6 +54,19 @@ def check_tokens(name: str, tokens: Any) -> None:
     for number in tokens:
         if not is_finite_number(number) or number <= 0:
             raise ValueError(f"{name} must hold positive numbers of tokens, got {describe(number)}: write e.g. [1e6]")
+
+
+def check_text(**texts: Any) -> None:
+    """Refuse what is no text, which can name nothing, by a ValueError."""
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a name, got {describe(value)}: write it in quotes")
+
+
+def check_fields(name: str, fields: Any) -> None:
+    """Refuse what is no list of names of fields, by a ValueError."""
+    if isinstance(fields, (str, bytes)) or not isinstance(fields, (Sequence, Set)):
+        raise ValueError(f"{name} must be a list of names of fields, got {describe(fields)}: write e.g. ['vectors']")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from math import isnan, log, nan
 from typing import TYPE_CHECKING
 
+from lightning_spectral.functional.arguments import check_number
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
 
@@ -89,6 +90,7 @@ class Course:
         return self._numbers[key]
 
     def _read_to(self, tokens: float) -> None:
+        check_number(tokens=tokens)
         while len(self._tokens) < len(self._steps) and not (self._tokens and self._tokens[-1] >= tokens):
             index = len(self._tokens)
             self._read(index)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_spectral.functional.arguments import check_number
 from lightning_spectral.runs.record import Row, read_history
 
 
@@ -93,7 +94,12 @@ class History(NamedTuple):
         Returns:
             Interpolated between two entries, log tokens against loss; NaN if the loss never came down to it, or was
             below it from the first entry on.
+
+        Raises:
+            ValueError: For what is no number.
         """
+        check_number(loss=loss)
+        loss = float(loss)
         entries, losses = self.with_loss()
         below = np.flatnonzero(losses <= loss)
         if not len(below) or (below[0] == 0 and losses[0] < loss):

@@ -153,6 +153,9 @@ class Run(RunSpectra):
         Returns:
             Interpolated between two entries of the history, log tokens against loss; NaN if it never came down to it,
             or was below it from the first entry on.
+
+        Raises:
+            ValueError: For what is no number.
         """
         return self.at_loss(loss).tokens
 
@@ -164,5 +167,9 @@ class Run(RunSpectra):
 
         Returns:
             Step, tokens and seconds, interpolated, and spectra on demand; NaN where :meth:`tokens_to` is.
+
+        Raises:
+            ValueError: For what is no number.
         """
-        return Matched(self, loss, *self.history.first_at(loss))
+        point = self.history.first_at(loss)
+        return Matched(self, float(loss), *point)

@@ -5,11 +5,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from math import isnan, log, nan
+from numbers import Real
 from typing import Any
 
 import torch
 
+from lightning_spectral.functional.arguments import check_number, describe
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
+from lightning_spectral.runs.arguments import check_choice, check_fields, check_text
 from lightning_spectral.runs.course import SAME, Course
 from lightning_spectral.runs.interpolation import between
 from lightning_spectral.runs.kinds import KINDS, Series
@@ -60,9 +63,12 @@ class RunSpectra:
         """
         series = self._find_series(kind)
         if series is None:
-            known = ", ".join([*self.kinds, *self._reports]) or "nothing"
-            raise ValueError(f"kind must be one that {self} has a report of, {known}, got {kind!r}")
+            raise self._unknown(kind)
         return series
+
+    def _unknown(self, kind: str) -> ValueError:
+        known = ", ".join([*self.kinds, *self._reports]) or "nothing"
+        return ValueError(f"kind must be one that {self} has a report of, {known}, got {kind!r}")
 
     def all_series(self, kind: str) -> list[str]:
         """All series of a kind.
@@ -94,13 +100,20 @@ class RunSpectra:
 
         Args:
             kind: The kind.
-            series: One of :meth:`all_series`; for weights of those of gradients.
+            series: One of :meth:`all_series`; for weights of those of gradients that hold them.
+
+        Raises:
+            ValueError: If the run has no such series of the kind.
         """
+        check_text(kind=kind)
+        if not (candidates := self._candidates(kind)):
+            raise self._unknown(kind)
+        check_choice("series", series, candidates)
         self._meant[kind] = series
 
     def span(self, series: str) -> str:
         """From which step to which there are reports of a series, in words."""
-        steps = self.steps(series)
+        steps = sorted(self._reports[self.series(series)])
         return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
 
     def _candidates(self, kind: str) -> list[str]:
@@ -108,6 +121,7 @@ class RunSpectra:
         return [name for name in self.all_series(recorded_by) if self._holds(name, kind)] if recorded_by else []
 
     def _find_series(self, kind: str) -> str | None:
+        check_text(kind=kind)
         if kind in self._reports and kind_of(kind) in KINDS:
             return kind
         if kind in self._meant:
@@ -134,7 +148,8 @@ class RunSpectra:
         Returns:
             Stage, layers or parameters, rows, bands and whatever else can be set.
         """
-        series = kind if kind in self._reports else self._find_series(kind)
+        found = self._find_series(kind)
+        series = kind if kind in self._reports else found
         return dict(self.about["series"].get(series, {}))
 
     def steps(self, kind: str, name: str | None = None) -> list[int]:
@@ -147,6 +162,8 @@ class RunSpectra:
         Returns:
             Ascending; empty if there are none.
         """
+        if name is not None:
+            check_text(name=name)
         series = self._find_series(kind)
         steps = [] if series is None else sorted(self._reports[series])
         if series is None or name is None:
@@ -164,6 +181,7 @@ class RunSpectra:
         Returns:
             False if no report holds it; the latest are looked at first, and mostly they do.
         """
+        check_text(name=name)
         return any(name in self._names_at(kind, step) for step in reversed(self.steps(kind)))
 
     def names(self, kind: str) -> list[str]:
@@ -202,6 +220,7 @@ class RunSpectra:
         Raises:
             ValueError: If it is not there, or the report's file is broken.
         """
+        check_text(name=name)
         found = self._read(kind, step, (name,), ())
         if name not in found:
             known = ", ".join(self._names_at(kind, step))
@@ -225,6 +244,7 @@ class RunSpectra:
         Raises:
             ValueError: If there is no such report, or its file is broken.
         """
+        check_fields("without", without)
         return self._read(kind, step, None, without)
 
     def _read(
@@ -246,6 +266,8 @@ class RunSpectra:
         Raises:
             ValueError: If they are not there, or the report's file is broken.
         """
+        if name is not None:
+            check_text(name=name)
         found = self.noise_scales(step, kind)
         if name is None and found:
             return self._files.noise_of_all(self._report(kind, step))
@@ -305,10 +327,10 @@ class RunSpectra:
 
     def _report(self, kind: str, step: int) -> Report:
         found = self._reports[self.series(kind)]
-        if step not in found:
+        if not isinstance(step, Real) or step not in found:
             steps = sorted(found)
             shown = ", ".join(map(str, steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]]))
-            raise ValueError(f"step must be one of {shown} for {kind!r} in {self}, got {step}")
+            raise ValueError(f"step must be one of {shown} for {kind!r} in {self}, got {describe(step)}")
         return found[step]
 
     def spectrum_at(self, kind: str, name: str, tokens: float) -> Spectrum:
@@ -326,6 +348,7 @@ class RunSpectra:
         Raises:
             ValueError: If the run has no spectrum of that kind and name.
         """
+        check_text(name=name)
         found = self._spectra_at(kind, tokens, (name,), ())
         if name not in found:
             raise ValueError(f"name must be one of {', '.join(self.names(kind))} for {kind!r} in {self}, got {name!r}")
@@ -342,12 +365,17 @@ class RunSpectra:
         Returns:
             By layer or parameter, each as :meth:`spectrum_at` has it; of those that are in the reports on either side,
             or, where there are none, in the last.
+
+        Raises:
+            ValueError: If the run has no spectra of that kind.
         """
+        check_fields("without", without)
         return self._spectra_at(kind, tokens, None, without)
 
     def _spectra_at(
         self, kind: str, tokens: float, names: Collection[str] | None, without: Collection[str]
     ) -> dict[str, Spectrum]:
+        check_number(tokens=tokens)
         steps = sorted(self._reports[self.series(kind)])
         after = bisect_left(steps, tokens * (1 - SAME), key=lambda step: self.tokens_at(kind, step))  # which grow
         here = self.tokens_at(kind, steps[after]) if after < len(steps) else nan
@@ -386,5 +414,6 @@ def _order(series: str) -> tuple[str, str, int]:
 
 def kind_of(name: str) -> str:
     """The kind that a kind, or a series, is of."""
+    check_text(kind=name)
     series = Series.parse(name)
     return name if series is None else series.kind

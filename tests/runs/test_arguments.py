@@ -3,10 +3,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lightning_spectral import Run, compare, forecast
-from tests.runs.made_up import made_up
+from tests.runs.made_up import LAYER, made_up
 
 
 @pytest.fixture
@@ -34,6 +36,55 @@ def test_paths_and_losses_that_are_none(call, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: run.tokens_to("2.0"), "loss must be a number, got '2.0'"),
+        (lambda run: run.tokens_to(None), "loss must be a number, got None"),
+        (lambda run: run.at_loss([1.0]), r"loss must be a number, got \[1.0\]"),
+        (lambda run: run.at_loss(10**400), "loss must be within the floating-point range"),
+        (lambda run: run.history.first_at("1"), "loss must be a number, got '1'"),
+        (lambda run: run.spectrum_at("activation", LAYER, "x"), "tokens must be a number, got 'x'"),
+        (lambda run: run.spectrum_at("activation", None, 5e4), "name must be a name, got None"),
+        (lambda run: run.spectra_at("activation", None), "tokens must be a number, got None"),
+        (lambda run: run.spectra_at("activation", 5e4, without=5), "without must be a list of names of fields, got 5"),
+        (lambda run: run.spectra("activation", 100, without="vectors"), "without must be a list of names of fields"),
+        (lambda run: run.spectra("activation", [100]), r"step must be one of 100, 200, .* got \[100\]"),
+        (lambda run: run.course("activation").rankme(LAYER, "5e4"), "tokens must be a number, got '5e4'"),
+        (lambda run: run.use("activation", "nonsense"), "series must be one of activation-validate, got 'nonsense'"),
+        (lambda run: run.use("activation", ["a"]), r"series must be one of activation-validate, got \['a'\]"),
+        (
+            lambda run: run.use("gradient", "gradient-train"),
+            "kind must be one that .* has a report of, activation, act",
+        ),
+        (lambda run: run.series(["activation"]), r"kind must be a name, got \['activation'\]"),
+        (lambda run: run.steps({}), "kind must be a name, got {}"),
+        (lambda run: run.steps("activation", [LAYER]), "name must be a name, got "),
+        (lambda run: run.holds("activation", {}), "name must be a name, got {}"),
+        (lambda run: run.settings([]), r"kind must be a name, got \[\]"),
+        (lambda run: run.names(None), "kind must be a name, got None"),
+        (lambda run: run.span("gradient-train"), "kind must be one that .*, got 'gradient-train'"),
+        (lambda run: run.noise_scale(100, kind=5), "kind must be a name, got 5"),
+        (lambda run: run.readout(100, kind=5), "kind must be a name, got 5"),
+    ],
+)
+def test_what_no_run_can_be_asked(runs: str, call, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        call(Run(runs.replace("*", "0")))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_all_types_are_asked_for(runs: str) -> None:
+    run = Run(runs.replace("*", "0"))
+    for loss in (1, np.float32(1), np.int64(1), torch.tensor(1.0)):
+        assert run.tokens_to(loss) == run.tokens_to(1.0) == 1e5
+    assert math.isnan(run.tokens_to(math.nan))
+    assert run.spectrum_at("activation", LAYER, math.nan).failure == "the loss was never reached"
+    assert run.spectrum("activation", LAYER, np.int64(100)).step == 100
+    run.use("activation", "activation-validate")
+    assert run.series("activation") == "activation-validate"
 
 
 @pytest.mark.parametrize(
