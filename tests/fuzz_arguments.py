@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_spectral as ls
 from lightning_spectral import functional as f
+from lightning_spectral import theory as t
 from lightning_spectral.nanogpt import NanoGPT, ShardData, TextData, write_shard
 from lightning_spectral.nanogpt.checkpoints import from_speedrun, load_speedrun
 from lightning_spectral.nanogpt.config import GPTConfig
@@ -160,6 +161,7 @@ _OF_ROWS = {
     "sums_device": "auto",
     "overlap": True,
 }
+_OF_MODES = {"spectrum": VALUES, "power": VALUES, "rate": 0.1}
 _BANDS = {"head": (1, 10), "tail": (0.125, 0.5)}
 _OF_GRADIENTS = {
     **{"parameters": "all", "every_n_steps": 5, "stage": "train", "num_samples": 8, "method": "auto"},
@@ -210,6 +212,24 @@ TARGETS: dict[str, Target] = {
     ),
     "exponent": Target(_exponent, {"band": (1, 8)}),
     "js_floor": Target(_floor, {"values": VALUES, "leave_one_out": GROUPS}, between(0, math.log(2))),
+    "gradient_flow_risk": Target(t.gradient_flow_risk, _OF_MODES | {"steps": 10.0}),
+    "power_law_risk": Target(
+        t.power_law_risk, {"alpha": 1.0, "beta": 2.0, "rate": 0.1, "steps": 10.0, "top": 1.0}, between(0, math.inf)
+    ),
+    "sgd_risk": Target(t.sgd_risk, _OF_MODES | {"batch_size": 4, "noise": 0.1, "steps": 10}),
+    "stability": Target(t.stability, {"spectrum": VALUES, "rate": 0.1, "batch_size": 4, "noise": 0.1}),
+    "steps_to_risk": Target(
+        t.steps_to_risk, _OF_MODES | {"batch_size": 4, "noise": 0.1, "target": 0.5}, between(0, math.inf)
+    ),
+    "noise_scale": Target(t.noise_scale, {"spectrum": VALUES, "power": VALUES, "noise": 0.1}, between(1, math.inf)),
+    "readout_loss": Target(
+        t.readout_loss, {"loss": 2.0, "eigenvalues": VALUES, "power": VALUES, "rate": 0.1, "steps": 10.0}
+    ),
+    "task_power": Target(
+        t.task_power, {"eigenvalues": VALUES[:6], "basis": torch.eye(6), "readout_gradient": ROWS}, between(0, math.inf)
+    ),
+    "harmonic_energy": Target(t.harmonic_energy, {"state_means": ROWS}, between(0, math.inf)),
+    "band_concentration": Target(t.band_concentration, {"energy": VALUES, "harmonics": [1]}),
     "CovarianceSpectrum": Target(partial(_update, ls.CovarianceSpectrum), {"num_features": 6, "x": ROWS}),
     "PerSampleGradientSpectrum": Target(partial(_update, ls.PerSampleGradientSpectrum), {"centred": False, "g": ROWS}),
     "ActivationSpectrum": Target(

@@ -78,7 +78,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     check_path(hint="a file name that ends in .bin", path=path)
     try:
         array = np.asarray(tokens)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # the last of tensors that require gradients
         raise ValueError(f"tokens must be a row of integers, got {shown(tokens)}") from None
     if array.ndim != 1 or not 0 < len(array) <= MAX_TOKENS or array.dtype.kind not in "iu":
         raise ValueError(

@@ -6,12 +6,12 @@ from torch import Tensor
 from lightning_spectral.functional.arguments import check_real, check_spectrum, describe, is_finite_number
 
 
-def spectrum_of(spectrum: Tensor) -> Tensor:
+def spectrum_of(spectrum: Tensor, name: str = "spectrum") -> Tensor:
     """A spectrum in float64; ValueError for one that is no vector of finite, non-negative, descending numbers."""
-    values = _vector("spectrum", spectrum)
-    check_spectrum(is_ordered=True, spectrum=values)
+    values = _vector(name, spectrum)
+    check_spectrum(is_ordered=True, **{name: values})
     if not bool(values[0] > 0):
-        raise ValueError("spectrum must have a positive eigenvalue, got none")
+        raise ValueError(f"{name} must have a positive eigenvalue, got none")
     return values
 
 
@@ -39,8 +39,13 @@ def check_not_negative(**arguments: float) -> None:
 
 
 def steps_of(steps: Tensor | int | float, like: Tensor) -> Tensor:
-    """Steps in float64; ValueError for a negative one."""
-    values = torch.as_tensor(steps, dtype=torch.float64, device=like.device)
+    """Steps in float64; ValueError for a negative one, and for what are no numbers."""
+    if isinstance(steps, Tensor):
+        check_real(steps=steps)
+    try:
+        values = torch.as_tensor(steps, dtype=torch.float64, device=like.device)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"steps must be a number, or a tensor of them, got {describe(steps)}: give 100") from None
     if not bool((values >= 0).all()):
         raise ValueError(f"steps must not be negative, got {describe(steps)}")
     return values

@@ -41,7 +41,7 @@ def gradient_flow_risk(spectrum: Tensor, power: Tensor, rate: float, steps: Tens
     power = power_of(power, spectrum)
     check_positive(rate=rate)
     times = steps_of(steps, spectrum)
-    return torch.exp(-2 * rate * times.unsqueeze(-1) * spectrum) @ power
+    return torch.exp(-2 * float(rate) * times.unsqueeze(-1) * spectrum) @ power
 
 
 def power_law_risk(alpha: float, beta: float, rate: float, steps: Tensor | float, top: float = 1.0) -> Tensor:
@@ -65,7 +65,8 @@ def power_law_risk(alpha: float, beta: float, rate: float, steps: Tensor | float
         top: Largest eigenvalue.
 
     Returns:
-        ``(...)`` float64, in units of c_1.
+        ``(...)`` float64, in units of c_1; infinite or 0 where the law passes what float64 holds, and NaN where
+        :math:`(\beta - 1) / \alpha` does.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -83,5 +84,7 @@ def power_law_risk(alpha: float, beta: float, rate: float, steps: Tensor | float
     if beta <= 1:
         raise ValueError(f"beta must be above 1, got {beta}: below, the task power has no finite sum")
     times = steps_of(steps, torch.empty(0))
-    order = (beta - 1) / alpha
-    return math.gamma(order) / alpha * (2 * rate * top * times) ** -order
+    order = (float(beta) - 1) / float(alpha)
+    # By logarithms: the gamma function alone passes what float64 holds from 171.6 on.
+    log_time = math.log(2) + math.log(rate) + math.log(top) + times.log()
+    return torch.exp(torch.lgamma(times.new_tensor(order)) - math.log(alpha) - order * log_time)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_real, describe
+
 
 def harmonic_energy(state_means: Tensor) -> Tensor:
     r"""Energy of each harmonic in the mean features of the states of a cycle.
@@ -32,9 +34,11 @@ def harmonic_energy(state_means: Tensor) -> Tensor:
         >>> [round(value, 6) for value in energy.tolist()]
         [0.0, 1.0, 0.0, 1.0]
     """
-    if state_means.ndim != 2 or state_means.shape[0] < 2 or state_means.is_complex():
+    check_real(state_means=state_means)
+    if state_means.ndim != 2 or state_means.shape[0] < 2 or not state_means.shape[1]:
         raise ValueError(
-            f"state_means must be (states, channels) with two states or more, got {tuple(state_means.shape)}"
+            f"state_means must be (states, channels) with two states or more, and a channel, "
+            f"got {tuple(state_means.shape)}"
         )
     means = state_means.detach().to(torch.float64)
     if not bool(means.isfinite().all()):
@@ -63,12 +67,15 @@ def band_concentration(energy: Tensor, harmonics: Iterable[int]) -> float:
         >>> band_concentration(torch.tensor([0.0, 3.0, 2.0, 3.0]), [1])
         0.75
     """
+    check_real(energy=energy)
     if energy.ndim != 1:
         raise ValueError(f"energy must be a vector, got shape {tuple(energy.shape)}")
     num = len(energy)
     chosen = set()
+    if not isinstance(harmonics, Iterable) or (isinstance(harmonics, Tensor) and harmonics.ndim == 0):
+        raise ValueError(f"harmonics must be a list of whole numbers, got {describe(harmonics)}: write e.g. [1]")
     for harmonic in harmonics:
         if not isinstance(harmonic, int) or isinstance(harmonic, bool) or not 1 <= harmonic < num:
-            raise ValueError(f"harmonics must be whole numbers from 1 to {num - 1}, got {harmonic!r}")
+            raise ValueError(f"harmonics must be whole numbers from 1 to {num - 1}, got {describe(harmonic)}")
         chosen |= {harmonic, num - harmonic}
     return float(energy[sorted(chosen)].sum() / energy[1:].sum())

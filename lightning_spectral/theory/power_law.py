@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.theory.checks import check_not_negative, spectrum_of
 
 
@@ -27,10 +28,10 @@ def power_law_spectrum(num: int, alpha: float, normalize: Literal["trace", "top"
         tensor([1.0000, 0.5000, 0.3333], dtype=torch.float64)
     """
     if not isinstance(num, int) or isinstance(num, bool) or num < 1:
-        raise ValueError(f"num must be a whole number from 1 on, got {num!r}")
+        raise ValueError(f"num must be a whole number from 1 on, got {describe(num)}")
     check_not_negative(alpha=alpha)
-    if normalize not in ("trace", "top"):
-        raise ValueError(f"normalize must be 'trace' or 'top', got {normalize!r}")
+    if not isinstance(normalize, str) or normalize not in ("trace", "top"):
+        raise ValueError(f"normalize must be 'trace' or 'top', got {describe(normalize)}")
     values = torch.arange(1, num + 1, dtype=torch.float64) ** -float(alpha)
     return values / values.sum() if normalize == "trace" else values
 

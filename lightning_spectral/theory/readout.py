@@ -6,7 +6,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.arguments import check_int
+from lightning_spectral.functional.arguments import check_int, check_number, check_real
 from lightning_spectral.theory.checks import check_positive, power_of, spectrum_of, steps_of
 
 
@@ -42,7 +42,8 @@ def task_power(eigenvalues: Tensor, basis: Tensor, readout_gradient: Tensor) -> 
         >>> task_power(torch.tensor([4.0, 1.0]), torch.eye(2), error * torch.tensor([4.0, 1.0]))
         tensor([1., 4.], dtype=torch.float64)
     """
-    spectrum = spectrum_of(eigenvalues)
+    spectrum = spectrum_of(eigenvalues, "eigenvalues")
+    check_real(basis=basis, readout_gradient=readout_gradient)
     if basis.ndim != 2 or basis.shape[1] != len(spectrum):
         raise ValueError(f"basis must be (d, {len(spectrum)}), a column an eigenvalue, got {tuple(basis.shape)}")
     if readout_gradient.ndim != 2 or readout_gradient.shape[1] != basis.shape[0]:
@@ -79,11 +80,12 @@ def readout_loss(loss: float, eigenvalues: Tensor, power: Tensor, rate: float, s
         >>> readout_loss(2.0, eigenvalues, power, 0.1, torch.tensor([0.0, 1000.0]))  # 2 - 1.4 / 2 at last
         tensor([2.0000, 1.3000], dtype=torch.float64)
     """
-    spectrum = spectrum_of(eigenvalues)
+    spectrum = spectrum_of(eigenvalues, "eigenvalues")
     power = power_of(power, spectrum)
+    check_number(loss=loss)
     check_positive(rate=rate)
     times = steps_of(steps, spectrum)
-    return loss + torch.expm1(-2 * rate * times.unsqueeze(-1) * spectrum) @ power / 2
+    return float(loss) + torch.expm1(-2 * float(rate) * times.unsqueeze(-1) * spectrum) @ power / 2
 
 
 @dataclass(frozen=True)

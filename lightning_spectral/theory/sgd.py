@@ -22,9 +22,15 @@ class _Recursion:
     """
 
     def __init__(self, spectrum: Tensor, power: Tensor, rate: float, batch_size: float, noise: float) -> None:
-        kick = rate**2 / batch_size
+        kick = rate * rate / batch_size
         diagonal = (1 - rate * spectrum) ** 2 + kick * spectrum**2
-        growth, vectors = torch.linalg.eigh(diagonal.diag() + kick * torch.outer(spectrum, spectrum))
+        matrix = diagonal.diag() + kick * torch.outer(spectrum, spectrum)
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(
+                f"rate must keep (rate * spectrum)^2 / batch_size within the floating-point range, got {rate:g} with "
+                f"spectrum to {float(spectrum[0]):g} and batch_size={batch_size:g}: lower it"
+            )
+        growth, vectors = torch.linalg.eigh(matrix)
         self._log_growth = growth.clamp(min=0.0).log()
         seen = vectors.mT @ spectrum
         is_used = spectrum > 0
@@ -137,6 +143,7 @@ def stability(spectrum: Tensor, rate: float, batch_size: float, noise: float = 0
     spectrum = spectrum_of(spectrum)
     check_positive(rate=rate, batch_size=batch_size)
     check_not_negative(noise=noise)
+    rate, batch_size = float(rate), float(batch_size)
     step = rate * spectrum
     sharpness = float(step[0] * (1 + 1 / batch_size))
     if sharpness >= 2:
@@ -309,9 +316,9 @@ def _checked(
     power = power_of(power, spectrum)
     check_positive(rate=rate)
     check_not_negative(noise=noise)
-    if batch_size != math.inf:
+    if not (isinstance(batch_size, float) and batch_size == math.inf):
         check_positive(batch_size=batch_size)
-    return spectrum, power, _Recursion(spectrum, power, rate, batch_size, noise)
+    return spectrum, power, _Recursion(spectrum, power, float(rate), float(batch_size), noise)
 
 
 def _crossing(recursion: _Recursion, low: float, high: float, target: float, like: Tensor) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         ([], "tokens must be a row of 1 to .* integers, got shape \\(0,\\)"),
         ([[1, 2]], "got shape \\(1, 2\\) of int64"),
         ([0.5], "got shape \\(1,\\) of float64"),
+        (torch.ones(3, requires_grad=True), "tokens must be a row of integers, got "),
         ([4, -1], "tokens must be from 0 to 2\\^32 - 1, got -1"),
         ([4, 2**32], "tokens must be from 0 to 2\\^32 - 1, got 4294967296"),
     ],

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.special import gammaln
 
 from lightning_spectral.theory import gradient_flow_risk, power_law_risk, power_law_spectrum
 
@@ -45,6 +46,36 @@ def test_flatter_tails_reach_far_targets_sooner_and_near_ones_later() -> None:
         first[alpha] = [float(steps[int((risk < level).nonzero()[0])]) for level in (0.8, 0.05)]
     assert first[2.0][0] < first[0.8][0] / 3
     assert first[2.0][1] > first[0.8][1] * 10
+
+
+@pytest.mark.parametrize(("alpha", "time"), [(0.005, 1000.0), (0.005, 300.0), (0.5, 1e200), (50.0, 3.0), (1e-3, 3e3)])
+def test_the_asymptote_is_known_where_the_gamma_function_is_not(alpha: float, time: float) -> None:
+    order = 1 / alpha
+    # As SciPy has the integral of u^(order - 1) e^-u, in logarithms.
+    expected = gammaln(order) - math.log(alpha) - order * math.log(time)
+    found = float(power_law_risk(alpha, 2.0, 0.5, time))
+    assert found == (math.inf if expected > 709 else pytest.approx(math.exp(expected), rel=1e-10))
+
+
+def test_the_asymptote_of_a_flat_spectrum_is_its_sum() -> None:
+    """Of modes that are many enough to be an integral, late enough: far beyond the order of its power."""
+    alpha, order = 0.005, 200.0
+    time = 800.0
+    log_ranks = torch.linspace(0, 400, 400_001, dtype=torch.float64)  # of j, up to e^400
+    integrand = torch.exp(-(order * alpha) * log_ranks - time * torch.exp(-alpha * log_ranks))
+    expected = float(torch.trapezoid(integrand, log_ranks))
+    assert float(power_law_risk(alpha, 2.0, 0.5, time)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", ["100", None, {}, 10**400, [1, "a"], torch.ones(2) * 1j])
+def test_steps_that_are_none_are_refused(steps: object) -> None:
+    for call in (
+        lambda: power_law_risk(1.0, 2.0, 0.5, steps),
+        lambda: gradient_flow_risk(torch.ones(2), torch.ones(2), 0.5, steps),
+    ):
+        with pytest.raises(ValueError, match=r"^steps must (be a number|hold real numbers)") as raised:
+            call()
+        assert "\n" not in str(raised.value)
 
 
 def test_a_power_without_a_sum_is_refused() -> None:
