@@ -118,13 +118,16 @@ class Forecaster:
                 "give references= that were validated on the same samples in the same order"
             )
 
-    def forecast(self, shown: Shown, step: int, tokens: float, is_there: bool) -> dict[str, float]:
+    def forecast(
+        self, shown: Shown, step: int, tokens: float, tokens_per_step: float, is_there: bool
+    ) -> dict[str, float]:
         """What the references make of what a run shows.
 
         Args:
             shown: That.
             step: Optimizer steps so far.
             tokens: Training tokens so far.
+            tokens_per_step: Of those that are to come.
             is_there: Whether the run has reached the target; then there is no forecast.
 
         Returns:
@@ -159,7 +162,7 @@ class Forecaster:
             "low": left.low,
             "high": left.high,
             "relative": left.value / best,
-            "steps": left.value / tokens * step if tokens > 0 else math.nan,
+            "steps": step + (left.value - tokens) / tokens_per_step if tokens_per_step > 0 else math.nan,
             "extrapolated": math.nan if math.isnan(left.value) else float(found.extrapolated),
             "skill": found.skill,
             "median_error": found.median_error,

@@ -52,7 +52,7 @@ class TailForecaster(LayersCallback):
 
     - ``tokens_to_target``, ``low``, ``high``: the forecast and its interval, in tokens. Once the run has come into the
       interval, they are those of what is left of it; past nearly all of it there is no forecast, and a warning.
-    - ``steps``: the same in optimizer steps, at this run's tokens a step.
+    - ``steps``: the same in optimizer steps: those so far, and the rest at the tokens a step since the loss before.
     - ``relative``: the forecast over the fewest tokens that a reference needed; 1 is as good as the best.
     - ``num_references``, ``num_settings``: how many were usable here, and of how many settings (runs that differ by
       their seeds alone are of one, see :func:`lightning_spectral.runs.settings.settings_of`); with fewer than four, or
@@ -363,7 +363,8 @@ class TailForecaster(LayersCallback):
         if math.isnan(exponent.value):
             self.warn_of(spectrum, self.tail)
         shown = self._shown(spectrum).late_enough(report.step)
-        values |= self._forecaster.forecast(shown, report.step, self.tokens, self._loss.is_there)
+        per_step = self._loss.tokens_per_step
+        values |= self._forecaster.forecast(shown, report.step, self.tokens, per_step, self._loss.is_there)
         values |= {"alpha_tail": exponent.value, "actual": self.actual}
         self._record_forecast(report.step, values)
         self._table.note(report.step, self.tokens, values)

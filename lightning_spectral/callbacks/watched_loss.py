@@ -39,6 +39,16 @@ class WatchedLoss:
         return self.curve.points[-1][1] if self.curve.points else math.nan
 
     @property
+    def tokens_per_step(self) -> float:
+        """Since the step of the loss before, for a batch may be changed on the way; NaN before the first step."""
+        if not self.curve.points:
+            return math.nan
+        step, tokens, _ = self.curve.points[-1]
+        earlier = (point for point in reversed(self.curve.points) if point[0] < step)
+        before, start, _ = next(earlier, (0.0, 0.0, math.nan))
+        return (tokens - start) / (step - before) if step > before else math.nan
+
+    @property
     def log_gap(self) -> float:
         """Logarithm of what the last loss lies above the target; NaN where it does not."""
         return log_of(self.curve.points[-1][2] - self.target) if self.curve.points else math.nan

@@ -21,7 +21,7 @@ from lightning_spectral.functional import power_law
 from lightning_spectral.measurement import Report
 from lightning_spectral.recording.fingerprint import Fingerprint
 from lightning_spectral.runs import predicting
-from tests.models import LENGTH, LanguageModel, Perceptron, tiny_trainer, token_loader
+from tests.models import LENGTH, LanguageModel, Perceptron, Tokens, tiny_trainer, token_loader
 from tests.runs.made_up import made_up
 
 LAYER = "network.blocks.5"
@@ -268,6 +268,33 @@ def test_forecasts_can_be_monitored(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="forecast/tokens_to_target")
     fit(tmp_path / "run", forecaster, stop, best, enable_checkpointing=True)
     assert float(stop.best_score) == pytest.approx(np.nanmin(forecaster.values("relative")))
+
+
+def test_steps_to_come_are_of_the_batch_as_it_is_now(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    forecaster = Kept(references(tmp_path / "refs"))
+    batches = [list(range(4 * step, 4 * step + (4 if step < 4 else 3))) for step in range(8)]
+    trainer = tiny_trainer(
+        tmp_path / "run", callbacks=[forecaster, RunRecord(family="F")], max_steps=8, val_check_interval=4
+    )
+    trainer.fit(Falling(), DataLoader(Tokens(400), batch_sampler=batches), token_loader(64, seed=1))
+    tokens = 4 * 4 * LENGTH + 4 * 3 * LENGTH
+    assert Run(tmp_path / "run").history.tokens[-1] == tokens
+    forecast, steps = (forecaster.values(quantity)[-1] for quantity in ("tokens_to_target", "steps"))
+    assert steps == pytest.approx(8 + (forecast - tokens) / (3 * LENGTH))
+    assert steps != pytest.approx(8 * forecast / tokens, rel=1e-2), "at the mean since the start"
+
+
+def test_tokens_a_step_are_those_since_the_loss_before() -> None:
+    loss = WatchedLoss("val_loss", 0.1)
+    assert math.isnan(loss.tokens_per_step)
+    for step, tokens, expected in ((0, 0, math.nan), (10, 320, 32), (10, 320, 32), (14, 640, 80)):
+        loss.add(step, tokens, 1.0)
+        assert loss.tokens_per_step == pytest.approx(expected, nan_ok=True)
+    assert WatchedLoss("val_loss", 0.1, loss.state()).tokens_per_step == 80
+    resumed = WatchedLoss("val_loss", 0.1)
+    resumed.add(5, 40.0, 1.0)
+    assert resumed.tokens_per_step == 8
 
 
 @pytest.mark.parametrize(
