@@ -64,9 +64,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     linear layers and embeddings, where the weight is the parameter itself. In training it adds no pass at all: rows are
     read off the backward passes of the last steps before a report, at weights that move with these steps (the figure's
     title has the span); loss scaling, accumulation and the mean over the batch are undone. In every report the rows of
-    a batch are compared with its gradient, so that what reaches a weight by other ways than its layers, a penalty or a
-    pass beside, is NaN with the reason. Under manual optimisation rows are of the loss that ``backward`` is called on,
-    by ``manual_backward`` or by itself: one that ``training_step`` divides before has a ``grad_norm`` as many times
+    a batch are compared with its gradient, so that what reaches a weight by other ways than its layers, a penalty for
+    example, is NaN with the reason. Under manual optimisation rows are of the loss that ``backward`` is called on, by
+    ``manual_backward`` or by itself: one that ``training_step`` divides before has a ``grad_norm`` as many times
     smaller, and all else as it is; a ``loss_fn``, which is then for the self-check, must divide it, too. Where samples
     weigh differently in the batch's mean, its rows differ from those of the other methods: under a mean over tokens,
     the row of sample b with n_b of them is :math:`n_b B / \sum n` times its own gradient. In validation it makes one
@@ -80,12 +80,12 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     up to a thousandth of its norm: true for every loss that is a weighted mean over samples, false for losses between
     samples (contrastive ones, batch statistics) and where a sample is not what it was taken for. It costs one forward
     pass of the batch and one pass of these samples; by ``"hooks"``, and where a step draws random numbers, at most 17
-    passes of single samples. By ``"hooks"`` a pass of one sample also tells an axis of samples from one of positions,
-    of which a batch may have as many; where no such pass can be made, ``batch_dim`` must say which it is. The record
-    says which parts ran. ``gradient/sample_weights_ratio`` is the largest over the smallest weight found: 1 if samples
-    weigh the same; under a mean over tokens, the longest over the shortest sample. Far from 1 the mean of the rows is
-    not the gradient that training follows, and by ``"hooks"`` rows differ from those of the other methods by these
-    weights. NaN if weights are not known, or some are not positive.
+    passes of single samples. By ``"hooks"`` passes of fewer samples also tell an axis of samples from one of positions,
+    or of an expert's tokens, of which there may be as many; where none can be made, ``batch_dim`` must say which it is.
+    The record says which parts ran. ``gradient/sample_weights_ratio`` is the largest over the smallest weight found: 1
+    if samples weigh the same; under a mean over tokens, the longest over the shortest sample. Far from 1 the mean of
+    the rows is not the gradient that training follows, and by ``"hooks"`` rows differ from those of the other methods
+    by these weights. NaN if weights are not known, or some are not positive.
 
     Values lie under ``gradient/{parameter}/``: ``alpha_tail``, ``alpha_tail_stderr``, ``r2_tail``, ``alpha_head``,
     ``alpha_head_stderr``, ``alpha_tail_centred`` (of the rows about their mean), ``rankme`` (of singular values),

@@ -131,8 +131,11 @@ class BackwardReader:
         for name in list(self._parameters):
             self.drop(name)
 
-    def begin_pass(self) -> None:
-        """Tell the passes of one batch apart: where a gradient was set to zero, what came before is of another loss."""
+    def begin_pass(self, is_first: bool = False) -> None:
+        """Tell the passes of one batch apart: where a gradient was set to zero, what came before is of another loss.
+
+        So is, before the first of them, what gave a parameter no gradient: a gradient was asked of something else.
+        """
         if self.rows is None:
             return
         for name in self.rows.seen - self.rows.final:
@@ -143,7 +146,8 @@ class BackwardReader:
                     # Of a shard alone; None would be known for sure.
                     self.rows.failures.setdefault(name, SET_TO_ZERO)
                 continue
-            if gradient is None or not bool(gradient.any()):
+            is_beside = is_first and name not in self._completed and name not in self._gradients
+            if is_beside or gradient is None or not bool(gradient.any()):
                 self.rows.stale.add(name)
                 self._gradients.pop(name, None)
 

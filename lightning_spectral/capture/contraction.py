@@ -21,6 +21,11 @@ NOT_OF_LAYERS = (
     "pass beside; use method='vmap'"
 )
 
+NO_MORE_THAN_ROUNDING = "its gradient is zero up to rounding"
+
+ZERO = 1e-6
+"""Gradient, relative to what was summed to it, that is rounding: of a key's bias, say, which softmax does not see."""
+
 ROUNDING = 1e-5
 """Of a sum of rows in float32, relative to what rows that cancel would sum to if they were at right angles."""
 
@@ -128,6 +133,12 @@ class LayerRows:
         """Names whose gradient was set to zero since their rows were written: the next pass begins them anew."""
         self.axes: dict[str, set[tuple[int, int]]] = {}
         """By name, how many axes outputs had, and which of them was taken for that of samples."""
+        self.unclear: set[str] = set()
+        """Names of layers that gave as many of something else, or may have: of positions, say."""
+        self.misfits: dict[str, str] = {}
+        """Of failures those of layers of which no axis is as long as the batch."""
+        self._sizes: dict[str, Tensor] = {}
+        self._is_zero: dict[str, Tensor] = {}
         self._short: set[str] = set()
         self._rest: dict[str, Tensor] = {}
         self._is_missed: dict[str, Tensor] = {}
@@ -149,16 +160,22 @@ class LayerRows:
                 axis = self.batch_dim
                 x, grad = x.movedim(axis, 0), grad.movedim(axis, 0)
             if grad.ndim < 2 or not len(x) == len(grad) == self.num_samples:
-                raise ValueError(
+                self.misfits[name] = self.failures[name] = (
                     f"the first axis of its layer's input {tuple(x.shape)} and output {tuple(grad.shape)} is not the "
                     f"batch of {self.num_samples} samples: use method='vmap'"
                 )
+                return
             with torch.no_grad(), torch.autocast(grad.device.type, enabled=False), ieee_products():
                 contract(module, attribute, x[: len(out)], grad[: len(out)], out, name in self.seen, self.scale)
                 if len(out) < self.num_samples:
                     self._add_rest(name, module, attribute, x[len(out) :], grad[len(out) :], out)
             self.seen.add(name)
             self.axes.setdefault(name, set()).add((grad.ndim, axis))
+            if x.ndim == 1 or (grad.ndim > 2 and grad.shape[1] == self.num_samples):
+                self.unclear.add(name)
+            # What rows of any sign may add up to, up to rounding.
+            size = grad.norm() * (1.0 if attribute == "bias" or not x.is_floating_point() else x.norm())
+            self._sizes[name] = self._sizes.get(name, 0.0) + size.detach()
             if grad.dtype in SHORT or has_reduced_products(grad.device, module):
                 self._short.add(name)
         except Exception as error:
@@ -188,12 +205,13 @@ class LayerRows:
         limit = limit + ROUNDING * some.norm() * math.sqrt(len(rows) / len(some)) / abs(self.scale)
         # To be read later: a GPU need not be waited for within a backward pass.
         self._is_missed[name] = (total / self.scale - expected).norm() > limit
+        self._is_zero[name] = expected.norm() < ZERO * self._sizes[name]
 
     def settle(self) -> None:
         """Note as failures the names whose rows have been seen not to add up."""
         for name, is_missed in self._is_missed.items():
             if bool(is_missed):
-                self.failures.setdefault(name, NOT_OF_LAYERS)
+                self.failures.setdefault(name, NO_MORE_THAN_ROUNDING if self._is_zero[name] else NOT_OF_LAYERS)
         self._is_missed.clear()
 
 

@@ -16,9 +16,9 @@ from lightning_spectral.capture.branches import BranchError
 from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.graph import graph_of
 from lightning_spectral.capture.one_line import reason_of
+from lightning_spectral.capture.sample_axis import SampleAxes, axes_of_samples
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.capture.stand_ins import MetricTermError
-from lightning_spectral.capture.time_first import without_samples
 from lightning_spectral.capture.vmap_rules import VmapRules, buffers_of_samples
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
@@ -163,22 +163,22 @@ def gradients_of(loss: BatchLoss, batch: Any, parameters: list[nn.Parameter]) ->
 class ByHooks:
     r"""One forward and backward pass for the whole batch; each layer's input and output gradient give its rows.
 
-    Their sum is compared with the gradient of the batch. At the first call a forward pass of one sample shows which
-    axis of layers' outputs is that of samples.
+    Their sum is compared with the gradient of the batch. At the first call forward passes of one sample and of two show
+    which axis of layers' outputs is that of samples.
 
     Args:
         loss_reduction: How the loss of a batch comes from those of its samples. Under ``"mean"`` a row is B times its
             sample's part of the gradient of the batch. That is the gradient of the sample's own loss if samples weigh
             the same; under a mean over tokens, sample b with n_b of them, it is :math:`n_b B / \sum n` times it, over
             the B samples of one pass.
-        batch_dim: Axis of samples of what a layer takes and gives, if it is as long as there are samples; else 0.
+        batch_dim: Axis of samples of what a layer takes and gives, if it is as long as there are samples; else 0. None
+            for 0, unless that may be of something else.
     """
 
-    def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean", batch_dim: int = 0) -> None:
+    def __init__(self, loss_reduction: Literal["mean", "sum"] = "mean", batch_dim: int | None = None) -> None:
         self.loss_reduction = loss_reduction
         self.batch_dim = batch_dim
-        self._known: set[str] = set()
-        """Names of which the axis of samples has been seen to be right."""
+        self._axes = SampleAxes(batch_dim is not None)
 
     def __call__(self, loss: BatchLoss, names: list[str], batch: Any, out: dict[str, Tensor]) -> None:
         """See :class:`Engine`."""
@@ -186,7 +186,7 @@ class ByHooks:
         parameters = {name: loss.parameter(name)[1] for name in names}
         check_contracts(loss.shadow, parameters)
         size = num_samples(batch) or 0
-        rows = LayerRows(size, out, float(size) if self.loss_reduction == "mean" else 1.0, self.batch_dim)
+        rows = LayerRows(size, out, float(size) if self.loss_reduction == "mean" else 1.0, self.batch_dim or 0)
         device = next(iter(parameters.values())).device
         # What each tapped output leads back to: the one thing a gradient is asked of.
         anchor = torch.zeros((), device=device, requires_grad=True)
@@ -212,9 +212,11 @@ class ByHooks:
                 rows.compare(name, gradient)
         rows.settle()
         failures = {name: NO_GRADIENT for name in names if name not in rows.seen} | rows.failures
-        if new := {name: p for name, p in parameters.items() if name not in self._known | failures.keys()}:
-            failures |= without_samples(loss, new, rows.axes, cut(batch))
-        self._known |= parameters.keys() - failures.keys()
+        self._axes.note(rows)
+        failures |= self._axes.judge(
+            set(names) - failures.keys(),
+            lambda unknown, axes: axes_of_samples(loss, {n: parameters[n] for n in unknown}, axes, cut(batch)),
+        )
         if failures:
             raise SomeRowsError(failures)
 
@@ -275,6 +277,6 @@ class ByVmapOrLoop:
 def engine_of(method: Method, loss_reduction: Literal["mean", "sum"] = "mean", batch_dim: int | None = None) -> Engine:
     """A new engine of a method, for it may remember what it learns; all but ``method`` is of use to ``hooks`` alone."""
     if method == "hooks":
-        return ByHooks(loss_reduction, batch_dim or 0)
+        return ByHooks(loss_reduction, batch_dim)
     engines: dict[str, Engine] = {"vmap": by_vmap, "loop": by_loop, "auto": ByVmapOrLoop()}
     return engines[method]

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_spectral.capture.activations import hidden_states
-from lightning_spectral.capture.batch import Cut, tensors
-from lightning_spectral.capture.contraction import owners
+from lightning_spectral.capture.batch import Cut
 from lightning_spectral.capture.shadow import BatchLoss
 
 
@@ -25,18 +24,21 @@ def time_first(loss: BatchLoss, module: nn.Module, layers: Mapping[str, nn.Modul
     paths = {id(part): path for path, part in module.named_modules()}
     copied = {name: loss.shadow.get_submodule(paths[id(layer)]) for name, layer in layers.items()}
     with loss.isolated(batch):
-        shapes = {name: found[0] for name, found in shapes_of_one(loss, copied, batch).items()}
+        shapes = {name: found[0] for name, found in shapes_of(loss, copied, batch, 1).items()}
     known = {name: shape[:2] for name, shape in shapes.items() if len(shape) > 2 and (shape[0] == 1) != (shape[1] == 1)}
     return {name: shape[1] == 1 for name, shape in known.items()}
 
 
-def shapes_of_one(loss: BatchLoss, layers: Mapping[str, nn.Module], batch: Cut) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of what layers give for the first sample of a batch, run by run; to be called inside the loss's isolation.
+def shapes_of(
+    loss: BatchLoss, layers: Mapping[str, nn.Module], batch: Cut, size: int
+) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of what layers give for the first samples of a batch, run by run; called inside the loss's isolation.
 
     Args:
         loss: Of a shadow.
         layers: Modules of the shadow by name.
-        batch: Of which the first sample is taken.
+        batch: Of samples.
+        size: How many of them.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
 
@@ -49,7 +51,7 @@ def shapes_of_one(loss: BatchLoss, layers: Mapping[str, nn.Module], batch: Cut) 
         handles.append(layer.register_forward_hook(hook))
     try:
         # Not without gradients: a step may ask for some itself.
-        loss(batch.part(0, 1))
+        loss(batch.part(0, size))
         # What hooks have filled is put back, too.
         return {name: list(found) for name, found in shapes.items()}
     finally:
@@ -58,44 +60,6 @@ def shapes_of_one(loss: BatchLoss, layers: Mapping[str, nn.Module], batch: Cut) 
         loss.reset()
 
 
-def without_samples(
-    loss: BatchLoss, parameters: Mapping[str, nn.Parameter], axes: Mapping[str, set[tuple[int, int]]], batch: Cut
-) -> dict[str, str]:
-    """Why rows of parameters are not of samples, by name, where the axis taken for that of samples is another.
-
-    An axis that is as long as the batch by chance, of positions say, stays as long where there is one sample alone. To
-    be called inside the loss's isolation.
-
-    Args:
-        loss: Of a shadow.
-        parameters: Of the shadow, by name.
-        axes: By name, how many axes outputs of their layers had, and which of them was taken for that of samples.
-        batch: Of which the first sample is taken.
-    """
-    layers = {
-        f"{number}.{name}": module
-        for name, parameter in parameters.items()
-        for number, (module, _) in enumerate(owners(loss.shadow, parameter))
-    }
-    reasons = {}
-    for key, shapes in shapes_of_one(loss, layers, batch).items():
-        name = key.partition(".")[2]
-        for shape in shapes:
-            taken = {axis for num_axes, axis in axes.get(name, ()) if num_axes == len(shape)}
-            if taken and not any(shape[axis] == 1 for axis in taken):
-                reasons[name] = (
-                    f"for one sample alone its layer gives {shape}, so axis {min(taken)}, as long as the batch, is not "
-                    "that of samples: give batch_dim, or use method='vmap'"
-                )
-    return reasons
-
-
 def is_square(mask: Tensor, num_samples: int | None) -> bool:
     """Whether a mask looks the same with its axes turned: as many samples as positions."""
     return mask.ndim >= 2 and mask.shape[0] == mask.shape[1] == num_samples and num_samples > 1
-
-
-def is_ambiguous(batch: Cut) -> bool:
-    """Whether some tensor of a batch is as long on its second axis as there are samples: of positions, say."""
-    parts = [] if batch.ones is not None else tensors(batch.data)
-    return batch.size > 1 and any(tensor.shape[:2] == (batch.size, batch.size) for tensor in parts)

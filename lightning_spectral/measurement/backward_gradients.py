@@ -1,6 +1,7 @@
 """Rows of per-sample gradients read off the backward passes of training itself, at weights that move with its steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lightning_spectral.capture.backward import NO_GRADIENT, BackwardReader, che
 from lightning_spectral.capture.batch import Cut, copied, hold, take
 from lightning_spectral.capture.contraction import LayerRows
 from lightning_spectral.capture.one_line import reason_of
+from lightning_spectral.capture.sample_axis import AxesFound, SampleAxes, axes_of_samples
 from lightning_spectral.capture.self_check import MOST_LOOPED
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
-from lightning_spectral.capture.time_first import is_ambiguous, without_samples
 from lightning_spectral.measurement.gradient_request import GradientRequest
 from lightning_spectral.measurement.gradients import GradientMeasurement, without_vmap
 from lightning_spectral.measurement.measurement import Scene
@@ -21,11 +22,6 @@ from lightning_spectral.metrics.layout import are_sharded
 
 OWN_PASSES = (
     "training_step calls backward several times itself, and its passes cannot be told apart: manual_backward can"
-)
-
-UNKNOWN_AXIS = (
-    "its rows may be of samples or of positions, for a tensor of the batch has as many of both, and no pass of one "
-    "sample could be made to tell: give batch_dim, 0 for samples first"
 )
 
 
@@ -54,10 +50,7 @@ class BackwardGradients(GradientMeasurement):
         self._had_backward = False
         self._held: tuple[Cut, int] | None = None
         """Samples of the first batch for the self-check, with its index."""
-        self._axes: dict[str, set[tuple[int, int]]] = {}
-        self._of_samples: set[str] = set()
-        """Names of which the axis of samples has been seen to be right."""
-        self._is_square = False
+        self._axes = SampleAxes(request.batch_dim is not None or request.check == "off")
         self._began_at: list[Tensor] = []
         """The losses that the batch under way is differentiated by, where ``loss_fn`` is to be compared with them."""
         self._reader = BackwardReader(scene.stopwatch.running, self._sharded.local)
@@ -104,8 +97,9 @@ class BackwardGradients(GradientMeasurement):
             out = self._store.open(wanted, is_last)
             self._rows = LayerRows(size, out, mean_of, self.request.batch_dim or 0)
             self._had_backward = False
-            self._is_square = self._is_square or is_ambiguous(cut)
-            if self._held is None and self.is_checking:
+            # Ranks that do not know the same make passes at the same reports.
+            may_ask = self.request.check != "off" and self._world == 1 and self._axes.is_worth_asking(self.parameters)
+            if self._held is None and (self.is_checking or may_ask):
                 self._hold(batch, size)
             on_complete = self._reduce if is_last else _keep
             self._reader.begin(self._rows, on_complete if is_one_pass else None)
@@ -126,12 +120,12 @@ class BackwardGradients(GradientMeasurement):
         if self._loss_to_check is None:
             super().before_backward(scale, loss)
         elif self._expected is not None and loss is not None:
-            self._began_at.append(loss / scale())
-        self._had_backward = True
+            self._began_at.append(loss.detach() / scale())
+        is_first, self._had_backward = not self._had_backward, True
         if self._rows is not None:
             # Of those that the forward pass of the batch has made the size is known only now.
             self._store.sizes.update({name: self._sharded.numel(name, p) for name, p in self.parameters.items()})
-            self._reader.begin_pass()
+            self._reader.begin_pass(is_first)
             samples = self._rows.num_samples if self.request.loss_reduction == "mean" else 1
             self._rows.scale = samples / scale()
 
@@ -179,25 +173,27 @@ class BackwardGradients(GradientMeasurement):
     @override
     def finish(self, step: int) -> None:
         held, self._held = self._held, None
-        if held is not None and self.is_checking and not self._is_sharded():
-            batch, batch_idx = held
-            try:
-                loss = self._make_loss(self._loss_to_check)
-                loss.batch_idx = batch_idx
-                with loss.isolated(batch) as kept:
-                    self._check_axes(loss, batch)
+        names = self.parameters.keys() - self._failures.keys()
+        if held is None or self._is_sharded():
+            self._failures |= self._axes.judge(names, None)
+            return
+        batch, batch_idx = held
+        try:
+            loss = self._make_loss(self._loss_to_check)
+            loss.batch_idx = batch_idx
+            with loss.isolated(batch) as kept:
+                self._failures |= self._axes.judge(names, partial(self._ask_shadow, loss, batch), self.is_checking)
+                if self.is_checking:
                     self.check_span(loss, kept, batch, None)
-            except Exception as error:  # a module that cannot be copied can be read all the same
+        except Exception as error:  # a module that cannot be copied can be read all the same
+            self._failures |= self._axes.judge(names, None)
+            if self.is_checking:
                 self.checked["span"] = reason_of(error)
-        if self._is_square and self.request.check != "off" and self.request.batch_dim is None:
-            unknown = self.parameters.keys() - self._of_samples
-            self._failures |= dict.fromkeys(unknown - self._failures.keys(), UNKNOWN_AXIS)
 
-    def _check_axes(self, loss: BatchLoss, batch: Cut) -> None:
-        chosen = {name: loss.parameter(name)[1] for name in self.parameters if name not in self._failures}
-        failures = without_samples(loss, chosen, self._axes, batch)
-        self._of_samples |= chosen.keys() - failures.keys()
-        self._failures |= failures
+    def _ask_shadow(
+        self, loss: BatchLoss, batch: Cut, names: set[str], axes: Mapping[str, set[tuple[int, int]]]
+    ) -> AxesFound:
+        return axes_of_samples(loss, {name: loss.parameter(name)[1] for name in names}, axes, batch)
 
     @override
     def close(self) -> None:
@@ -218,14 +214,13 @@ class BackwardGradients(GradientMeasurement):
             if are_sharded(self._module):
                 failures = {name: without_vmap(reason) for name, reason in failures.items()}
             self._failures |= failures
-            for name, axes in rows.axes.items():
-                self._axes.setdefault(name, set()).update(axes)
+            self._axes.note(rows)
             self._store.commit()
 
     @override
     def forget(self) -> None:
         super().forget()
-        self._grams, self._axes, self._held, self._is_square, self._began_at = {}, {}, None, False, []
+        self._grams, self._held, self._began_at = {}, None, []
 
 
 def _keep(name: str) -> None:

@@ -84,6 +84,35 @@ class Adversarial(Classifier):
         return self.loss(batch[0] + 0.1 * slope.sign(), batch[1])
 
 
+class ByHand(LightningModule):
+    """Moves its optimizer itself, so that no pass of one sample can be made."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+class Experts(Classifier):
+    """Each expert gets the tokens that are routed to it, of whichever sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.router = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 6)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.fc(x).tanh().flatten(0, 1)
+        weight, chosen = self.router(hidden).softmax(-1).max(-1)
+        out = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            token = (chosen == index).nonzero()[:, 0]
+            if len(token):
+                out = out.index_add(0, token, expert(hidden[token]) * weight[token, None])
+        return F.cross_entropy(self.head((hidden + out).view(*x.shape[:2], -1).mean(1)), y)
+
+
 class TiedByFunction(Positions):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         hidden = self.fc(self.wte(batch[0])).tanh()
@@ -127,7 +156,7 @@ def test_a_batch_as_long_as_its_sequences_gives_no_rows_of_positions(
 ) -> None:
     model, spectrum = Positions(turned), spectrum_of([name, "wte.weight"], LENGTH, stage=stage)
     trainer = fit(tmp_path, model, tokens(LENGTH), spectrum)
-    reason(trainer, spectrum, name, "for one sample alone its layer gives", recwarn)
+    reason(trainer, spectrum, name, "of its samples alone its layer gives", recwarn)
     rows = per_sample_gradients(model, next(iter(tokens(LENGTH))), "wte.weight", "loop")["wte.weight"]
     norm = float(trainer.callback_metrics["gradient/wte.weight/grad_norm"])
     assert norm == pytest.approx(float(rows.mean(0).norm()), rel=1e-4)
@@ -172,15 +201,12 @@ def test_gradient_from_elsewhere_in_a_later_step_is_found_out(
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@WARNS
-def test_a_pass_beside_is_no_part_of_a_row(tmp_path: Path, accumulate: int, recwarn: Any) -> None:
+def test_a_pass_beside_is_no_part_of_a_row(tmp_path: Path, accumulate: int) -> None:
+    """Also where the gradient of the batch before is still there."""
     model, spectrum = Adversarial(), spectrum_of("fc.weight", 8 * accumulate)
     trainer = fit(tmp_path, model, vectors(8, 2), spectrum, accumulate_grad_batches=accumulate)
-    if accumulate == 2:
-        # The gradient of the batch before is still there, so that nothing tells when the pass of the loss begins.
-        reason(trainer, spectrum, "fc.weight", NOT_OF_LAYERS, recwarn)
-        return
-    rows = per_sample_gradients(model, list(vectors(8, 2))[1], "fc.weight", "loop")["fc.weight"]
+    batches = list(vectors(8, 2))[-accumulate:]
+    rows = torch.cat([per_sample_gradients(model, batch, "fc.weight", "loop")["fc.weight"] for batch in batches])
     norm = float(trainer.callback_metrics["gradient/fc.weight/grad_norm"])
     assert norm == pytest.approx(float(rows.mean(0).norm()), rel=1e-4)
 
@@ -216,14 +242,8 @@ def test_a_second_gradient_of_what_was_complete_is_found_out(tmp_path: Path) -> 
 def test_where_no_pass_of_one_sample_can_be_made_batch_dim_must_tell(
     tmp_path: Path, batch_dim: int | None, recwarn: Any
 ) -> None:
-    class Manual(Positions):
-        """Moves its optimizer itself."""
-
-        automatic_optimization = False
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            self.manual_backward(super().training_step(batch, batch_idx))
-            self.optimizers().step()
+    class Manual(ByHand, Positions):
+        pass
 
     spectrum = spectrum_of("head.weight", LENGTH, batch_dim=batch_dim)
     trainer = fit(tmp_path, Manual(), tokens(LENGTH), spectrum)
@@ -231,3 +251,99 @@ def test_where_no_pass_of_one_sample_can_be_made_batch_dim_must_tell(
         reason(trainer, spectrum, "head.weight", "give batch_dim, 0 for samples first", recwarn)
     else:
         assert float(trainer.callback_metrics["gradient/head.weight/grad_norm"]) > 0
+
+
+@WARNS
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_of_an_expert_as_many_as_samples_are_no_rows_of_samples(tmp_path: Path, seed: int) -> None:
+    """In most batches some expert gets as many tokens as there are samples; they are right if each sends it one."""
+    names = [f"experts.{index}.weight" for index in range(6)]
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 6, 5, generator=generator), torch.randint(VOCAB, (16,), generator=generator)
+    model, loader = Experts(), DataLoader(TensorDataset(x, y), 4)
+    spectrum = spectrum_of(names, 4, tail=(1, 4))
+    fit(tmp_path, model, loader, spectrum)
+    by_loop = [per_sample_gradients(model, batch, names, "loop") for batch in loader]
+    for report, expected in zip((one["rows"] for one in spectrum.display.reports), by_loop, strict=False):
+        for name, row in report.items():
+            assert math.isnan(row["rankme"]) or row["grad_norm"] == pytest.approx(float(expected[name].mean(0).norm()))
+    for batch, expected in zip(loader, by_loop, strict=True):
+        for name in names:
+            try:
+                rows = per_sample_gradients(model, batch, name, "hooks")[name]
+            except ValueError:
+                continue
+            torch.testing.assert_close(rows, expected[name])
+
+
+@WARNS
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_table_of_positions_is_of_no_samples_at_any_length(tmp_path: Path, by_hand: bool, recwarn: Any) -> None:
+    """In the second report there are as many samples as positions, though the batch does not look it."""
+
+    class Shifted(Positions):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            length = 4 if batch_idx == 0 and not by_hand else 6
+            return super().training_step([part[:, :length] for part in batch], batch_idx)
+
+    class Manual(ByHand, Shifted):
+        pass
+
+    spectrum = spectrum_of("wpe.weight", 6)
+    trainer = fit(tmp_path, Manual() if by_hand else Shifted(), tokens(6, 2), spectrum)
+    reason(trainer, spectrum, "wpe.weight", "no pass of one sample" if by_hand else "(4,) and output", recwarn)
+    assert all(math.isnan(report["rows"]["wpe.weight"]["rankme"]) for report in spectrum.display.reports)
+
+
+@pytest.mark.parametrize("what", ["by hand", "squeezing"])
+def test_as_many_features_as_samples_are_no_cause_for_doubt(tmp_path: Path, what: str) -> None:
+    class Manual(ByHand, Classifier):
+        pass
+
+    class Squeezing(Classifier):
+        """Cannot take a batch of one."""
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self.head(self.fc(x).tanh())[:, :1].squeeze(), y / VOCAB)
+
+    model = Manual() if what == "by hand" else Squeezing()
+    trainer = fit(tmp_path, model, vectors(LENGTH, 2), spectrum_of(["fc.weight", "head.weight"], LENGTH))
+    assert trainer.callback_metrics["gradient/failed"] == 0
+    if what == "squeezing":
+        rows = per_sample_gradients(model, next(iter(vectors(LENGTH, 1))), "fc.weight", "hooks")["fc.weight"]
+        assert rows.isfinite().all()
+
+
+@WARNS
+def test_a_layer_that_begins_to_run_later_is_read_then(tmp_path: Path) -> None:
+    class Later(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Linear(WIDTH, WIDTH)
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            hidden = self.fc(x).tanh()
+            return F.cross_entropy(self.head(self.more(hidden) if self.global_step > 0 else hidden), y)
+
+    spectrum = spectrum_of("more.weight", LENGTH)
+    fit(tmp_path, Later(), vectors(LENGTH, 3), spectrum)
+    found = [report["rows"]["more.weight"]["rankme"] for report in spectrum.display.reports]
+    assert math.isnan(found[0])
+    assert found[-1] > 1
+
+
+@WARNS
+def test_a_gradient_that_is_rounding_is_said_to_be(tmp_path: Path, recwarn: Any) -> None:
+    class Attending(Classifier):
+        """Softmax does not see what is added to all scores, as a key's bias is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = nn.Linear(1, 3)
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            weights = self.key(x.unsqueeze(-1)).softmax(1)
+            return F.cross_entropy(self.head(self.fc(weights.sum(-1) * x).tanh()), y)
+
+    trainer = fit(tmp_path, Attending(), vectors(32, 1), spectrum := spectrum_of("key.bias", 32, tail=(1, 3)))
+    reason(trainer, spectrum, "key.bias", "zero up to rounding", recwarn)
