@@ -174,8 +174,8 @@ class LayerRows:
             if x.ndim == 1 or (grad.ndim > 2 and grad.shape[1] == self.num_samples):
                 self.unclear.add(name)
             # What rows of any sign may add up to, up to rounding.
-            size = grad.norm() * (1.0 if attribute == "bias" or not x.is_floating_point() else x.norm())
-            self._sizes[name] = self._sizes.get(name, 0.0) + size.detach()
+            size = _norm(grad) * (1.0 if attribute == "bias" or not x.is_floating_point() else _norm(x))
+            self._sizes[name] = self._sizes.get(name, 0.0) + size
             if grad.dtype in SHORT or has_reduced_products(grad.device, module):
                 self._short.add(name)
         except Exception as error:
@@ -213,6 +213,11 @@ class LayerRows:
             if bool(is_missed):
                 self.failures.setdefault(name, NO_MORE_THAN_ROUNDING if self._is_zero[name] else NOT_OF_LAYERS)
         self._is_missed.clear()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Frobenius norm, detached, which in 16 bits would overflow."""
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _scatter(module: nn.Embedding, indices: Tensor, grad: Tensor, out: Tensor, add: bool) -> None:

@@ -221,3 +221,14 @@ def test_hooks_that_fail_never_reach_the_passes_of_training(bad: str) -> None:
     else:
         reader._add_gradient("weight", "no tensor")  # type: ignore[arg-type]
     assert list(reader.end().failures) == ["weight"]
+
+
+def test_large_numbers_in_16_bits_do_not_pass_for_rounding() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64).half()
+    x, grad = (300 * torch.randn(8, 64, 64).half() for _ in range(2))
+    rows = LayerRows(8, {"weight": torch.empty(8, 64 * 64)}, 8.0)
+    rows.add("weight", layer, "weight", x, grad)
+    rows.compare("weight", 1e6 * torch.randn(64, 64))
+    rows.settle()
+    assert "is not the sum of what its own layers gave" in rows.failures["weight"]
