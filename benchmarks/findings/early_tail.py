@@ -3,13 +3,16 @@
     python -m benchmarks.findings.early_tail
 
 Reads the runs that ``early_tail_runs`` has made, all of them, and names those that are missing; JSON, figure and report
-go to ``benchmarks/results/findings``. Half a minute on one core.
+go to ``benchmarks/results/findings``. Half a minute on one core. ``--kept FILE`` takes an earlier result, whose
+runs are gone, and adds the runs that it lacked and that are there now.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,18 @@ import torch
 
 from benchmarks.compact_json import write_compact
 from benchmarks.findings.early_tail_report import write_report
-from benchmarks.findings.early_tail_runs import MAX_TOKENS, RUNS, SEEDS, VARIED_AT, EarlyTail, Setting, all_of
+from benchmarks.findings.early_tail_runs import (
+    BLOCK_SIZE,
+    MAX_TOKENS,
+    RUNS,
+    SEEDS,
+    VARIED_AT,
+    EarlyTail,
+    Setting,
+    all_of,
+    lacking,
+    tuned_in,
+)
 from benchmarks.findings.permutation import rank_correlation
 from benchmarks.findings.studies import add_reading_arguments
 from benchmarks.harness import environment
@@ -113,6 +127,11 @@ def numbers_of(runs: Sequence[Run], target: float) -> ReferenceNumbers:
     return ReferenceNumbers(references, Look(LAYER, TAIL, HEAD), target)
 
 
+def over_tiers(runs: Sequence[Seen], at: int, name: str) -> float:
+    """Spearman's rho of a number and tokens to the target, over the means of tuned tiers."""
+    return float(rank_correlation(means(runs, at, name), means(runs, at, "log tokens"))[0])
+
+
 def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: Sequence[float], at: int) -> list[Any]:
     """The three tests of each number at a count."""
     tuned = [run for run in runs if run.is_tuned]
@@ -127,7 +146,7 @@ def claims(runs: Sequence[Seen], opened: Sequence[Run], target: float, counts: S
     for name in (*NAMES, "early loss", "all spectra"):
         row: dict[str, Any] = {"number": name}
         if name != "all spectra":
-            row["tiers"] = rank_correlation(means(tuned, at, name), means(tuned, at, "log tokens"))[0]
+            row["tiers"] = over_tiers(tuned, at, name)
             given = () if name == "early loss" else (means(varied, at, "early loss"),)
             truth = means(varied, at, "log tokens")
             alone = rank_correlation(means(varied, at, name), truth, num=NUM_PERMUTATIONS)
@@ -196,11 +215,10 @@ def read(study: EarlyTail, recipe: str) -> dict[str, Any]:
     tuned = study.tuned(recipe)
     target = study.target(tuned)
     settings = all_of(tuned)
-    missing = set(study.missing(settings, MAX_TOKENS // study.scale, target))
-    finished = [Run(study.folder / one.name) for one in settings if one.name not in missing]
+    cut_off = _cut_off(study, settings, target)
+    finished = [Run(study.folder / one.name) for one in settings if one.name not in cut_off]
     counts = counts_of(finished, target)
     slowest = float(np.nanmax([run.tokens_to(target) for run in finished]))
-    cut_off = {one.name: max(study.losses(one)[0], default=0.0) for one in settings if one.name in missing}
     settings = [one for one in settings if cut_off.get(one.name, math.inf) > slowest]
     opened = [Run(study.folder / one.name) for one in settings]
     centres = {(one.batch_size, one.factor, one.variant) for one in tuned}
@@ -215,11 +233,10 @@ def read(study: EarlyTail, recipe: str) -> dict[str, Any]:
         )
         for one, run in zip(settings, opened, strict=True)
     ]
-    batch_tokens = settings[0].batch_tokens // settings[0].batch_size
     at = [
         {
             "tokens": count,
-            "late": gate(seen, counts, batch_tokens, number),
+            "late": gate(seen, counts, BLOCK_SIZE, number),
             "claims": claims(seen, opened, target, counts, number),
             "stack": forecasts(seen, opened, target, count),
         }
@@ -228,6 +245,56 @@ def read(study: EarlyTail, recipe: str) -> dict[str, Any]:
     runs = [asdict(one) for one in seen]
     left_out = {name: tokens for name, tokens in cut_off.items() if tokens <= slowest}
     return {"recipe": recipe, "target": target, "counts": counts, "runs": runs, "left_out": left_out, "at": at}
+
+
+def completed(study: EarlyTail, family: dict[str, Any], date: str) -> dict[str, Any]:
+    """A family of an earlier result, whose runs are gone, with those that it lacked and that are there now.
+
+    They are seeds of tuned tiers, and are looked at after as many tokens as the others were. What needs the runs
+    themselves (P2 and P3, which are the first family's) stands where nothing was added, and is not told where
+    something was.
+
+    Args:
+        study: Where the added runs are.
+        family: What :func:`read` had given.
+        date: Of the earlier result.
+    """
+    counts, target = family["counts"], family["target"]
+    before = [Seen(**(run | {"tokens": _tokens(run), "early": tuple(run["early"])})) for run in family["runs"]]
+    settings = lacking(family)
+    cut_off = _cut_off(study, settings, target)
+    opened = {one: Run(study.folder / one.name) for one in settings if cut_off.get(one.name) != 0}
+    ends = [run.tokens_to(target) for one, run in opened.items() if one.name not in cut_off]
+    slowest = max([*ends, *(run.tokens for run in before if math.isfinite(run.tokens))])
+    added = [
+        see(one, run, True, target, counts, cut_off.get(one.name, math.nan))
+        for one, run in opened.items()
+        if cut_off.get(one.name, math.inf) > slowest
+    ]
+    if not added:
+        return {"kept": date, "added": [], **family}
+    order = [one.name for one in all_of(tuned_in(family))]
+    seen = sorted([*before, *added], key=lambda run: order.index(run.name))
+    at = []
+    for number, told in enumerate(family["at"]):
+        names = [row["number"] for row in told["claims"] if "tiers" in row]
+        rows = [{"number": name, "tiers": over_tiers(seen, number, name)} for name in names]
+        at.append({"tokens": told["tokens"], "late": gate(seen, counts, BLOCK_SIZE, number), "claims": rows})
+    left_out = {name: tokens for name, tokens in cut_off.items() if tokens <= slowest}
+    result = {"runs": [asdict(one) for one in seen], "left_out": left_out, "at": at}
+    names = [*family.get("added", []), *(one.name for one in added)]
+    return {"kept": date, **family, "added": names, **result}
+
+
+def _cut_off(study: EarlyTail, settings: Sequence[Setting], target: float) -> dict[str, float]:
+    """Names of runs that have not come to their end, with the tokens they had come to."""
+    missing = study.missing(settings, MAX_TOKENS // study.scale, target)
+    return {one.name: max(study.losses(one)[0], default=0.0) for one in settings if one.name in missing}
+
+
+def _tokens(run: dict[str, Any]) -> float:
+    """To the target, which JSON cannot say of a run that never came there."""
+    return math.inf if math.isnan(run["tokens"]) else float(run["tokens"])
 
 
 def judge(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,10 +310,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_reading_arguments(parser, RUNS)
     parser.add_argument("--families", nargs="+", choices=list(SEEDS), default=list(SEEDS), help="the first is tested")
+    parser.add_argument("--kept", type=Path, help="an earlier result, whose runs are gone, to be completed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = EarlyTail(arguments.runs, only_read=True)
-    families = [read(study, recipe) for recipe in arguments.families]
+    if arguments.kept:
+        landed = json.loads(arguments.kept.read_text().replace("null", "NaN"))
+        date = landed["environment"]["date"]
+        families = [completed(study, family, date) for family in landed["families"]]
+    else:
+        families = [read(study, recipe) for recipe in arguments.families]
     results = {"families": families, "outcomes": judge(families)}
     write_compact(arguments.folder / "early_tail.json", results | {"environment": environment()})
     write_report(results, arguments.folder)

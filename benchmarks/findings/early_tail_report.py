@@ -73,9 +73,19 @@ def _first(families: Sequence[Found], outcome: Found) -> str:
             for run in runs
             if not isnan(run["cut_off"])
         ]
+    words += [
+        f"The runs of {family['recipe']} are gone: they stand as found on {family['kept']}{_added(family)}."
+        for family in families
+        if "kept" in family
+    ]
     if len(families) == 1:
         words.append(f"One family, {families[0]['recipe']}: the sign in a second was not asked.")
     return " ".join(words)
+
+
+def _added(family: Found) -> str:
+    names = family["added"]
+    return f", but for {len(names)} that were made later and looked at after as many tokens" if names else ""
 
 
 def _seeds(counts: Sequence[int]) -> str:

@@ -4,10 +4,13 @@
 
 What is there is kept, and a run that was cut off goes on from its latest validation run, so that this can be
 interrupted at any time and started again. About two and a half hours on two cores, with one thread each, and nearly as
-much again for the second family (``--families rope untied``).
+much again for the second family (``--families rope untied``). Where the runs of an earlier result are gone,
+``--lacking benchmarks/results/findings/early_tail.json`` trains those alone that it lacks, by its rates and to its
+target.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,6 +145,19 @@ class EarlyTail(Study):
         return runs, target
 
 
+def tuned_in(family: dict[str, Any]) -> list[Setting]:
+    """The tuned settings of a family of an earlier result, by batch size."""
+    tiers = {run["batch_size"]: run["tier"] for run in family["runs"] if run["is_tuned"]}
+    factors = {size: float(tier.partition("-lr_x")[2]) for size, tier in tiers.items()}
+    return [Setting(size, factors[size], recipe=family["recipe"]) for size in BATCH_SIZES]
+
+
+def lacking(family: dict[str, Any]) -> list[Setting]:
+    """Runs of the plan that a family of an earlier result has not."""
+    names = {run["name"] for run in family["runs"]}
+    return [setting for setting in all_of(tuned_in(family)) if setting.name not in names]
+
+
 def all_of(tuned: Sequence[Setting]) -> list[Setting]:
     """All runs of a recipe: seeds of its tuned runs, seeds in turn, and of rope the settings at one batch size."""
     recipe = tuned[0].recipe
@@ -157,8 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, RUNS, byte_pairs.FOLDER)
     parser.add_argument("--families", nargs="+", choices=list(SEEDS), default=["rope"], help="recipes, in this order")
+    parser.add_argument("--lacking", type=Path, help="an earlier result, whose runs are gone, to be completed")
     arguments = parse(parser, VOCAB_SIZE, BLOCK_SIZE)
     study = EarlyTail(arguments.runs, arguments.tokens, arguments.processes, arguments.scale)
+    if arguments.lacking:
+        for family in json.loads(arguments.lacking.read_text())["families"]:
+            study.train_all(lacking(family), MAX_TOKENS // study.scale, family["target"])
+        return
     for recipe in arguments.families:
         study.family(recipe)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.compact_json import write_compact
 from benchmarks.findings import byte_pairs
-from benchmarks.findings.early_tail import Seen, gate, judge, means, outcome, read
+from benchmarks.findings.early_tail import Seen, completed, gate, judge, means, outcome, read
 from benchmarks.findings.early_tail_report import write_report
 from benchmarks.findings.early_tail_runs import (
     BATCH_SIZES,
@@ -23,6 +25,7 @@ from benchmarks.findings.early_tail_runs import (
     EarlyTail,
     Setting,
     all_of,
+    lacking,
 )
 from benchmarks.findings.runs import RESULTS
 from lightning_spectral.cli import main
@@ -225,3 +228,38 @@ def test_the_report_says_what_the_landed_results_hold(tmp_path: Path) -> None:
     write_report(results, tmp_path)
     assert (tmp_path / "early_tail.md").read_text() == (RESULTS / "early_tail.md").read_text()
     assert (tmp_path / "early_tail.png").stat().st_size > 10_000
+
+
+def test_an_earlier_result_whose_runs_are_gone_is_completed_by_the_runs_that_it_lacked(
+    planted: Path, tmp_path: Path
+) -> None:
+    families = [read(EarlyTail(planted, only_read=True), recipe) for recipe in ("rope", "untied")]
+    write_compact(tmp_path / "landed.json", {"families": families})
+    rope, untied = json.loads((tmp_path / "landed.json").read_text().replace("null", "NaN"))["families"]
+    assert lacking(rope) == []
+    wanted = lacking(untied)
+    assert [one.name for one in wanted] == [f"untied-batch_{size}-lr_x1-seed_2" for size in BATCH_SIZES]
+
+    runs = tmp_path / "runs"
+    nothing = completed(EarlyTail(runs, only_read=True), untied, "a date")
+    assert nothing == {"kept": "a date", "added": [], **untied}
+
+    make(runs, "untied", (2,))
+    shutil.rmtree(runs / wanted[0].name)
+    study = EarlyTail(runs, only_read=True)
+    untied, before = completed(study, untied, "a date"), untied
+    assert [run["name"] for run in untied["runs"][:5]] == [run["name"] for run in before["runs"]]
+    assert untied["added"] == [run["name"] for run in untied["runs"][5:]] == [one.name for one in wanted[1:]]
+    assert untied["left_out"] == {wanted[0].name: 0.0}
+    make(tmp_path / "both", "untied", (1, 2))
+    both = read(EarlyTail(tmp_path / "both", only_read=True), "untied")
+    first = {run["name"]: run for run in both["runs"]}
+    for run in untied["runs"][5:]:
+        assert run == first[run["name"]] | {"early": run["early"]}, "but for the counts, which are those of before"
+        assert run["early"][-1]["alpha_tail"] == pytest.approx(first[run["name"]]["early"][-1]["alpha_tail"])
+    assert untied["at"][-1]["claims"][0]["tiers"] == pytest.approx(both["at"][-1]["claims"][0]["tiers"])
+    results = {"families": [completed(study, rope, "a date"), untied]}
+    write_report(results | {"outcomes": judge(results["families"])}, tmp_path)
+    report = (tmp_path / "early_tail.md").read_text()
+    assert "The runs of rope are gone: they stand as found on a date. The runs of untied are gone" in report
+    assert "but for 4 that were made later and looked at after as many tokens" in report
