@@ -1,8 +1,8 @@
 """The measurement of activations: rows of layers collected as they pass, pooled over ranks and decomposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,96 +14,31 @@ from lightning_spectral.capture.channels import (
     ChannelFinder,
     check_channel_dim,
     describe_rows,
-    rows_last,
     unknown_axis,
 )
 from lightning_spectral.capture.fast_path import SKIPPED, is_skipped, refuse_compiled
-from lightning_spectral.capture.masks import Mask, Meaning, fit_rows
+from lightning_spectral.capture.masks import Meaning
 from lightning_spectral.capture.nested import has_shape, parts_of, rows_of_parts
 from lightning_spectral.capture.one_line import reason_of
-from lightning_spectral.capture.time_first import is_square, time_first
-from lightning_spectral.functional.arguments import check_flag, describe
+from lightning_spectral.capture.time_first import time_first
 from lightning_spectral.functional.estimate import Spectrum
 from lightning_spectral.functional.powerlaw import Band
-from lightning_spectral.measurement.arguments import check_axis, check_choice, check_positive
-from lightning_spectral.measurement.collector import Collector
+from lightning_spectral.measurement.activation_request import ActivationRequest
 from lightning_spectral.measurement.decomposition import Decomposition, Pooled
-from lightning_spectral.measurement.measurement import Measurement, Report, Request, Scene
+from lightning_spectral.measurement.measurement import Measurement, Report, Scene
 from lightning_spectral.measurement.pending import Pending
-from lightning_spectral.measurement.placement import KEEPS, Keep
 from lightning_spectral.measurement.same_rows import SameRows
+from lightning_spectral.measurement.sample_order import SampleOrder
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.whole_outputs import WholeOutputs
 from lightning_spectral.metrics.collectives import world_size
 from lightning_spectral.metrics.layout import Layout
-
-Dtype = Literal["auto", "float32", "float64"]
-
-DTYPES = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
-"""Types that products begin in."""
 
 JOINED = "it had not joined the model when the rows were read"
 
 ABSENT = "the model has no such layer any more"
 
 NEVER_RAN = "it never ran, or had run compiled before it was watched"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationRequest(Request):
-    """Rows of layers: equal requests share one measurement of the union of their layers."""
-
-    kind: ClassVar[str] = "activation"
-
-    num_tokens: int
-    normalize: bool
-    dtype: Dtype
-    mask: str | None = None
-    channel_dim: int | None = None
-    sums_device: Keep = field(default="auto", compare=False)
-    """Where sums are kept. Those of equal rows are shared wherever that is: who joins first says it."""
-    overlap: bool | Literal["auto"] = "auto"
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.overlap, bool) and not (isinstance(self.overlap, str) and self.overlap == "auto"):
-            raise ValueError(f"overlap must be True, False or 'auto', got {describe(self.overlap)}")
-        if self.stage == "validate":
-            if self.overlap is True:
-                raise ValueError(
-                    "overlap must be False or 'auto' with stage='validate', got True: what monitors a validation run "
-                    "needs its report at once"
-                )
-            object.__setattr__(self, "overlap", False)  # with equal others it shares a measurement
-        check_positive(num_tokens=self.num_tokens)
-        check_flag(normalize=self.normalize)
-        check_choice(dtype=(self.dtype, tuple(DTYPES)), sums_device=(self.sums_device, KEEPS))
-        if not (self.mask is None or (isinstance(self.mask, str) and self.mask)):
-            raise ValueError(f"mask must be a key of the batch, or None for all tokens, got {describe(self.mask)}")
-        check_axis(channel_dim=self.channel_dim)
-
-    @override
-    def measure(self, scene: Scene) -> "ActivationMeasurement":
-        return ActivationMeasurement(self, scene)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        # When numbers come, and where sums are, does not change them: a record goes on whatever it was.
-        return {name: value for name, value in super().settings().items() if name not in ("overlap", "sums_device")}
-
-    def collector(self, names: list[str], device: torch.device, layout: Layout | None = None) -> Collector:
-        """What keeps the rows of layers on a device, or on the CPU where that has no float64."""
-        return Collector(
-            names=names,
-            num_tokens=self.num_tokens,
-            num_groups=self.num_groups,
-            normalize=self.normalize,
-            dtype=DTYPES[self.dtype],
-            device=torch.device("cpu") if device.type == "mps" else device,
-            layout=layout,
-            keep=self.sums_device,
-        )
 
 
 class ActivationMeasurement(Measurement):
@@ -125,10 +60,7 @@ class ActivationMeasurement(Measurement):
         self._layers: dict[str, nn.Module] = {}
         self._finders: dict[str, ChannelFinder] = {}
         self._axes: dict[tuple[str, int], int] = {}
-        self._mask = None if request.mask is None else Mask(request.mask)
-        self._mask_now: Tensor | None = None
-        self._size: int | None = None
-        self._is_time_first: dict[str, bool] | None = None
+        self._order = SampleOrder(request.batch_dim, request.mask, self._time_first, self._fail_all)
         self.widths: dict[str, int] = {}
         """Width of each layer that has run; known after the first batch, of training or of the sanity check."""
         self._num_vectors = 0
@@ -139,8 +71,6 @@ class ActivationMeasurement(Measurement):
         """What is to be said of that, for a callback to take."""
         self._to_widen: set[str] = set()
         """Those of which rows were collected already when that was known."""
-        self._has_seen_mask = False
-        self._has_seen_square = False
         self._reader = ActivationReader(self._read, self._fail, scene.is_in_step)
         self._choices: list[Callable[[], Mapping[str, nn.Module]]] = []
         self._absent: set[str] = set()
@@ -229,7 +159,7 @@ class ActivationMeasurement(Measurement):
     @property
     def mask_meaning(self) -> Meaning | None:
         """What the mask's values mean, once a batch has told; None for booleans, which need no telling, too."""
-        return None if self._mask is None else self._mask.meaning
+        return self._order.meaning
 
     @override
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
@@ -238,13 +168,11 @@ class ActivationMeasurement(Measurement):
             with self.stopwatch.running():
                 if has_right_stage and not self.widths and self.request.samples is not None:
                     self.samples.cut(batch)  # what a user's function gets wrong should show early
-                self._size = self.samples.count(batch)
+                size = self.samples.count(batch)
                 self._lengths = {one.shape[1] for one in tensors(batch) if one.ndim > 1 and has_shape(one)}
-                self._mask_now = self._mask_of(batch) if has_right_stage else None
-                if has_right_stage and self._is_square(batch):
-                    self._try_to_tell_time_from_samples(batch)
+                self._order.begin_batch(batch, size, has_right_stage)
                 try:
-                    self._collector.begin_batch(self._size, self._mask_now, self.place)
+                    self._collector.begin_batch(size, self._order.mask, self.place)
                 except Exception as error:  # whatever a batch may be made of
                     self._fail_all(error)
             is_train = self.is_collecting and self.stage == "train"
@@ -287,25 +215,6 @@ class ActivationMeasurement(Measurement):
         """Layers of many rows a step, of which only later steps are collected: each is read where its window ends."""
         return [name for name in self._reader.names if not self.schedule.collects(step, self._rows.get(name))]
 
-    def _mask_of(self, batch: Any) -> Tensor | None:
-        if self._mask is None:
-            return None
-        try:
-            mask = self._mask(batch)
-        except Exception as error:
-            if isinstance(error, ValueError) and not self._has_seen_mask:
-                raise
-            # One odd batch among many costs a report, not the run.
-            self._fail_all(error)
-            return None
-        self._has_seen_mask = True
-        axis = self.request.batch_dim
-        if axis and mask.shape[axis : axis + 1] == (self._size,):
-            return mask.movedim(axis, 0)
-        if axis is None and self._is_time_first is None and is_square(mask, self._size):
-            self._tell_time_from_samples(batch, mask)
-        return mask
-
     def _fail(self, name: str, reason: str) -> None:
         if self.is_collecting:
             self._collector.failures.setdefault(name, reason)
@@ -313,32 +222,6 @@ class ActivationMeasurement(Measurement):
     def _fail_all(self, error: Exception) -> None:
         for name in self._reader.names:
             self._fail(name, reason_of(error))
-
-    def _tell_time_from_samples(self, batch: Any, mask: Tensor) -> None:
-        """Settle where samples are if a mask fits outputs either way; ValueError if nothing settles it."""
-        try:
-            self._is_time_first = self._time_first(batch)
-        except Exception as error:  # whatever the step makes of one sample
-            size = len(mask)
-            raise ValueError(
-                f"batch_dim must say where samples are, for mask={self.request.mask!r} {tuple(mask.shape)} fits either "
-                f"way, and a pass of one sample does not tell ({str(error).partition(chr(10))[0]}): give batch_dim=0, "
-                f"or batches of another size than {size}"
-            ) from error
-
-    def _is_square(self, batch: Any) -> bool:
-        """Whether outputs are, or may be, as long as there are samples, and nothing has said where samples are."""
-        if self.request.batch_dim is not None or self._mask is not None or self._is_time_first is not None:
-            return False
-        size = self._size or 0
-        return size > 1 and (self._has_seen_square or any(t.shape[:2] == (size, size) for t in tensors(batch)))
-
-    def _try_to_tell_time_from_samples(self, batch: Any) -> None:
-        """Settle where samples are in outputs as long as there are samples; where nothing does, they are not known."""
-        try:
-            self._is_time_first = self._time_first(batch)
-        except Exception:  # whatever the step makes of one sample
-            self._is_time_first = {}
 
     def _time_first(self, batch: Any) -> dict[str, bool]:
         if world_size() > 1:
@@ -369,7 +252,7 @@ class ActivationMeasurement(Measurement):
                 if parts:
                     self._collector.add(name, *rows_of_parts(parts, axis))
                 else:
-                    self._collector.add(name, self._rows_of(name, output, axis))
+                    self._collector.add(name, self._order.rows(name, output, axis))
 
     def _channel_axis(self, name: str, output: Tensor) -> int | None:
         """The axis of a layer's channels, found once for each number of axes; None, and a refusal, if it is not."""
@@ -391,27 +274,6 @@ class ActivationMeasurement(Measurement):
         self._axes[name, len(shape)] = axis
         self.rows.setdefault(name, describe_rows(output, axis))
         return axis
-
-    def _rows_of(self, name: str, output: Tensor, axis: int) -> Tensor:
-        """Rows as the collector takes them: channels last, samples first where it is known where they are."""
-        rows, batch_dim = rows_last(output, axis), self.request.batch_dim
-        if batch_dim is not None:
-            if batch_dim and batch_dim < rows.ndim - 1 and rows.shape[batch_dim] == self._size:
-                rows = rows.movedim(batch_dim, 0)
-            return rows if self._mask_now is None else fit_rows(rows, self._mask_now, False)
-        is_time_first = (self._is_time_first or {}).get(name)
-        if self._mask_now is not None:
-            return fit_rows(rows, self._mask_now, bool(is_time_first))
-        size = self._size or 0
-        # Of maps with channels first, and of more axes, samples are the first.
-        if size < 2 or rows.ndim != 3 or axis != output.ndim - 1 or rows.shape[1] != size:
-            return rows
-        if is_time_first:
-            return rows.transpose(0, 1)
-        if is_time_first is None and rows.shape[0] == size:
-            self._has_seen_square = True
-            return rows.unsqueeze(0)  # one sample of nobody knows what
-        return rows
 
     @override
     def make_report(self, step: int) -> None:
