@@ -405,7 +405,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
         if measurement.cause is not None:
             self.warn(f"method='auto' loops over samples, because vmap cannot: {measurement.cause}")
         if self.request.check == "warn":
-            for doubt in measurement.doubts.values():
+            for doubt in measurement.check.doubts.values():
                 self.warn(f"logs numbers that may mean nothing: {doubt}", on_this_rank=True)
         if measurement.halved:
             self.warn(f"ran out of memory at chunk_size={self.request.chunk_size}: now at {measurement.chunk_size}")

@@ -99,7 +99,7 @@ class BackwardGradients(GradientMeasurement):
             self._had_backward = False
             # Ranks that do not know the same make passes at the same reports.
             may_ask = self.request.check != "off" and self._world == 1 and self._axes.is_worth_asking(self.parameters)
-            if self._held is None and (self.is_checking or may_ask):
+            if self._held is None and (self.check.is_due or may_ask):
                 self._hold(batch, size)
             on_complete = self._reduce if is_last else _keep
             self._reader.begin(self._rows, on_complete if is_one_pass else None)
@@ -119,7 +119,7 @@ class BackwardGradients(GradientMeasurement):
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         if self._loss_to_check is None:
             super().before_backward(scale, loss)
-        elif self._expected is not None and loss is not None:
+        elif self.check.awaits_loss and loss is not None:
             self._began_at.append(loss.detach() / scale())
         is_first, self._had_backward = not self._had_backward, True
         if self._rows is not None:
@@ -141,34 +141,31 @@ class BackwardGradients(GradientMeasurement):
 
     def _compare_by_hand(self) -> None:
         """Compare ``loss_fn`` with what the one backward pass of the batch began at."""
-        assert self._expected is not None
         began_at, self._began_at = self._began_at, []
         if len(began_at) != 1:
-            self._expected = None
-            self.checked["loss"] = (
-                f"training_step calls manual_backward {len(began_at)} times, where once can be compared"
-            )
+            self.check.expect_nothing()
+            reason = f"training_step calls manual_backward {len(began_at)} times, where once can be compared"
+            self.check.leave_out(reason, "loss")
             return
-        self.compare(float(began_at[0]))
-        if self.checked["loss"] == "failed":
-            value, found = self.losses
-            self.doubts["loss"] = (
-                f"training_step called manual_backward on a loss of {found:.6g} for a batch, and loss_fn gives "
-                f"{value:.6g} on a copy of the module in the same state: have loss_fn do, and divide, as that does"
-            )
+        self.check.compare(
+            float(began_at[0]),
+            "training_step called manual_backward on a loss of {found} for a batch, and loss_fn gives {value} on a "
+            "copy of the module in the same state: have loss_fn do, and divide, as that does",
+        )
 
     def _hold(self, batch: Any, size: int) -> None:
         try:
             held = self.samples.cut(hold(batch))
             self._held = copied(take(held, 0, min(size, MOST_LOOPED))), self.batch_idx
         except Exception as error:  # a batch that cannot be cut can be read all the same
-            self.checked["span"] = reason_of(error)
+            self.check.leave_out(reason_of(error), "span")
 
     def go_unchecked(self, reason: str) -> None:
         """Measure the batch under way by what is there, though no shadow can have its loss."""
-        self._expected = self._held = None
-        if self.is_checking:
-            self.checked |= dict.fromkeys(("loss", "span"), reason)
+        self.check.expect_nothing()
+        self._held = None
+        if self.check.is_due:
+            self.check.leave_out(reason)
 
     @override
     def finish(self, step: int) -> None:
@@ -182,13 +179,13 @@ class BackwardGradients(GradientMeasurement):
             loss = self._make_loss(self._loss_to_check)
             loss.batch_idx = batch_idx
             with loss.isolated(batch) as kept:
-                self._failures |= self._axes.judge(names, partial(self._ask_shadow, loss, batch), self.is_checking)
-                if self.is_checking:
-                    self.check_span(loss, kept, batch, None)
+                self._failures |= self._axes.judge(names, partial(self._ask_shadow, loss, batch), self.check.is_due)
+                if self.check.is_due:
+                    self.look_at_span(loss, kept, batch, None)
         except Exception as error:  # a module that cannot be copied can be read all the same
             self._failures |= self._axes.judge(names, None)
-            if self.is_checking:
-                self.checked["span"] = reason_of(error)
+            if self.check.is_due:
+                self.check.leave_out(reason_of(error), "span")
 
     def _ask_shadow(
         self, loss: BatchLoss, batch: Cut, names: set[str], axes: Mapping[str, set[tuple[int, int]]]
@@ -200,7 +197,7 @@ class BackwardGradients(GradientMeasurement):
         if self._rows is None:
             return
         with self.stopwatch.running():
-            if self._loss_to_check is not None and self._expected is not None:
+            if self._loss_to_check is not None and self.check.awaits_loss:
                 self._compare_by_hand()
             rows, self._rows = self._reader.end(), None
             assert rows is not None

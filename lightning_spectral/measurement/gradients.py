@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_spectral.capture.engines import is_out_of_memory
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.parameters import (
@@ -21,10 +20,9 @@ from lightning_spectral.capture.parameters import (
     resolve_parameters_again,
     weights_of,
 )
-from lightning_spectral.capture.self_check import check_span, rounding
 from lightning_spectral.capture.shadow import BatchLoss, LossFunction
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.singular import gram, singular_values
+from lightning_spectral.measurement.gradient_check import GradientCheck
 from lightning_spectral.measurement.gradient_report import GradientReport, ParameterGradients, decompose_grams
 from lightning_spectral.measurement.gradient_request import ROW_DTYPES, GradientRequest
 from lightning_spectral.measurement.measurement import Measurement, Scene
@@ -32,18 +30,11 @@ from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.measurement.sharded_parameters import ShardedParameters
 from lightning_spectral.measurement.stopwatch import settle
 from lightning_spectral.measurement.stretches import groups_of
+from lightning_spectral.measurement.weight_spectra import matrices_of, weight_spectra
 from lightning_spectral.metrics.collectives import OtherRankError, largest, world_size
 from lightning_spectral.metrics.exchange import gram_blocks, gram_share, sum_over_ranks
-from lightning_spectral.metrics.layout import Layout, are_sharded, is_distributed
+from lightning_spectral.metrics.layout import Layout, are_sharded
 from lightning_spectral.metrics.reduction import gather_numbers
-
-CHECK_EVERY = 10
-"""Reports from one self-check to the next."""
-
-LOSS_TOLERANCE = 1e-3
-"""Relative difference of a loss between training and the shadow: kernels may differ, compiled ones for example."""
-
-LOSS_TOLERANCE_IN_SHORT = 3e-2
 
 UNLIKE = 1e-2
 """Relative difference between squared norms of rows that ranks with the same data may have by rounding."""
@@ -56,15 +47,6 @@ def without_vmap(reason: str) -> str:
     for remedy in (VMAP + ", or choose other parameters", VMAP + ", or 'loop'", VMAP):
         reason = reason.replace(remedy, "choose other parameters")
     return reason
-
-
-def loss_tolerance(loss: BatchLoss) -> float:
-    """Relative difference that rounding alone may make between two evaluations of a loss."""
-    return LOSS_TOLERANCE_IN_SHORT if rounding(loss) > LOSS_TOLERANCE else LOSS_TOLERANCE
-
-
-UNEQUAL_MEAN = 0.05
-"""By how much the weights of samples in a mean may miss a sum of one: rounding, not another reduction."""
 
 
 class GradientMeasurement(Measurement):
@@ -121,20 +103,7 @@ class GradientMeasurement(Measurement):
         self._span: list[int] = []
         self._failures: dict[str, str] = {}
         self._make_loss: Callable[[LossFunction | None], BatchLoss] = scene.make_loss
-        self._is_told = scene.loss_fn is not None
-        self._num_reports = 0
-        self._expected: tuple[float, float] | None = None
-        self._was_asked = False
-        self.doubts: dict[str, str] = {}
-        """Why the rows are not what they are taken for, by the part of the latest self-check that says so."""
-        self.checked: dict[str, str] = {}
-        """What each part of the latest self-check came to, ``"passed"``, ``"failed"`` or why it was not made."""
-        self.weights_ratio = torch.nan
-        """Largest over smallest weight of a sample in its batch's loss, by the latest self-check."""
-        self.residual = torch.nan
-        """Share of a batch's gradient outside the span of its samples' gradients, by the latest self-check."""
-        self.losses = (torch.nan, torch.nan)
-        """Of a batch, as the shadow has it and as training has it, by the latest self-check."""
+        self.check = GradientCheck(request.check, scene.loss_fn is not None)
         self._take_up()
 
     @override
@@ -155,38 +124,19 @@ class GradientMeasurement(Measurement):
         self._sharded.take_up(self._module, made)
         self._store.sizes.update({name: self._sharded.numel(name, p) for name, p in made.items()})
 
-    @property
-    def is_checking(self) -> bool:
-        """Whether the report that is being collected is one with a self-check."""
-        return self.request.check != "off" and self._num_reports % CHECK_EVERY == 0
-
     def ask_shadow(self, batch: Any, step: int) -> None:
         """The loss of a batch as a shadow has it, before training asks for it, in the same state."""
-        schedule = self.schedule
+        schedule, check = self.schedule, self.check
         belongs = schedule.rows_per_step is not None or (step + 1) % schedule.every_n_steps == 0
-        if self.stage != "train" or self._was_asked or not belongs or not self.is_checking:
+        if self.stage != "train" or check.was_asked or not belongs or not check.is_due:
             return
-        self._was_asked = True
+        check.was_asked = True
         if self._is_sharded():
             return
         if self.request.loss_fn is not None and self._loss_to_check is None:
-            self.checked["loss"] = "loss_fn has one of its own"
+            check.leave_out("loss_fn has one of its own", "loss")
             return
-        try:
-            loss = self._make_loss(self._loss_to_check)
-            loss.batch_idx = self.batch_idx
-            try:
-                with loss.isolated(batch), torch.no_grad():
-                    value = loss.of_training(batch)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                # A step may differentiate something itself, as a force is an energy's slope.
-                with loss.isolated(batch):
-                    value = loss.of_training(batch)
-            self._expected = value, loss_tolerance(loss)
-        except Exception as error:  # for the report to say, where it matters
-            self.checked["loss"] = reason_of(error)
+        check.ask(lambda: self._make_loss(self._loss_to_check), batch, self.batch_idx)
 
     @property
     def _loss_to_check(self) -> LossFunction | None:
@@ -196,65 +146,22 @@ class GradientMeasurement(Measurement):
     def _is_sharded(self) -> bool:
         """Whether there can be no shadow; the self-check then says that it was not made."""
         if self._layout.has_replicas or are_sharded(self._module):
-            self.checked |= dict.fromkeys(("loss", "span"), "a module whose parameters are sharded cannot be copied")
+            self.check.leave_out("a module whose parameters are sharded cannot be copied")
             return True
         return False
 
     @override
     def before_backward(self, scale: Callable[[], float], loss: Tensor | None = None) -> None:
         # The first of the batch's, at the weights that the shadow has.
-        if self._expected is not None and loss is not None:
+        if self.check.awaits_loss and loss is not None:
             with self.stopwatch.running():
-                self.compare(float(loss) / scale())
+                self.check.compare(float(loss) / scale())
 
-    def compare(self, found: float) -> None:
-        """Compare the shadow's loss of a batch with what training got for it."""
-        assert self._expected is not None
-        (value, tolerance), self._expected = self._expected, None
-        self.losses = value, found
-        if abs(value - found) <= tolerance * abs(found) or value == found or isnan(found):
-            self.checked["loss"] = "passed"
-            self.doubts.pop("loss", None)
-            return
-        self.checked["loss"] = "failed"
-        if self._is_told:
-            self.doubts["loss"] = (
-                f"training's loss of a batch was {found:.6g}, and loss_fn gives {value:.6g} on a copy of the module in "
-                "the same state: have it do what the loop does"
-            )
-            return
-        self.doubts["loss"] = (
-            f"training_step gave {found:.6g} for a batch and {value:.6g} on a copy of the module in the same state: "
-            "its loss depends on what a copy does not have; give loss_fn"
-        )
-
-    def check_span(self, loss: BatchLoss, kept: Kept, batch: Any, rows: Mapping[str, Tensor] | None) -> None:
+    def look_at_span(self, loss: BatchLoss, kept: Kept, batch: Any, rows: Mapping[str, Tensor] | None) -> None:
         """See whether the loss of a batch is a mean of its samples' losses."""
-        try:
-            names = [name for name in self.parameters if name not in self._failures]
-            found = check_span(loss, kept, names, batch, rows)
-        except Exception as error:  # a batch that cannot be cut so, or does not fit into memory
-            self.checked["span"] = reason_of(error)
-            return
-        if found is None:
-            self.checked["span"] = "too few samples or numbers, none that are finite, or reentrant checkpoints"
-            return
-        self.weights_ratio, self.residual = found.ratio, found.residual
-        failure = found.failure or self._why_of_another_size(found.total)
-        self.checked["span"] = "passed" if failure is None else "failed"
-        if failure is None:
-            self.doubts.pop("span", None)
-        else:
-            self.doubts["span"] = failure
-
-    def _why_of_another_size(self, total: float) -> str | None:
-        """Rows off a backward pass are of their own size only if a mean is a mean, with weights that sum to one."""
-        if self.method != "hooks" or self.request.loss_reduction != "mean" or not abs(total - 1) > UNEQUAL_MEAN:
-            return None
-        return (
-            f"the loss of a batch is {total:.3g} times the mean of its samples' losses, for which "
-            "loss_reduction='mean' takes it: give loss_reduction='sum' if it is their sum, or method='vmap'"
-        )
+        names = [name for name in self.parameters if name not in self._failures]
+        is_scaled_as_mean = self.method == "hooks" and self.request.loss_reduction == "mean"
+        self.check.look_at_span(loss, kept, names, batch, rows, is_scaled_as_mean)
 
     def collect(self, batch: Any, step: int) -> None:
         """Take in a batch of a report; whatever it raises is noted as a failure."""
@@ -302,14 +209,13 @@ class GradientMeasurement(Measurement):
         settle(self._device)
         with self.stopwatch.running():
             self.finish(step)
-            if self.doubts and self.request.check == "refuse":
+            if reason := self.check.refuses:
                 # What came to nothing by itself has its own reason.
                 for name in self.parameters:
-                    self._failures.setdefault(name, "; ".join(self.doubts.values()))
-            self._num_reports += 1
-            self._was_asked, self._expected = False, None
+                    self._failures.setdefault(name, reason)
+            self.check.end_report()
             with torch.inference_mode(False), torch.no_grad():
-                self._weight_spectra = self._weights(step) if self.request.weights else {}
+                self._weight_spectra = weight_spectra(self.weights, step) if self.request.weights else {}
 
     @override
     def make_report(self, step: int) -> None:
@@ -319,14 +225,14 @@ class GradientMeasurement(Measurement):
                 parameters = self._decompose(step)
                 weights = self._weights_of_all(step)
             span = (self._span[0], self._span[-1]) if self._span else (step, step)
-            checked = "; ".join(f"{part}: {result}" for part, result in sorted(self.checked.items()))
-            self.report = GradientReport.of(step, parameters, weights, self.method, span, checked, self.weights_ratio)
+            checked, ratio = self.check.in_words, self.check.weights_ratio
+            self.report = GradientReport.of(step, parameters, weights, self.method, span, checked, ratio)
             self.reset()
 
     @override
     def missing_report(self, step: int, reason: str) -> GradientReport:
         missing = {name: ParameterGradients.missing(name, 0, reason, True) for name in self.names}
-        weights = {name: Spectrum.missing(reason, name=name, step=step) for name in self._matrices()}
+        weights = {name: Spectrum.missing(reason, name=name, step=step) for name in matrices_of(self.weights)}
         return GradientReport.of(step, missing, weights if self.request.weights else {}, self.method, (step, step))
 
     @override
@@ -351,11 +257,11 @@ class GradientMeasurement(Measurement):
         self._failures |= self._absent
         good = [int(name not in self._failures) for name in names]
         # The numbers that travel are integers.
-        ratio = 0 if isnan(self.weights_ratio) else int(min(self.weights_ratio, 1e9) * 2**20)
+        ratio = 0 if isnan(self.check.weights_ratio) else int(min(self.check.weights_ratio, 1e9) * 2**20)
         of_ranks = gather_numbers([self._store.count, self._offered, ratio, *good], self._device)
         if world_size() > 1:
             of_all = of_ranks[:, 2]
-            self.weights_ratio = float(of_all.max()) / 2**20 if bool((of_all > 0).any()) else torch.nan
+            self.check.weights_ratio = float(of_all.max()) / 2**20 if bool((of_all > 0).any()) else torch.nan
         holders = list(self._layout.holders)
         counts = [int(count) for count in of_ranks[holders, 0]]
         if self.steps_collected:
@@ -435,30 +341,6 @@ class GradientMeasurement(Measurement):
         sizes = {name: self.parameters[name].numel() for name in shares}
         return decompose_grams(grams, sizes, groups.to(self._device), num_groups, self._store.dtype, step)
 
-    def _weights(self, step: int) -> dict[str, Spectrum]:
-        """Singular values of the matrices among the parameters; those of one shape are solved together."""
-        matrices, spectra = {}, {}
-        for name in self._matrices():
-            try:
-                matrices[name] = self._matrix(name)
-            except Exception as error:  # of whatever kind a weight, or what makes it, may be
-                spectra[name] = Spectrum.missing(reason_of(error), corrects_bias=False, name=name, step=step)
-        by_shape: dict[torch.Size, list[str]] = {}
-        for name, matrix in matrices.items():
-            by_shape.setdefault(matrix.shape, []).append(name)
-        for (height, width), names in by_shape.items():
-            failure = None
-            try:
-                small = [gram(matrices[name] if height <= width else matrices[name].mT) for name in names]
-                values = singular_values(torch.stack(small)).cpu()
-            except RuntimeError as error:  # out of memory, most likely
-                values = torch.full((len(names), min(height, width)), torch.nan, dtype=torch.float64)
-                failure = reason_of(error)
-            for name, row in zip(names, values, strict=True):
-                facts: dict[str, Any] = {"failure": failure, "failed_here": failure is not None, "dtype": "float64"}
-                spectra[name] = Spectrum(row, corrects_bias=False, name=name, step=step, **facts)
-        return {name: spectra[name] for name in self._matrices()}
-
     def _weights_of_all(self, step: int) -> dict[str, Spectrum]:
         """The spectra of weights, those missing that some rank, of all that have the same, could not have."""
         weights = dict(self._weight_spectra or {})
@@ -469,14 +351,3 @@ class GradientMeasurement(Measurement):
                 if weights[name].failure is None:
                     weights[name] = Spectrum.missing(reason, corrects_bias=False, name=name, step=step)
         return weights
-
-    def _matrices(self) -> list[str]:
-        return [name for name, weight in self.weights.items() if weight.ndim >= 2]
-
-    def _matrix(self, name: str) -> Tensor:
-        weight = self.weights[name].compute().detach()
-        if is_distributed(weight):
-            raise ValueError("it is sharded over ranks, and weights=True needs it whole")
-        if weight.is_complex() or weight.layout is not torch.strided:
-            raise ValueError("it is no dense tensor of real numbers")
-        return weight.flatten(1)

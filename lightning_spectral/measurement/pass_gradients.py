@@ -75,9 +75,9 @@ class PassGradients(GradientMeasurement):
                 for index, (batch, size, loss.batch_idx) in enumerate(self._batches):
                     rows = self._store.open(size)
                     self._fill(loss, batch, rows)
-                    if index == 0 and self.is_checking:
+                    if index == 0 and self.check.is_due:
                         # By hooks rows are parts of the batch's gradient, whatever the loss.
-                        self.check_span(loss, kept, batch, None if self.method == "hooks" else rows)
+                        self.look_at_span(loss, kept, batch, None if self.method == "hooks" else rows)
                     self._store.commit()
         except Exception as error:  # whatever the model's loss does to be unfit for this
             self.fail(error)

@@ -21,6 +21,7 @@ from lightning_spectral.capture.per_sample import chunk_bytes, fill_rows, fittin
 from lightning_spectral.capture.self_check import MOST_SAMPLES
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.measurement import GradientMeasurement, GradientReport, GradientRequest, Scene
+from lightning_spectral.measurement.gradient_check import GradientCheck
 from lightning_spectral.measurement.gradient_request import ROW_DTYPES
 from lightning_spectral.measurement.stopwatch import Stopwatch, settle
 from lightning_spectral.probing.found import EngineFound, LossFound, ParameterFound
@@ -134,7 +135,7 @@ class GradientProbe:
             checker = self._passes
             self._report(self._passes)
             passes = self._try_passes(self._passes)
-        self.loss = self._loss(checker, loss)
+        self.loss = self._loss(None if checker is None else checker.check, loss)
         self.engines = (passes[0], hooks, passes[1])
         for measurement in self._measurements:
             measurement.remove()
@@ -191,7 +192,7 @@ class GradientProbe:
         count = min(self._cut.size, self._hooks.request.num_samples)
         seconds = self._hooks.stopwatch.seconds
         failures = self._report(self._hooks)
-        doubts = set(self._hooks.doubts.values())
+        doubts = set(self._hooks.check.doubts.values())
         reasons = [reason for reason in failures.values() if reason not in doubts]
         if reasons:
             some = f" ({len(reasons)} of {len(self.parameters)} parameters)" if len(reasons) > 1 else ""
@@ -213,7 +214,7 @@ class GradientProbe:
         try:
             loss = self._scene.make_loss(self.request.loss_fn)
             with loss.isolated(self._cut):
-                doubts = "; ".join(measurement.doubts.values())
+                doubts = "; ".join(measurement.check.doubts.values())
                 names = [name for name in measurement.parameters if self._problems.get(name) in (None, doubts)]
                 names = names or list(measurement.parameters)
                 batch = take(self._cut, 0, MOST_TIMED)
@@ -222,9 +223,9 @@ class GradientProbe:
                 for method in ("vmap", "loop"):
                     auto = method == measurement.method
                     found.append(self._try(method, loss, names, batch, saved, chunk, auto))
-                if isnan(measurement.losses[0]):
+                if isnan(measurement.check.losses[0]):
                     with suppress(Exception), torch.no_grad():
-                        measurement.losses = float(loss(hold(self._cut.data))) / loss.scale, torch.nan
+                        measurement.check.losses = float(loss(hold(self._cut.data))) / loss.scale, torch.nan
         except Exception as error:  # whatever the loss does to be unfit for this
             reason = reason_of(error)
             return [EngineFound(method, False, problem=reason) for method in ("vmap", "loop")]
@@ -258,7 +259,7 @@ class GradientProbe:
             for name, p in parameters.items()
         }
 
-    def _loss(self, checker: GradientMeasurement | None, of_training: float | None) -> LossFound:
+    def _loss(self, checker: GradientCheck | None, of_training: float | None) -> LossFound:
         if checker is None:
             return LossFound(of_training=of_training, problem=self._refused)
         value, other = checker.losses
@@ -266,8 +267,8 @@ class GradientProbe:
         return LossFound(
             value=None if isnan(value) else value,
             of_training=other if of_training is None and not isnan(other) else of_training,
-            is_same=checker.checked.get("loss", "not looked at"),
-            is_mean=checker.checked.get("span", "not looked at"),
+            is_same=checker.results.get("loss", "not looked at"),
+            is_mean=checker.results.get("span", "not looked at"),
             residual=None if isnan(checker.residual) else checker.residual,
             weights_ratio=None if isnan(checker.weights_ratio) else checker.weights_ratio,
             problem=doubts or (self._refused if self._passes is None else None),

@@ -208,15 +208,15 @@ def test_a_metric_may_be_a_term(tmp_path: Path, method: Any) -> None:
 def test_it_is_made_at_the_first_report_and_every_tenth(
     tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_spectral.measurement import gradients
+    from lightning_spectral.measurement import gradient_check
 
-    steps, check = [], gradients.check_span
+    steps, check = [], gradient_check.check_span
 
     def count(*args: Any) -> Any:
         steps.append(trainer[0].global_step)
         return check(*args)
 
-    monkeypatch.setattr(gradients, "check_span", count)
+    monkeypatch.setattr(gradient_check, "check_span", count)
     model = Net()
     trainer: list[Any] = [None]
     model.on_train_start = lambda: trainer.__setitem__(0, model.trainer)
