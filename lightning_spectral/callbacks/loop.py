@@ -58,7 +58,6 @@ class Loop:
         self._participants = participants
         self._session = host.session
         self._warner, self._untold = Warner(who), untold
-        self._batch: Any = None
         self._loss: Tensor | None = None
         self._reduction: str | None = None
         self._is_recorded = True
@@ -94,7 +93,7 @@ class Loop:
         self.check_idle()
         self._start()
         self._settle()
-        self._batch, self._loss, self._is_open, self._is_differentiated = batch, None, True, True
+        self._loss, self._is_open, self._is_differentiated = None, True, True
         self._stepped = set()
         self.host.num_batches += 1
         self._measure(lambda: self._session.start_train_batch(batch, self.host.step, self.host.num_batches - 1))
@@ -116,7 +115,7 @@ class Loop:
     def drop_batch(self) -> None:
         """The batch under way has come to nothing: it is not counted."""
         self._is_open = self._is_waiting = False
-        self._batch = self._loss = None
+        self._loss = None
         for measurement in self._session.measurements:
             with suppress(Exception):
                 measurement.close()
@@ -283,12 +282,12 @@ class Loop:
             self._finish()
 
     def _finish(self) -> None:
-        batch, loss = self._batch, self._loss if self._is_recorded else None
-        self._is_waiting, self._batch, self._loss = False, None, None
+        loss = self._loss if self._is_recorded else None
+        self._is_waiting, self._loss = False, None
         if not self._is_differentiated:
             # Of a loss that nobody differentiates the gradients are not those of training.
             self.doubt_gradients("train", "no backward pass went through the loss that was told: give loss_fn")
-        self._measure(lambda: self._session.end_train_batch(batch, loss, self.host.step))
+        self._measure(lambda: self._session.end_train_batch(loss, self.host.step))
         self._of_each(lambda one: one.take_report(self.host))
 
     def _before_backward(self, loss: Tensor, gradient: Tensor, num_before: int) -> None:

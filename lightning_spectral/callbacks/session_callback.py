@@ -87,7 +87,7 @@ class SessionCallback(Participant, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if session := self._led():
-            session.end_train_batch(batch, loss_of(outputs, trainer, pl_module), trainer.global_step)
+            session.end_train_batch(loss_of(outputs, trainer, pl_module), trainer.global_step)
         self.take_report(TrainerHost(trainer, pl_module))
 
     @override

@@ -349,7 +349,7 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
 
 def num_tokens(batch: Any, per_sample: int | Mask | str | None = None, samples: Samples | None = None) -> int | Tensor:
-    """Number of training tokens in a batch; for a key a tensor, so that no GPU has to be waited for.
+    """Number of training tokens in a batch; for a key a tensor, so that no GPU has to be waited for, NaN if it misfits.
 
     The elements of ``input_ids`` if the batch has it, else of its first integer tensor of two or more axes, else of its
     integer tensors of one axis if they are sequences of unequal lengths, else its number of samples. For batches that
@@ -360,7 +360,7 @@ def num_tokens(batch: Any, per_sample: int | Mask | str | None = None, samples: 
     if isinstance(per_sample, str):
         per_sample = Mask(per_sample, "tokens_per_sample", counts_ids=True)
     if isinstance(per_sample, Mask):
-        return per_sample(batch).sum()
+        return per_sample.count(batch)
     samples = samples or Samples(0)
     if per_sample is None:
         found = list(tensors(batch))

@@ -34,7 +34,9 @@ class ChannelFinder:
     and shuffles to pixels. Modules of other kinds are asked where there is no known one: an axis that one of their
     weights has, too. A layer without weights (an activation, a pooling) is like the module registered before it. Where
     nothing speaks for another, three axes are ``(batch, position, channel)``. If two axes would do, or of four and more
-    none, the layer is refused.
+    none, the layer is refused; so it is where the axis that is found is as long as the other one, and memory shows that
+    both may have changed places since: channels that are last are next to each other, and those of signals, on axis 1
+    of three, are not.
 
     Args:
         layer: The module whose output is read.
@@ -47,8 +49,17 @@ class ChannelFinder:
         if not self._claims and not self._shapes and root is not None:
             self._claims = _claims_before(layer, root)
 
-    def find(self, shape: tuple[int, ...]) -> int | None:
-        """The axis in an output of this shape, from 0; None if it cannot be told."""
+    def find(self, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> int | None:
+        """The axis in an output of this shape, from 0; None if it cannot be told.
+
+        Args:
+            shape: Of the output.
+            strides: Likewise, in numbers; None to go without.
+        """
+        axis = self._find(shape)
+        return None if axis is not None and strides is not None and _may_be_turned(shape, strides, axis) else axis
+
+    def _find(self, shape: tuple[int, ...]) -> int | None:
         last = len(shape) - 1
         if last <= 1:
             return last
@@ -82,6 +93,15 @@ def _may_be_regrouped(claim: _Claim, shape: tuple[int, ...]) -> bool:
     """
     there = shape[claim.axis]
     return claim.width is not None and 1 < there < claim.width and claim.width % there == 0
+
+
+def _may_be_turned(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> bool:
+    """Whether an axis of channels is as long as the other that could be one, and is laid out as that would be."""
+    last = len(shape) - 1
+    if last < 2 or axis not in (1, last) or shape[1] != shape[last] or shape[1] == 1:
+        return False
+    # Of maps the channels on axis 1 may well be next to each other.
+    return strides[last] >= strides[1] and (axis == last or last == 2)
 
 
 def _claims(layer: nn.Module) -> Iterator[_Claim]:

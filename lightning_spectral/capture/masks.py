@@ -23,7 +23,9 @@ class Mask:
     - floats that are 0 or at most -1000: additive, as attention takes them, a token with 0 is real;
     - integers under a name with "label" or "target" in it: labels, of which later batches may have negative ones.
 
-    Anything else (numbers of documents, soft weights, 0 and 255) is refused.
+    Anything else (numbers of documents, soft weights, 0 and 255) is refused, and so are booleans and 0 and 1 under a
+    name with "pad" in it, which mark padding in torch and tokens elsewhere. Later batches whose values cannot mean what
+    the first ones' did are refused, too.
 
     Args:
         key: Of a mapping, attribute of an object, index of a sequence; with dots where they are nested, as in
@@ -40,7 +42,25 @@ class Mask:
         """Decided by the first values; None for booleans, too."""
 
     def __call__(self, batch: Any) -> Tensor:
-        """Booleans of the shape of the tensor; ValueError if there is none, or if the first cannot be read."""
+        """Booleans of the shape of the tensor, in memory of their own; ValueError if there are none to be read."""
+        value = self._find(batch)
+        if not bool(self._fits(value)):
+            raise ValueError(
+                f"{self.argument} must name what means the same in every batch, got {self.key!r} of {_values(value)}, "
+                f"which was read as {self.meaning} before: add to the batch a tensor of booleans, and name that"
+            )
+        return self._real(value)
+
+    def count(self, batch: Any) -> Tensor:
+        """How many tokens are real, 0-dim; NaN where later values cannot be read, so that no GPU has to be waited for.
+
+        ValueError if there is no such tensor, or if the first cannot be read.
+        """
+        value = self._find(batch)
+        exact = torch.float32 if value.device.type == "mps" else torch.float64
+        return torch.where(self._fits(value), self._real(value).sum().to(exact), torch.nan)
+
+    def _find(self, batch: Any) -> Tensor:
         value = find(batch, self.key)
         if not isinstance(value, Tensor) or value.ndim == 0:
             held = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
@@ -48,25 +68,50 @@ class Mask:
                 f"{self.argument} must name a tensor with axes in the batch, got {self.key!r}: the batch holds {held}"
             )
         if value.dtype == torch.bool:
-            return value
-        if self.meaning is None and value.numel() > 0:
-            # The one look at values, for which a GPU has to be waited for.
+            self._refuse_padding("booleans")
+        elif self.meaning is None and value.numel() > 0:
+            # The one look at values that decides.
             self.meaning = self._decide(value)
+        return value
+
+    def _fits(self, value: Tensor) -> Tensor:
+        """Whether all values can mean what was decided, 0-dim."""
+        if value.dtype != torch.bool and self.meaning == "mask":
+            return ((value == 0) | (value == 1)).all()
+        if value.dtype != torch.bool and self.meaning == "additive":
+            return ((value == 0) | (value <= MASKED_OUT)).all()
+        return torch.ones((), dtype=torch.bool, device=value.device)
+
+    def _real(self, value: Tensor) -> Tensor:
+        if value.dtype == torch.bool:
+            return value.clone()  # a step may write to its own
         if self.meaning == "all":
             return torch.ones_like(value, dtype=torch.bool)
         if self.meaning == "labels":
             return value >= 0
         return value > MASKED_OUT if self.meaning == "additive" else value == 1
 
+    def _refuse_padding(self, values: str) -> None:
+        if "pad" in self._name:
+            raise ValueError(
+                f"{self.argument} must say which tokens are real, got {self.key!r} of {values}, which mark padding in "
+                f"torch and tokens elsewhere: add to the batch batch['real'] = batch[{self.key!r}] == 0, or == 1, and "
+                "name that"
+            )
+
+    @property
+    def _name(self) -> str:
+        return self.key.rpartition(".")[2].lower()
+
     def _decide(self, value: Tensor) -> Meaning:
-        name = self.key.rpartition(".")[2].lower()
-        is_float = value.is_floating_point()
+        name, is_float = self._name, value.is_floating_point()
         # NaN is neither in any range nor out of it, and refused.
         smallest, largest = float(value.min()), float(value.max())
         is_binary = bool(((value == 0) | (value == 1)).all())
         if not is_float and smallest < 0:
             return "labels"
         if is_binary and "mask" in name and not (is_float and largest == 0):
+            self._refuse_padding("0 and 1")
             return "mask"
         if is_float and bool(((value == 0) | (value <= MASKED_OUT)).all()):
             return "additive"
@@ -74,16 +119,19 @@ class Mask:
             return "labels"
         if not is_float and self._counts_ids and ("token" in name or "input_ids" in name):
             return "all"
-        kind = "floats" if is_float else "integers"
-        values = f"{kind} from {smallest:g} to {largest:g}"
         if is_binary:
             remedy = "call it a mask in the batch, or make it one of booleans"
         else:
             remedy = f"add to the batch a tensor of booleans, batch[{self.key!r}] > 0 for example, and name that"
         raise ValueError(
             f"{self.argument} must name booleans, 0 and 1 under a name with 'mask', labels, or an additive mask, got "
-            f"{self.key!r} of {values}: {remedy}"
+            f"{self.key!r} of {_values(value)}: {remedy}"
         )
+
+
+def _values(value: Tensor) -> str:
+    kind = "floats" if value.is_floating_point() else "integers"
+    return f"{kind} from {float(value.min()):g} to {float(value.max()):g}"
 
 
 def find(batch: Any, key: str) -> Any:

@@ -263,7 +263,7 @@ class ActivationMeasurement(Measurement):
             if self.request.channel_dim is None:
                 layer = self._layers[name]
                 finder = self._finders.setdefault(name, ChannelFinder(layer, self._scene.module))
-                axis = finder.find(shape)
+                axis = finder.find(shape, output.stride())
                 if axis is None:
                     raise ValueError(unknown_axis(name, shape))
             else:

@@ -14,7 +14,10 @@ from lightning_spectral.measurement.stopwatch import Stopwatch
 class Recorder(Protocol):
     """Who follows the events to keep a record, before the measurements do."""
 
-    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
+    def start_train_batch(self, batch: Any) -> None:
+        """A training batch begins, and is as the loader gave it."""
+
+    def end_train_batch(self, loss: Tensor | None, step: int) -> None:
         """A training batch has ended, with its loss if it has one, after so many steps of optimizers in all."""
 
     def start_validation(self, passes: Sequence[Pass | None] = ()) -> None:
@@ -149,6 +152,7 @@ class Session(Generic[R]):
 
     def start_train_batch(self, batch: Any, step: int, batch_idx: int = 0) -> None:
         """A training batch begins."""
+        self.recorder.start_train_batch(batch)
         for measurement in self.measurements:
             measurement.start_train_batch(batch, step, batch_idx)
 
@@ -167,9 +171,9 @@ class Session(Generic[R]):
         for measurement in self.measurements:
             measurement.before_optimizer_step(optimizer)
 
-    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
+    def end_train_batch(self, loss: Tensor | None, step: int) -> None:
         """A training batch has ended; all reports that are due are made."""
-        self.recorder.end_train_batch(batch, loss, step)
+        self.recorder.end_train_batch(loss, step)
         for measurement in self.measurements:
             before, pending = measurement.report, measurement.pending
             measurement.end_train_batch(step)

@@ -45,6 +45,8 @@ class BatchCounter:
         self._device = device
         self._at_start = tokens
         self._agreed_batches = 0
+        self._seen: tuple[float, float | Tensor] = nan, nan
+        """Samples and tokens of the batch under way."""
         self._loss_sum, self._num_losses = (0.0, 0.0) if losses is None else losses
         self._forget()
 
@@ -54,24 +56,25 @@ class BatchCounter:
         self._new_losses: float | Tensor = 0.0
         self._num_new_losses = 0
 
-    def add(self, batch: Any, loss: Tensor | None) -> None:
-        """Count a batch of this rank and its loss, 0-dim; None for none.
+    def look(self, batch: Any) -> None:
+        """Count what is in a batch of this rank before a step may change it; it counts once :meth:`add` is told.
 
         ValueError if its tokens cannot be counted; it counts as a batch without any, or, if it is the first, leaves the
-        number unknown.
+        number unknown, as others will be like it.
         """
+        self._seen = self.samples_of(batch), nan if self.num_batches == 0 else 0
+        self._seen = self._seen[0], num_tokens(batch, self._counted, self._samples)
+
+    def add(self, loss: Tensor | None) -> None:
+        """Count the batch that was looked at last, which has ended, and its loss, 0-dim; None for none."""
         self.num_batches += 1
-        self._new_samples += self.samples_of(batch)
+        samples, tokens = self._seen
+        self._new_samples += samples
+        self._new_tokens = self._new_tokens + tokens
         if loss is not None:
             exact = torch.float32 if loss.device.type == "mps" else torch.float64
             self._new_losses = self._new_losses + loss.detach().to(exact)
             self._num_new_losses += 1
-        try:
-            self._new_tokens = self._new_tokens + num_tokens(batch, self._counted, self._samples)
-        except Exception:
-            if self.num_batches == 1:  # others will be like it
-                self._new_tokens = nan
-            raise
 
     def samples_of(self, batch: Any) -> float:
         """How many samples a batch has; NaN where it does not tell."""

@@ -242,25 +242,31 @@ class RunRecorder:
             series[name.text] = {**settings, **series.get(name.text, {})}
         return series
 
-    def end_train_batch(self, batch: Any, loss: Tensor | None, step: int) -> None:
-        """Count a batch, after which optimizers have stepped so often in all.
+    def start_train_batch(self, batch: Any) -> None:
+        """Count what is in a batch, as it is before the step.
 
         Raises:
             ValueError: If the first does not hold what ``tokens_per_sample`` names.
         """
         if not self._is_training:
             return
+        try:
+            self._counter.look(batch)
+        except Exception as error:  # whatever a batch may be made of
+            is_bad_input = isinstance(error, ValueError) and isinstance(self._counter.per_sample, str)
+            if self._counter.num_batches == 0 and is_bad_input:
+                raise
+            self._warner.warn(f"could not count the tokens of a batch: {error}", on_this_rank=True)
+
+    def end_train_batch(self, loss: Tensor | None, step: int) -> None:
+        """Count a batch, after which optimizers have stepped so often in all."""
+        if not self._is_training:
+            return
         if step != self._step:  # once, however many optimizers there are
             self._step = step
             self._updates += 1
             self._batches_of_updates = self._counter.num_batches + 1
-        try:
-            self._counter.add(batch, loss)
-        except Exception as error:  # whatever a batch may be made of
-            is_bad_input = isinstance(error, ValueError) and isinstance(self._counter.per_sample, str)
-            if self._counter.num_batches == 1 and is_bad_input:
-                raise
-            self._warner.warn(f"could not count the tokens of a batch: {error}", on_this_rank=True)
+        self._counter.add(loss)
 
     def start_validation(self, passes: Sequence[Pass | None] = ()) -> None:
         """A validation run begins, of these passes over its loaders."""

@@ -177,3 +177,40 @@ def test_rows_are_said_in_words_and_have_channels_last() -> None:
     assert describe_rows(output, 1) == "positions of a 3-channel map"
     assert describe_rows(output[0], 2) == "positions of a sequence, 4 channels"
     assert describe_rows(output[0, 0], 1) == "one of 4 channels a sample"
+
+
+class Turned(nn.Module):
+    """A layer between two transposes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.transpose(1, 2)).tanh().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "length", "axis"),
+    [
+        (nn.Linear(6, 6), 6, 2),
+        (nn.Conv1d(6, 6, 3, padding=1), 6, 1),
+        (Turned(nn.Linear(6, 6)), 6, None),
+        (Turned(nn.Conv1d(6, 6, 3, padding=1)), 6, None),
+        (Turned(nn.Linear(6, 6)), 9, 1),
+        (Turned(nn.Conv1d(6, 6, 3, padding=1)), 9, 2),
+    ],
+)
+def test_a_turned_output_of_as_many_positions_as_channels_is_seen_in_memory(
+    layer: nn.Module, length: int, axis: int | None
+) -> None:
+    has_channels_last = isinstance(layer, nn.Linear) or isinstance(getattr(layer, "layer", None), nn.Conv1d)
+    output = layer(torch.randn(4, length, 6) if has_channels_last else torch.randn(4, 6, length))
+    assert ChannelFinder(layer).find(tuple(output.shape), output.stride()) == axis
+
+
+def test_maps_may_be_laid_out_with_their_channels_last() -> None:
+    layer = nn.Conv2d(6, 6, 1).to(memory_format=torch.channels_last)
+    output = layer(torch.randn(2, 6, 6, 6).to(memory_format=torch.channels_last))
+    assert output.stride(1) == 1
+    assert ChannelFinder(layer).find(tuple(output.shape), output.stride()) == 1

@@ -65,6 +65,42 @@ def test_what_can_mean_anything_is_refused_by_name(key: str, value: Tensor, what
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "first", "later", "what"),
+    [
+        ("attention_mask", FULL.long(), WORDS, "'attention_mask' of integers from 0 to 9, which was read as mask"),
+        ("loss_mask", FULL.float(), REAL * 0.5, "'loss_mask' of floats from 0 to 0.5, which was read as mask"),
+        ("m", torch.zeros(2, 3), REAL.float(), "'m' of floats from 0 to 1, which was read as additive"),
+        ("m", torch.zeros(2, 3), REAL * -5.0 - 1, "'m' of floats from -6 to -1, which was read as additive"),
+    ],
+)
+def test_what_no_longer_means_the_same_is_refused(key: str, first: Tensor, later: Tensor, what: str) -> None:
+    mask = Mask(key)
+    mask({key: first})
+    with pytest.raises(ValueError, match=r"^mask must name what means the same in every batch") as caught:
+        mask({key: later})
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert float(mask.count({key: first})) == 6
+    assert mask.count({key: later}).isnan()
+
+
+@pytest.mark.parametrize("key", ["key_padding_mask", "padding_mask", "inputs.pad_mask"])
+@pytest.mark.parametrize("value", [REAL, REAL.long(), REAL.float()], ids=["booleans", "integers", "floats"])
+def test_names_of_padding_say_nothing_of_what_is_true(key: str, value: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^mask must say which tokens are real, got '.*pad") as caught:
+        Mask(key)(nested(key, value))
+    assert f"add to the batch batch['real'] = batch[{key!r}] == 0" in str(caught.value)
+    assert Mask(key)(nested(key, (~REAL) * -1e9)).equal(REAL), "what is added to scores speaks for itself"
+
+
+def test_a_step_may_write_to_its_mask() -> None:
+    batch = {"m": REAL.clone()}
+    found = Mask("m")(batch)
+    batch["m"].logical_not_()
+    assert found.equal(REAL)
+
+
 def test_an_empty_batch_decides_nothing() -> None:
     mask = Mask("m")
     assert mask({"m": torch.zeros(0, 3)}).shape == (0, 3)
@@ -83,7 +119,7 @@ def test_an_empty_batch_decides_nothing() -> None:
 )
 def test_nested_keys(batch: Any) -> None:
     assert find(batch, "inputs.attention_mask") is REAL
-    assert Mask("inputs.attention_mask")(batch) is REAL
+    assert Mask("inputs.attention_mask")(batch).equal(REAL)
 
 
 def test_indices_of_sequences_and_what_is_not_there() -> None:

@@ -102,18 +102,18 @@ def test_an_event_reaches_the_recorder_first_and_each_measurement_once() -> None
     session, _, heard = joined(counting(), counting(), counting(name="b", every_n_steps=1))
     session.start_training(0)
     session.start_train_batch("batch", 0)
-    assert heard == [("a", "open", "batch"), ("b", "open", "batch")]
+    assert heard == [("recorder", "start_train_batch", "batch"), ("a", "open", "batch"), ("b", "open", "batch")]
     heard.clear()
-    session.end_train_batch("batch", None, 1)
+    session.end_train_batch(None, 1)
     b = session.measurements[1]
     assert heard == [
-        ("recorder", "end_train_batch", "batch", None, 1),
+        ("recorder", "end_train_batch", None, 1),
         ("a", "close"),
         ("b", "close"),
         ("recorder", "add_report", b, b.report),
     ]
     heard.clear()
-    session.end_train_batch("batch", None, 2)
+    session.end_train_batch(None, 2)
     reports = [event[2:] for event in heard if event[1] == "add_report"]
     assert reports == [(one, one.report) for one in session.measurements]
     assert [one.report.step for one in session.measurements] == [2, 2]

@@ -278,6 +278,43 @@ def test_tokens_are_counted_as_asked(tmp_path: Path, tokens_per_sample: Any, tok
     assert Run(tmp_path).history.tokens.tolist() == [2 * tokens, 4 * tokens]
 
 
+class Popping(LanguageModel):
+    """A step that shortens its batch, as the loader gave it, to one token, or takes its tokens out."""
+
+    def __init__(self, key: str | None) -> None:
+        super().__init__()
+        self.key = key
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(dict(batch), batch_idx)
+        for name in list(batch):
+            batch[name] = batch[name][:, :1]
+        batch.pop(self.key, None)
+        return loss
+
+
+@pytest.mark.parametrize("key", [None, "input_ids"])
+@pytest.mark.parametrize("tokens_per_sample", [None, "labels"])
+def test_tokens_are_counted_before_a_step_changes_its_batch(tmp_path: Path, key: Any, tokens_per_sample: Any) -> None:
+    fit(tmp_path, spectra(), RunRecord(tokens_per_sample=tokens_per_sample), model=Popping(key), max_steps=4)
+    assert Run(tmp_path).history.tokens.tolist() == [4 * 4 * LENGTH]
+
+
+def test_tokens_are_not_known_once_a_mask_means_something_else(tmp_path: Path) -> None:
+    """Without a number rather than with one that may be wrong."""
+    masks = iter([1, 1, 2, 1])
+
+    def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = torch.utils.data.default_collate(samples)
+        return batch | {"mask": torch.full((len(samples), LENGTH), next(masks))}
+
+    loader = DataLoader(token_loader().dataset, batch_size=4, collate_fn=collate)
+    callbacks = [spectra(stage="train", every_n_steps=2), RunRecord(tokens_per_sample="mask")]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_steps=4, limit_val_batches=0)
+    trainer.fit(LanguageModel(), loader, token_loader())
+    np.testing.assert_array_equal(Run(tmp_path).history.tokens, [8 * LENGTH, np.nan])
+
+
 def test_a_key_that_the_batch_does_not_hold_is_one_line(tmp_path: Path) -> None:
     message = r"tokens_per_sample must name a tensor with axes in the batch, got 'msk': the batch holds \['input_ids',"
     with pytest.raises(ValueError, match=message):
