@@ -114,7 +114,7 @@ class FamilyBacktest(NamedTuple):
     settings: Sequence[int] = ()
     """Of each run; equal for seeds of one (:func:`lightning_spectral.runs.settings.settings_of`)."""
     series: tuple[str, ...] = ()
-    """Of runs with several series of activations, which is meant, in words."""
+    """Of runs with several series of activations, which is meant, and of runs validated unlike each other; in words."""
     without_spectra: dict[str, str] = {}
     """Runs that serve by loss and batch alone, and why."""
 

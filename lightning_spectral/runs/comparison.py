@@ -17,6 +17,7 @@ from lightning_spectral.runs.measured import (
     keep_known,
     lowest_common_loss,
     measure,
+    other_lengths,
 )
 from lightning_spectral.runs.movement import Lead, Movement, find_lead, move
 from lightning_spectral.runs.pairs import Pairs, check_paired, find_pairs, in_order, use_pairs
@@ -78,6 +79,7 @@ class Comparison(NamedTuple):
                 kind: {str(run.path): run.series(kind) for run in (*self.base, *self.variant)}
                 for kind in dict.fromkeys(shift.kind for shift in self.shifts)
             },
+            "caveats": other_lengths([*self.base, *self.variant]),
             "left_out": {f"{key.kind}/{key.name}": reason for key, reason in self.left_out.items()},
             "unknown": {key.text: reason for key, reason in self.unknown.items()},
             "run_floor": self.run_floor.as_dict(),

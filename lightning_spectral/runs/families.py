@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, resolve_band
 from lightning_spectral.runs.finding import RunPaths, open_runs
-from lightning_spectral.runs.measured import bands_of, check_comparable, check_tokens_known, series_used
+from lightning_spectral.runs.measured import bands_of, check_comparable, check_tokens_known, other_lengths, series_used
 from lightning_spectral.runs.noise_course import GRADIENT, noise_series
 from lightning_spectral.runs.reference_numbers import Look
 from lightning_spectral.runs.references import KIND, Reference, longest_by_id
@@ -59,7 +59,7 @@ class Basis(NamedTuple):
     band: Band | None
     """None likewise."""
     series: tuple[str, ...]
-    """Of runs with several series of activations, which is meant, in words."""
+    """Of runs with several series of activations, which is meant, and of runs that were validated unlike each other."""
     look: Look | None
     """At what of spectra is looked; None where fewer than four runs have any."""
 
@@ -145,6 +145,6 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
         spectral,
         layer,
         band,
-        tuple(series_used(measured, KIND)),
+        (*other_lengths(every), *series_used(measured, KIND)),
         look,
     )

@@ -55,7 +55,6 @@ def check_comparable(runs: Sequence[Run], only: Collection[str] = tuple(KINDS)) 
         if run.columns:
             continue  # a log of another tool does not say
         _refuse_difference("validation data", first, run, *(one.about.get("validation_data") for one in (first, run)))
-        _refuse_other_lengths(first, run)
         _refuse_other_losses(first, run)
     kinds = [kind for kind in only if KINDS[kind].is_compared and all(run.steps(kind) for run in runs)]
     for kind in kinds:
@@ -75,15 +74,18 @@ def check_tokens_known(run: Run) -> None:
         )
 
 
-def _refuse_other_lengths(first: Run, second: Run) -> None:
-    """Rows are spread over the whole pass: of a part of the data they are other rows than of all."""
-    one, other = (run.about.get("validation_samples", {}) for run in (first, second))
-    for loader in one.keys() & other.keys():
-        if abs(one[loader] - other[loader]) > MOST_UNEQUAL * max(one[loader], other[loader]):
-            raise ValueError(
-                f"runs must have been validated on as many samples, got {one[loader]} in {first} and {other[loader]} "
-                f"in {second}: give both the same part of the data, by limit_val_batches"
-            )
+def other_lengths(runs: Sequence[Run]) -> list[str]:
+    """Of runs that were validated on unequally many samples, as by one limit in batches, what that means; in words."""
+    known = [(run, run.about.get("validation_samples") or {}) for run in runs]
+    for loader in dict.fromkeys(loader for _, samples in known for loader in samples):
+        counts = sorted(((samples[loader], str(run.path)) for run, samples in known if loader in samples))
+        (fewest, one), (most, other) = counts[0], counts[-1]
+        if most - fewest > MOST_UNEQUAL * most:
+            return [
+                f"validated on {fewest} samples in {one} and on {most} in {other}: losses and spectra are of different "
+                "parts of the data, which no floor covers: limit_val_batches makes them equal"
+            ]
+    return []
 
 
 def _choose_series(kind: str, runs: Sequence[Run]) -> None:

@@ -12,7 +12,7 @@ from lightning_spectral.functional.subspace import subspace_overlap
 from lightning_spectral.runs.comparison import Comparison
 from lightning_spectral.runs.gains import Gain
 from lightning_spectral.runs.kinds import KINDS
-from lightning_spectral.runs.measured import bands_of, series_used
+from lightning_spectral.runs.measured import bands_of, other_lengths, series_used
 from lightning_spectral.runs.movement import P_VALUE, Movement
 from lightning_spectral.runs.noise import NoiseScale
 from lightning_spectral.runs.run import Run
@@ -42,6 +42,8 @@ def print_comparison(comparison: Comparison) -> None:
         if run.columns:
             out.print(from_log(run))
     out.print(f"matched at {comparison.loss_name} {comparison.loss:.4f}\n")
+    for line in other_lengths([*comparison.base, *comparison.variant]):
+        out.print(line)
     for kind in dict.fromkeys(shift.kind for shift in comparison.shifts):
         for line in series_used([*comparison.base, *comparison.variant], kind):
             out.print(line)

@@ -397,3 +397,27 @@ class WholeReason(str):
         return str(self) in str(other)
 
     __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize(("other", "says"), [(32, True), (60, False)])
+def test_runs_validated_on_unequally_many_samples_are_compared_and_that_is_said(
+    tmp_path: Path, capsys: Printed, other: int, says: bool
+) -> None:
+    """As by one limit in batches for several batch sizes."""
+    counts = {"b": 64, "v": other}
+    paths = {
+        f"{side}{n}": made_up(tmp_path / f"{side}{n}", 100 + n, 1, about={"validation_samples": {"0": counts[side]}})
+        for side in "bv"
+        for n in range(2)
+    }
+    comparison = compare(str(tmp_path / "b*"), str(tmp_path / "v*"), at_loss=1.0)
+    caveats = comparison.as_dict()["caveats"]
+    print_comparison(comparison)
+    printed = capsys.readouterr().out.replace("\n", "")
+    told = forecast(str(tmp_path / "?[01]"), 0.8)
+    assert bool(caveats) == ("validated on" in printed) == says
+    if says:
+        least, most = paths["v0"], paths["b1"]
+        assert caveats[0].startswith(f"validated on 32 samples in {least} and on 64 in {most}: losses and spectra are")
+        assert told[0].backtest is not None
+        assert caveats[0] in told[0].backtest.series
