@@ -60,7 +60,8 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning
-    that names the cause. All samples of a report then meet the same weights: those after its step. ``"hooks"`` reads
+    that names the cause. All samples of a report then meet the same weights, those after its step, and whatever else a
+    step writes, buffers and attributes (a queue of keys, a carried state), as that step has left it. ``"hooks"`` reads
     linear layers and embeddings, where the weight is the parameter itself. In training it adds no pass at all: rows are
     read off the backward passes of the last steps before a report, at weights that move with these steps (the figure's
     title has the span); loss scaling, accumulation and the mean over the batch are undone. In every report the rows of

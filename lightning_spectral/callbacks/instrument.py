@@ -254,6 +254,11 @@ class Instrument(Participant, Generic[ReportT]):
 
     @override
     def close(self, host: Host) -> None:
+        if self.stage == "validate" and self._seen is None and host.is_fitting and host.has_validation:
+            self.warn(
+                f"made no report, for no validation run that was due has ended, with every_n_steps="
+                f"{self._request.every_n_steps}: validate more often (val_check_interval), or use stage='train'"
+            )
         if self.display is not None and (report := self._seen) is not None and not self.display.is_milestone:
             self._show(host, report, is_last=True)
         try:

@@ -35,6 +35,7 @@ def find_stacks(root: nn.Module) -> list[Stack]:
     attributes; of several stacks that which is trained and has most parameters is taken, not counting those that the
     first batch is yet to make; one that is frozen, such as a teacher, only where none is trained. Then
 
+    - of modules that are plain attributes, those that are frozen beside one that is trained are none of it;
     - what a ModuleList holds and never runs, having no ``forward``, such as another, gives its place to what is in it;
     - siblings of other classes belong to the stack if they stand between its blocks, or are of a class of which some do
       (attention among state-space layers), or, in a ModuleList, hold a part of the same class as they do;
@@ -72,6 +73,9 @@ class _Siblings:
         self.path: Path = tuple(part for part in clean_name(root, name).split(".") if part)
         self.blocks = dict(_blocks_in(root, name, parent, isinstance(parent, nn.ModuleList)))
         """By clean name, wrappers included, in the order of registration."""
+        if not isinstance(parent, LISTS) and self.is_trained:
+            # A frozen network beside one that is trained, such as its teacher, is no other depth of it.
+            self.blocks = {name: block for name, block in self.blocks.items() if _is_trained(block)}
         self.kinds = [type(_unwrap(block)) for block in self.blocks.values()]
         counts = Counter(self.kinds)
         several = [kind for kind, count in counts.items() if count >= 2]
@@ -105,7 +109,11 @@ class _Siblings:
     @property
     def is_trained(self) -> bool:
         """Whether any of its blocks is."""
-        return any(parameter.requires_grad for block in self.blocks.values() for parameter in block.parameters())
+        return any(map(_is_trained, self.blocks.values()))
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _towers(first: _Siblings, listed: Sequence[_Siblings], groups: Sequence[_Siblings]) -> list[Stack]:

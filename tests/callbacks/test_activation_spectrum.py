@@ -326,6 +326,11 @@ def test_validation_that_will_not_run_is_warned_of(tmp_path: Path) -> None:
         fit(tmp_path, ActivationSpectrum(stage="validate"), max_steps=1)
 
 
+def test_validation_that_never_came_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="made no report.*every_n_steps=100: validate more often"):
+        fit(tmp_path, ActivationSpectrum(stage="validate"), validate=True, max_steps=3, val_check_interval=4)
+
+
 def test_logger_without_histograms_is_warned_of_once(tmp_path: Path) -> None:
     spectra = [ActivationSpectrum(every_n_steps=2, prefix=prefix) for prefix in ("a/", "b/")]
     with pytest.warns(

@@ -23,6 +23,7 @@ from lightning_spectral.capture.backward import BackwardReader
 from lightning_spectral.capture.batch import num_samples
 from lightning_spectral.functional import noise_sums
 from lightning_spectral.measurement import gradients as measurement_of_gradients
+from lightning_spectral.measurement import weight_spectra
 from lightning_spectral.measurement.row_store import RowStore
 from tests._reference import jackknife, power_law, rankme
 from tests.models import Alternating, LanguageModel, Network, tiny_trainer, token_loader
@@ -656,8 +657,8 @@ def test_whatever_else_goes_wrong_is_nan_and_training_goes_on(
         raise torch.OutOfMemoryError("no memory left\nand a trace")
 
     solve = "decompose_grams" if where == "_solve" else where
-    owner = GradientSpectrum if where == "measured" else measurement_of_gradients
-    monkeypatch.setattr(owner, solve, fail)
+    owners = {"measured": GradientSpectrum, "gram": weight_spectra}
+    monkeypatch.setattr(owners.get(where, measurement_of_gradients), solve, fail)
     model = LanguageModel()
     with pytest.warns(UserWarning, match="no memory left") as caught:
         trainer = fit(

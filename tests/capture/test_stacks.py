@@ -328,3 +328,35 @@ def test_every_default_layer_of_a_model_that_trains_has_a_spectrum(family: str, 
     ]
     assert trainer.callback_metrics["activation/failed"] == 0
     assert all(trainer.callback_metrics[f"activation/{name}/alpha_tail"].isfinite() for name in names)
+
+
+class Distilled(nn.Module):
+    """A network and its teacher, plain attributes of one class; layers of the network may be frozen."""
+
+    def __init__(self, num_frozen: int) -> None:
+        super().__init__()
+        self.online, self.target = (nn.Sequential(*blocks(3)) for _ in range(2))
+        self.target.requires_grad_(False)
+        for block in list(self.online)[:num_frozen]:
+            block.requires_grad_(False)
+
+
+@pytest.mark.parametrize("num_frozen", [0, 2])
+def test_a_frozen_network_beside_the_trained_one_is_no_depth_of_it(num_frozen: int) -> None:
+    (stack,) = find_stacks(Distilled(num_frozen))
+    assert list(stack) == [f"online.{index}" for index in range(3)]
+
+
+class Networks(nn.Module):
+    """Two networks that are no stacks themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+
+
+def test_networks_beside_each_other_are_a_stack_only_if_both_are_trained() -> None:
+    model = Networks()
+    assert [list(stack) for stack in find_stacks(model)] == [["online", "target"]]
+    model.target.requires_grad_(False)
+    assert find_stacks(model) == []
