@@ -352,6 +352,23 @@ def test_a_loss_function_that_does_something_else_is_found_out() -> None:
     assert math.isnan(watch.metrics["gradient/blocks.0.mix.weight/alpha_tail"])
 
 
+@pytest.mark.filterwarnings("ignore:.*method='auto' loops over samples, because vmap cannot. the list weight")
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+def test_a_list_in_the_batch_goes_with_its_samples(method: str) -> None:
+    torch.manual_seed(0)
+    model, x, weights = nn.Linear(6, 5), torch.randn(12, 6), [0.1 + index for index in range(12)]
+    loss_fn = lambda model, batch: (model(batch["x"]).square().mean(-1) * torch.tensor(batch["weight"])).mean()  # noqa: E731
+    spectrum = GradientSpectrum("weight", 1, num_samples=12, method=method, num_groups=2, tail=(2, 6), head=(1, 4))
+    watch, batch = SpectralWatch(model, gradients=spectrum, loss_fn=loss_fn), {"x": x, "weight": weights}
+    with watch.step(batch):
+        watch.loss(loss_fn(model, batch)).backward()
+    own = [model(one).square().mean() * weight for one, weight in zip(x, weights, strict=True)]
+    rows = torch.stack([torch.autograd.grad(loss, model.weight)[0].flatten() for loss in own]).double()
+    trace, mean = rows.var(0).sum(), rows.mean(0).square().sum()
+    assert watch.metrics["gradient/weight/grad_norm"] == pytest.approx(float(mean.sqrt()), rel=1e-4)
+    assert watch.metrics["gradient/weight/noise_scale"] == pytest.approx(float(trace / (mean - trace / 12)), rel=1e-3)
+
+
 def test_the_example_runs() -> None:
     assert doctest.testmod(sys.modules[SpectralWatch.__module__]).failed == 0
 

@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_spectral.capture.backward import NO_GRADIENT, check_contracts
-from lightning_spectral.capture.batch import Cut, cut, num_samples, take
+from lightning_spectral.capture.batch import Cut, Place, cut, num_samples, take
 from lightning_spectral.capture.branches import BranchError
 from lightning_spectral.capture.contraction import LayerRows, owners
 from lightning_spectral.capture.graph import graph_of
@@ -19,6 +18,7 @@ from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.sample_axis import SampleAxes, axes_of_samples
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.capture.stand_ins import MetricTermError
+from lightning_spectral.capture.unread import Unread
 from lightning_spectral.capture.vmap_rules import VmapRules, buffers_of_samples
 
 Method = Literal["auto", "vmap", "hooks", "loop"]
@@ -70,9 +70,15 @@ def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, T
     chosen = {keys[name]: loss.parameter(name)[1].detach() for name in names}
     if samples.ones is not None:
         raise ValueError("samples cuts batches into batches of one: use method='loop'")
-    whole, axes = samples.data, samples.axes
     tensors: list[Tensor] = []
-    apply_to_collection(whole, Tensor, tensors.append)
+    axes: list[int | None] = []
+
+    def note(part: Any, place: Place) -> None:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+            axes.append(place.axis)
+
+    samples.mapped(note)
 
     # As an argument, a buffer may be written to in place.
     shared, own = dict(loss.named_buffers()), {}
@@ -84,7 +90,7 @@ def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, T
         parameters: dict[str, Tensor], shared: dict[str, Tensor], own: dict[str, Tensor], *parts: Tensor
     ) -> Tensor:
         ones = iter(part if axis is None else part.unsqueeze(axis) for part, axis in zip(parts, axes, strict=True))
-        sample = apply_to_collection(whole, Tensor, lambda _: next(ones))
+        sample = samples.mapped(lambda part, at: next(ones) if isinstance(part, Tensor) else _of_one(samples, part, at))
         return functional_call(loss, parameters | shared | own, (sample,))
 
     in_dims = (None, None, 0, *axes)
@@ -112,6 +118,15 @@ def _vectorise(loss: BatchLoss, names: list[str], samples: Cut, out: dict[str, T
     loss.is_dependent = True
     for name in names:
         out[name].copy_(gradients[keys[name]].flatten(1))
+
+
+def _of_one(samples: Cut, part: Any, place: Place) -> Any:
+    """An array or list with an entry for each sample, in a sample that stands for all of them."""
+    if samples.size == 1 and not (samples.is_part and place.doubt):
+        return part
+    kind = type(part).__name__
+    reason = f"the {kind} {place.path} of the batch is of its samples, and vmap maps over tensors: use method='loop'"
+    return Unread(place.doubt or reason, type(part))
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def per_sample_gradients(
 
     Args:
         module: A LightningModule, whose ``training_step`` gives the loss, or any module with a ``loss_fn``.
-        batch: B samples: tensors in mappings, sequences and dataclasses.
+        batch: B samples: tensors, arrays and lists in mappings, sequences and dataclasses. vmap maps over tensors
+            alone: a loss may then not read arrays and lists of samples.
         parameters: See :func:`lightning_spectral.capture.resolve_parameters`.
         method: ``"vmap"`` (torch.func), ``"loop"`` (one backward pass a sample), ``"hooks"`` (one backward pass for
             all, linear layers and embeddings only, see :class:`ByHooks`), ``"auto"`` (vmap, else loop).

@@ -40,6 +40,8 @@ class SamplesFound:
     """What tells it, in words."""
     tensors: Mapping[str, tuple[tuple[int, ...], int | None]] | None = None
     """Shape of each tensor and its axis of samples, None where it is for all samples, by the way to it."""
+    others: Mapping[str, str] | None = None
+    """What becomes of arrays and lists, in words, by the way to them."""
     problem: str | None = None
 
 

@@ -59,7 +59,7 @@ class Study:
             cut = samples.cut(hold(batch))
             axes, tensors = samples.axes(batch), dict(named_tensors(batch))
             shapes = {path: (tuple(tensors[path].shape), axis) for path, axis in axes.items()}
-            self.samples = SamplesFound(cut.size, samples.rule(batch), shapes)
+            self.samples = SamplesFound(cut.size, samples.rule(batch), shapes, samples.others(batch))
         except Exception as error:
             self.samples = SamplesFound(problem=reason_of(error))
             return reason_of(error)

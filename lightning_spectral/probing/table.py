@@ -80,13 +80,15 @@ def _samples(probe: Probe) -> str | Text:
         return _refusal(found.problem)
     if found.count is None:
         return "-"
-    tensors = list((found.tensors or {}).items())
-    parts = [
-        f"{path or 'batch'} {shape} {'for all samples' if axis is None else f'on axis {axis}'}"
-        for path, (shape, axis) in tensors[:MOST_TENSORS]
-    ]
-    if len(tensors) > MOST_TENSORS:
-        parts.append(f"and {len(tensors) - MOST_TENSORS} more")
+    tensors = {
+        path: f"{shape} {'for all samples' if axis is None else f'on axis {axis}'}"
+        for path, (shape, axis) in (found.tensors or {}).items()
+    }
+    parts = []
+    for some in (tensors, found.others or {}):
+        parts += [f"{path or 'batch'} {words}" for path, words in list(some.items())[:MOST_TENSORS]]
+        if len(some) > MOST_TENSORS:
+            parts.append(f"and {len(some) - MOST_TENSORS} more")
     return "\n".join([f"{found.count:,} ({found.rule})", *parts])
 
 

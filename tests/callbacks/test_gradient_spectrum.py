@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_spectral import ActivationSpectrum, GradientSpectrum
 from lightning_spectral.capture import engines
@@ -686,3 +687,69 @@ def test_dropout_model_is_measured(tmp_path: Path) -> None:
     for method in ("vmap", "loop", "hooks"):
         trainer = fit(tmp_path, Kept(method=method), model=LanguageModel(Network(dropout=0.3)))
         assert trainer.callback_metrics["gradient/failed"] == 0
+
+
+class Captioned(LightningModule):
+    """Its loss is of captions, which collation leaves a list of strings, and of weights that a collation made one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def loss_of(self, x: Tensor, captions: Any, weights: Any) -> Tensor:
+        targets = torch.tensor([[float(len(caption))] for caption in captions])
+        return ((self.fc(x) - targets).square().mean(-1) * torch.as_tensor(weights).float()).mean()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self.loss_of(batch["x"], batch["caption"], batch["weight"])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def captioned(size: int) -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    x = torch.randn(size, 6) + 2  # so that their gradients agree
+    return [{"x": x[index], "caption": "a" * (index % 5), "weight": 0.1 + index} for index in range(size)]
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+@pytest.mark.parametrize("make", [list, np.array], ids=["list", "array"])
+@pytest.mark.filterwarnings("ignore:.*method='auto' loops over samples, because vmap cannot. the list caption")
+def test_lists_and_arrays_of_a_batch_go_with_its_samples(tmp_path: Path, make: Any, method: Any) -> None:
+    items = captioned(16)
+    collate = lambda items: default_collate(items) | {"weight": make([item["weight"] for item in items])}  # noqa: E731
+    model = Captioned()
+    spectrum = GradientSpectrum("fc.weight", 1, num_samples=16, method=method, num_groups=2, tail=(2, 6), head=(1, 4))
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[spectrum])
+    trainer.fit(model, DataLoader(items, 16, collate_fn=collate))
+    losses = [model.loss_of(item["x"][None], [item["caption"]], [item["weight"]]) for item in items]
+    rows = torch.stack([torch.autograd.grad(loss, model.fc.weight)[0].flatten() for loss in losses]).double()
+    trace, mean = rows.var(0).sum(), rows.mean(0).square().sum()
+    found = {key.rpartition("/")[2]: float(value) for key, value in trainer.callback_metrics.items()}
+    assert found["failed"] == 0
+    assert found["grad_norm"] == pytest.approx(float(mean.sqrt()), rel=1e-4)
+    assert found["noise_scale"] == pytest.approx(float(trace / (mean - trace / 16)), rel=1e-3)
+    # By hooks its own gradients of samples are those of parts of the batch.
+    assert found["sample_weights_ratio"] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_vmap_names_the_list_that_it_cannot_map_over(tmp_path: Path) -> None:
+    spectrum = GradientSpectrum("fc.weight", 1, num_samples=16, method="vmap", num_groups=2, tail=(2, 6), head=(1, 4))
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[spectrum])
+    with pytest.warns(UserWarning, match=r"the list caption of the batch is of its samples.*: use method='loop'$"):
+        trainer.fit(Captioned(), DataLoader(captioned(16), 16))
+    assert math.isnan(trainer.callback_metrics["gradient/fc.weight/grad_norm"])
+
+
+def test_a_list_that_may_be_as_long_as_the_batch_by_chance_is_nan_with_the_remedy(tmp_path: Path) -> None:
+    class Scaled(Captioned):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * batch["betas"][0]
+
+    collate = lambda items: default_collate(items) | {"betas": [0.9, 0.95, 0.99, 1.0]}  # noqa: E731
+    spectrum = GradientSpectrum("fc.weight", 1, num_samples=4, method="loop", num_groups=1, tail=(1, 3), head=(1, 3))
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[spectrum])
+    with pytest.warns(UserWarning, match=r"samples must say whether the list betas of 4 entries, .*: give samples"):
+        trainer.fit(Scaled(), DataLoader(captioned(4), 4, collate_fn=collate))
+    assert math.isnan(trainer.callback_metrics["gradient/fc.weight/grad_norm"])

@@ -24,6 +24,53 @@ from lightning_spectral.functional import singular_spectrum
 from lightning_spectral.nanogpt import NanoGPT
 from tests.models import Alternating, LanguageModel, Network, token_loader
 
+LISTS: dict[str, Any] = {
+    "floats": ([0.1 + 0.3 * index for index in range(12)], lambda some: torch.tensor(some)),
+    "array": (np.linspace(0.1, 3, 12), lambda some: torch.as_tensor(some).float()),
+    "strings": (["a" * (1 + index % 5) for index in range(12)], lambda some: torch.tensor([len(w) for w in some])),
+    "mappings": ([{"w": 0.1 + index} for index in range(12)], lambda some: torch.tensor([one["w"] for one in some])),
+}
+
+
+def weighed(read: Any) -> Any:
+    return lambda module, batch: (module(batch["x"]).square().mean(-1) * read(batch["some"])).mean()
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+@pytest.mark.parametrize("chunk_size", [None, 5, 1])
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_and_arrays_go_with_their_samples(kind: str, chunk_size: int | None, method: Any) -> None:
+    torch.manual_seed(0)
+    some, read = LISTS[kind]
+    model, x, loss = nn.Linear(4, 3), torch.randn(12, 4), weighed(read)
+    rows = per_sample_gradients(model, {"x": x, "some": some}, "weight", method, chunk_size, loss)["weight"]
+    # By a formula of its own, not by what cuts the batch.
+    weights = read(some)
+    of_one = lambda index: (model(x[index]).square().mean() * weights[index]).float()  # noqa: E731
+    expected = [torch.autograd.grad(of_one(index), model.weight)[0].flatten() for index in range(12)]
+    torch.testing.assert_close(rows, torch.stack(expected))
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_vmap_maps_over_tensors_and_passes_by_lists_that_no_loss_reads(kind: str) -> None:
+    some, read = LISTS[kind]
+    model, batch = nn.Linear(4, 3), {"x": torch.randn(12, 4), "some": some}
+    with pytest.raises(ValueError, match=r"^the \w+ some of the batch is of its samples, .*: use method='loop'$"):
+        per_sample_gradients(model, batch, "weight", "vmap", 4, weighed(read))
+    unread = lambda module, batch: module(batch["x"]).square().mean()  # noqa: E731
+    rows = [per_sample_gradients(model, batch, "weight", method, 4, unread)["weight"] for method in ("vmap", "loop")]
+    torch.testing.assert_close(*rows)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_a_list_as_long_as_the_batch_by_chance_is_not_guessed(method: Any) -> None:
+    model, batch = nn.Linear(4, 3), {"x": torch.randn(2, 4), "betas": [0.9, 0.95]}
+    read = lambda module, batch: module(batch["x"]).square().mean() * batch["betas"][0]  # noqa: E731
+    with pytest.raises(ValueError, match=r"^samples must say whether the list betas of 2 entries"):
+        per_sample_gradients(model, batch, "weight", method, loss_fn=read)
+    unread = lambda module, batch: module(batch["x"]).square().mean()  # noqa: E731
+    assert per_sample_gradients(model, batch, "weight", method, loss_fn=unread)["weight"].isfinite().all()
+
 
 def randomised(module: nn.Module) -> nn.Module:
     """What is initialised to zero keeps the gradients behind it at zero."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -138,6 +139,116 @@ def test_what_was_seen_to_be_for_all_samples_stays_so() -> None:
     assert batch_of(one)["grid"].shape == (12,)
 
 
+X32 = torch.zeros(32, 5)
+
+
+@pytest.mark.parametrize(
+    ("whole", "expected"),
+    [
+        pytest.param([0.5 * index for index in range(32)], [3.5, 4.0], id="floats"),
+        pytest.param(tuple(f"word {index}" for index in range(32)), ("word 7", "word 8"), id="strings"),
+        pytest.param([{"weight": index} for index in range(32)], [{"weight": 7}, {"weight": 8}], id="mappings"),
+        pytest.param(
+            [{"weight": torch.tensor(index), "box": torch.full((3,), index)} for index in range(32)],
+            [{"weight": torch.tensor(index), "box": torch.full((3,), index)} for index in (7, 8)],
+            id="mappings of tensors",
+        ),
+        pytest.param([(index, -index) for index in range(32)], [(7, -7), (8, -8)], id="pairs"),
+        pytest.param(np.arange(32), np.array([7, 8]), id="array"),
+        pytest.param(
+            np.array([f"word {index}" for index in range(32)], "U7"), np.array(["word 7", "word 8"], "U7"), id="words"
+        ),
+        pytest.param(np.array([{index} for index in range(32)]), np.array([{7}, {8}]), id="array of objects"),
+        pytest.param(np.arange(64).reshape(32, 2), np.array([[14, 15], [16, 17]]), id="array of two axes"),
+        pytest.param([("a",) * 32, [*"b" * 32]], [("a", "a"), ["b", "b"]], id="as collation turns lists of words"),
+    ],
+)
+@pytest.mark.parametrize("wrap", ["dict", "dataclass", "nested", "tuple"])
+def test_lists_and_arrays_with_an_entry_for_each_sample_are_cut(wrap: str, whole: Any, expected: Any) -> None:
+    cut = Samples().cut(WRAPS[wrap](X32, whole))
+    for part in (cut.part(7, 9), cut.pick(torch.tensor([7, 8])), cut.part(2, 30).part(5, 7)):
+        assert str(batch_of(part)) == str(WRAPS[wrap](X32[:2], expected))
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        [0.9, 0.95],
+        ("low", "high"),
+        np.arange(31),
+        "x" * 32,
+        {"table": np.eye(5), "names": [*"abcde"]},
+        Pair("a", "b"),
+        torch.Size([32, 5]),
+        [torch.zeros(5), torch.zeros(7)],
+        np.array(3.0),
+    ],
+    ids=str,
+)
+def test_lists_and_arrays_of_another_length_are_for_all_samples(shared: Any) -> None:
+    for batch in ({"x": X32, "shared": shared}, {"shared": shared, "x": X32}):
+        assert str(batch_of(Samples().cut(batch).part(3, 4))["shared"]) == str(shared)
+
+
+def test_lists_once_seen_to_be_for_all_samples_and_those_named_so_stay_whole() -> None:
+    samples, names = Samples(), [*"abcdefghijkl"]
+    samples.cut({"x": X, "names": names})
+    batch = {"x": torch.zeros(12, 12), "names": names, "class_weights": [1.0] * 12, "positions": np.arange(12)}
+    one = batch_of(samples.cut(batch).part(0, 1))
+    assert [len(one[key]) for key in ("x", "names", "class_weights", "positions")] == [1, 12, 12, 12]
+
+
+def test_an_array_has_its_samples_on_the_axis_of_tensors() -> None:
+    one = batch_of(Samples(1).cut({"x": torch.zeros(5, 32), "y": np.arange(96).reshape(3, 32)}).part(7, 8))
+    assert one["y"].tolist() == [[7], [39], [71]]
+    assert one["x"].shape == (5, 1)
+
+
+DOUBTFUL = {
+    "two betas": (2, [0.9, 0.95]),
+    "a mean of colours": (3, (0.485, 0.456, 0.406)),
+    "lists of as many": (9, [[*range(9)] for _ in range(9)]),
+    "tensors": (9, [torch.zeros(index + 10) for index in range(9)]),
+    "arrays": (9, [np.zeros(3)] * 9),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_a_list_that_may_be_as_long_by_chance_is_refused_where_it_is_read(name: str) -> None:
+    size, doubtful = DOUBTFUL[name]
+    batch = {"x": torch.zeros(size, 21, 3), "some": doubtful}
+    cut = Samples().cut(batch)
+    assert batch_of(cut) is batch
+    for part in (cut.part(0, 1), cut.pick(torch.tensor([0])), cut.part(0, 1).part(0, 1)):
+        one = batch_of(part)
+        assert one["x"].shape == (1, 21, 3)
+        with pytest.raises(ValueError, match=rf"^samples must say whether the \w+ some of {size} .*: give samples"):
+            len(one["some"])
+    with pytest.raises(ValueError, match=r"^samples must say"):
+        take(batch, 0, 1)["some"][0]
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_batches_of_two_sizes_show_whose_a_list_is(name: str) -> None:
+    size, doubtful = DOUBTFUL[name]
+    for shorter, expected in ((doubtful[:-1], 1), (doubtful, size)):
+        samples = Samples()
+        samples.cut({"x": torch.zeros(size, 21, 3), "some": doubtful})
+        samples.cut({"x": torch.zeros(size - 1, 21, 3), "some": shorter})
+        one = batch_of(samples.cut({"x": torch.zeros(size, 21, 3), "some": doubtful}).part(0, 1))
+        assert len(one["some"]) == expected
+
+
+def test_a_list_of_one_in_a_batch_of_one_is_the_same_either_way() -> None:
+    batch = {"x": torch.zeros(1, 5), "betas": [0.9]}
+    assert batch_of(Samples().cut(batch).part(0, 1))["betas"] == [0.9]
+
+
+def test_keys_with_dots_hide_no_list() -> None:
+    batch = {"x": X32, "meta": [*range(32)], "meta.x": torch.zeros(32)}
+    assert batch_of(Samples().cut(batch).part(7, 8))["meta"] == [7]
+
+
 def cut_lists(batch: list[Tensor]) -> list[list[Tensor]]:
     return [[one] for one in batch]
 
@@ -225,6 +336,28 @@ def test_the_rule_is_told_in_words(batch: Any, batch_dim: int | None, rule: str,
     assert samples.count(batch) == 8
     assert samples.rule(batch) == rule
     assert samples.axes(batch) == axes
+
+
+def test_what_becomes_of_lists_and_arrays_is_told_in_words() -> None:
+    batch = {
+        "x": torch.zeros(4, 5),
+        "names": [*"abcd"],
+        "table": np.eye(5),
+        "labels": np.arange(4),
+        "columns": ("a", "b"),
+        "sizes": [(1, 2)] * 4,
+        "views": [torch.zeros(4, 5), torch.zeros(4, 5), ([*"abcd"], 3)],
+    }
+    found = Samples().others(batch)
+    assert found.pop("sizes").startswith("list of 4 refused where it is read: samples must say whether the list sizes")
+    assert found == {
+        "names": "list of 4 cut with the samples",
+        "table": "array (5, 5) for all samples",
+        "labels": "array (4,) on axis 0",
+        "columns": "tuple of 2 for all samples",
+        "views.2.0": "list of 4 cut with the samples",
+    }
+    assert Samples(cutter=list).others(batch) == {}
 
 
 def test_a_function_that_cuts_is_the_rule() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -52,6 +53,18 @@ def test_a_language_model() -> None:
     ]
     assert found.problems == []
     assert found.step is None
+
+
+def test_lists_and_arrays_are_shown_with_what_becomes_of_them() -> None:
+    batch = tokens() | {"names": [*"abcd"], "table": np.eye(5), "sizes": [1, 2, 3, 4]}
+    found = probe(LanguageModel(), batch, **QUICK)
+    assert found.samples.others is not None
+    assert found.samples.others["names"] == "list of 4 cut with the samples"
+    text = " ".join(str(found).split())
+    for part in ("names list of 4 cut with the samples", "table array (5, 5) for all samples"):
+        assert part in text
+    assert "sizes list of 4 refused where it is read: samples must say whether the list sizes of 4 entries" in text
+    assert [(e.method, e.works) for e in found.engines] == [("vmap", True), ("hooks", True), ("loop", True)]
 
 
 def test_the_callbacks_read_what_the_probe_found(tmp_path: Path) -> None:
