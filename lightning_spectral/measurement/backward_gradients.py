@@ -181,7 +181,7 @@ class BackwardGradients(GradientMeasurement):
             with loss.isolated(batch) as kept:
                 self._failures |= self._axes.judge(names, partial(self._ask_shadow, loss, batch), self.check.is_due)
                 if self.check.is_due:
-                    self.look_at_span(loss, kept, batch, None)
+                    self.look_at_span(loss, kept, batch, None, has_run=False)
         except Exception as error:  # a module that cannot be copied can be read all the same
             self._failures |= self._axes.judge(names, None)
             if self.check.is_due:

@@ -47,7 +47,7 @@ class GradientCheck:
         self.weights_ratio = torch.nan
         """Largest over smallest weight of a sample in its batch's loss."""
         self.residual = torch.nan
-        """Share of a batch's gradient outside the span of its samples' gradients."""
+        """Share of a batch's gradient outside the span of its samples' gradients, or of two halves'."""
         self.losses = (torch.nan, torch.nan)
         """Of a batch, as the shadow has it and as training has it."""
         self.was_asked = False
@@ -143,6 +143,7 @@ class GradientCheck:
         batch: Any,
         rows: Mapping[str, Tensor] | None,
         is_scaled_as_mean: bool,
+        has_run: bool,
     ) -> None:
         """See whether the loss of a batch is a mean of its samples' losses.
 
@@ -154,20 +155,23 @@ class GradientCheck:
             rows: Each sample's gradient by name; None where they are to be had here.
             is_scaled_as_mean: Whether rows off a backward pass were multiplied by the number of samples, so that they
                 are of their own size only if a mean is a mean, with weights that sum to one.
+            has_run: Whether the shadow has had a loss of theirs; it has, too, where training's has just been compared.
         """
+        has_run = has_run or self.results.get("loss") == "passed"
         try:
-            found = check_span(loss, kept, names, batch, rows)
+            found = check_span(loss, kept, names, batch, rows, has_run)
         except Exception as error:  # a batch that cannot be cut so, or does not fit into memory
             self.leave_out(reason_of(error), "span")
             return
         if found is None:
-            self.leave_out("too few samples or numbers, none that are finite, or reentrant checkpoints", "span")
+            few = "too few samples, numbers or dimensions that gradients span, none that are finite"
+            self.leave_out(f"{few}, or reentrant checkpoints", "span")
             return
         self.weights_ratio, self.residual = found.ratio, found.residual
         failure = found.failure
         if failure is None and is_scaled_as_mean and abs(found.total - 1) > UNEQUAL_MEAN:
             failure = (
-                f"the loss of a batch is {found.total:.3g} times the mean of its samples' losses, for which "
+                f"the loss of a batch is {found.total:.3g} times the mean of its {found.parts}' losses, for which "
                 "loss_reduction='mean' takes it: give loss_reduction='sum' if it is their sum, or method='vmap'"
             )
         self.results["span"] = "passed" if failure is None else "failed"

@@ -157,11 +157,13 @@ class GradientMeasurement(Measurement):
             with self.stopwatch.running():
                 self.check.compare(float(loss) / scale())
 
-    def look_at_span(self, loss: BatchLoss, kept: Kept, batch: Any, rows: Mapping[str, Tensor] | None) -> None:
+    def look_at_span(
+        self, loss: BatchLoss, kept: Kept, batch: Any, rows: Mapping[str, Tensor] | None, has_run: bool
+    ) -> None:
         """See whether the loss of a batch is a mean of its samples' losses."""
         names = [name for name in self.parameters if name not in self._failures]
         is_scaled_as_mean = self.method == "hooks" and self.request.loss_reduction == "mean"
-        self.check.look_at_span(loss, kept, names, batch, rows, is_scaled_as_mean)
+        self.check.look_at_span(loss, kept, names, batch, rows, is_scaled_as_mean, has_run)
 
     def collect(self, batch: Any, step: int) -> None:
         """Take in a batch of a report; whatever it raises is noted as a failure."""

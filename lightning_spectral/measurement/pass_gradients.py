@@ -77,7 +77,8 @@ class PassGradients(GradientMeasurement):
                     self._fill(loss, batch, rows)
                     if index == 0 and self.check.is_due:
                         # By hooks rows are parts of the batch's gradient, whatever the loss.
-                        self.look_at_span(loss, kept, batch, None if self.method == "hooks" else rows)
+                        own = None if self.method == "hooks" else rows
+                        self.look_at_span(loss, kept, batch, own, has_run=True)
                     self._store.commit()
         except Exception as error:  # whatever the model's loss does to be unfit for this
             self.fail(error)

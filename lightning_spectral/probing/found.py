@@ -70,10 +70,10 @@ class LossFound:
     is_same: str = "not looked at"
     """``"passed"`` if these agree, ``"failed"``, or why they were not compared."""
     is_mean: str = "not looked at"
-    """``"passed"`` if the batch's gradient lies in the span of its samples' gradients, ``"failed"``, or why it was not
-    looked at."""
+    """``"passed"`` if the batch's gradient lies in the spans of its samples' gradients and of two halves',
+    ``"failed"``, or why it was not looked at."""
     residual: float | None = None
-    """Share of the batch's gradient outside of it; up to 1e-3 passes."""
+    """Share of the batch's gradient outside of its samples' span; up to 1e-3 passes."""
     weights_ratio: float | None = None
     """Largest over smallest weight of a sample in the batch's loss."""
     problem: str | None = None

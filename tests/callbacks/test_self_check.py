@@ -85,6 +85,86 @@ class TimeFirst(Net):
         return self.out(self.fc(x).cumsum(0).tanh())
 
 
+class NormedRows(Net):
+    """Fails for one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc(self.norm(x)).tanh())
+
+
+class Spread(Net):
+    """VICReg's term, NaN for one sample."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        y = self(batch[0])
+        return F.mse_loss(y, batch[1]) + F.relu(1 - y.std(0)).mean()
+
+
+class BarlowTwins(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        a, b = ((y - y.mean(0)) / y.std(0) for y in (self(batch[0]), self(batch[0] + 0.1)))
+        return (a.T @ b / len(a) - torch.eye(4)).square().sum()
+
+
+class Pairs(Net):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        first, second = self(batch[0]).view(-1, 2, 4).unbind(1)
+        return (first - second).square().mean()
+
+
+class Several(Contrastive):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        assert len(batch[0]) > 1
+        return super().training_step(batch, batch_idx)
+
+
+class Whole(Net):
+    """Takes no other number of samples, though it weighs them with each other."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        y = self(batch[0])
+        return (y @ y.mT + torch.eye(2 * BATCH)).square().mean()
+
+
+class Binary(Net):
+    """A small head of two logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), (batch[1][:, 0] > 0).long())
+
+
+class Dice(Binary):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        p, t = self(batch[0]).softmax(1)[:, 1], (batch[1][:, 0] > 0).float()
+        return 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+
+
+class Ranking(Binary):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        p = self(batch[0]).softmax(1)[:, 1]
+        is_higher = batch[1][:, :1] > batch[1][None, :, 0]
+        return (F.relu(0.5 - p[:, None] + p[None]) * is_higher).mean() + super().training_step(batch, batch_idx)
+
+
+class Squeezing(Net):
+    """Fails for one sample, and is a mean all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self(batch[0]).squeeze(), batch[1][:, 0].sigmoid())
+
+
 class MetricTerm(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -95,20 +175,20 @@ class MetricTerm(Net):
         return F.mse_loss(y, batch[1]) + 5 * self.mae(y, batch[1])
 
 
-def fit(folder: Path, model: Net, *callbacks: Any, steps: int = 1, **kwargs: Any) -> Trainer:
+def fit(folder: Path, model: Net, *callbacks: Any, steps: int = 1, batch_size: int = BATCH, **kwargs: Any) -> Trainer:
     trainer = tiny_trainer(folder, max_steps=steps, callbacks=list(callbacks), **kwargs)
     torch.manual_seed(1)
     data = torch.randn(64, WIDTH), torch.randn(64, 4), (torch.arange(64.0) % BATCH) + 1
-    trainer.fit(model, DataLoader(TensorDataset(*data), BATCH))
+    trainer.fit(model, DataLoader(TensorDataset(*data), batch_size))
     return trainer
 
 
 class Kept(GradientSpectrum):
     """Keeps its reports."""
 
-    def __init__(self, every_n_steps: int = 1, **kwargs: Any) -> None:
+    def __init__(self, every_n_steps: int = 1, name: str = "fc.weight", **kwargs: Any) -> None:
         common = {"num_samples": BATCH, "head": (1, 3), "num_groups": 2, "tail": (2, 6)}
-        super().__init__("fc.weight", every_n_steps, **common | kwargs)
+        super().__init__(name, every_n_steps, **common | kwargs)
         self.reports: list[Any] = []
 
     def measured(self, report: Any) -> dict[str, float]:
@@ -120,8 +200,8 @@ def ratio(trainer: Trainer) -> float:
     return float(trainer.callback_metrics["gradient/sample_weights_ratio"])
 
 
-def norm(trainer: Trainer) -> float:
-    return float(trainer.callback_metrics["gradient/fc.weight/grad_norm"])
+def norm(trainer: Trainer, name: str = "fc.weight") -> float:
+    return float(trainer.callback_metrics[f"gradient/{name}/grad_norm"])
 
 
 @METHODS
@@ -148,6 +228,88 @@ def test_losses_between_samples_are_nan_with_the_reason(tmp_path: Path, make: ty
     assert trainer.callback_metrics["gradient/failed"] == 2
     # The second report is not checked, and not believed either.
     assert sum("NaN, because" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "out.weight"])
+@pytest.mark.parametrize("make", [NormedRows, Spread, BarlowTwins, Pairs, Several, Whole])
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+def test_by_hooks_a_loss_between_samples_that_fails_for_one_alone_is_nan(
+    tmp_path: Path, make: type[Net], name: str
+) -> None:
+    torch.manual_seed(0)
+    spectrum = Kept(name=name, method="hooks", num_samples=2 * BATCH)
+    with pytest.warns(UserWarning, match="NaN, because the loss .* mean of samples' losses: ") as caught:
+        trainer = fit(tmp_path, make(), spectrum, batch_size=2 * BATCH)
+    assert math.isnan(norm(trainer, name))
+    assert spectrum.reports[0].checked == "loss: passed; span: failed"
+    assert all("\n" not in str(warning.message) for warning in caught if "NaN" in str(warning.message))
+
+
+@pytest.mark.parametrize("make", [Spread, Pairs])
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+def test_by_hooks_so_it_is_in_validation(tmp_path: Path, make: type[Net]) -> None:
+    class Validated(make):  # type: ignore[valid-type,misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    torch.manual_seed(0)
+    trainer = tiny_trainer(tmp_path, callbacks=[Kept(stage="validate", method="hooks")])
+    data = TensorDataset(torch.randn(32, WIDTH), torch.randn(32, 4))
+    with pytest.warns(UserWarning, match="NaN, because the loss is no mean of samples' losses: "):
+        trainer.validate(Validated(), DataLoader(data, BATCH), verbose=False)
+    assert math.isnan(norm(trainer))
+
+
+@METHODS
+@pytest.mark.parametrize("make", [Dice, Ranking])
+def test_losses_between_samples_of_a_head_of_two_logits_are_nan(tmp_path: Path, make: type[Net], method: Any) -> None:
+    torch.manual_seed(0)
+    spectrum = Kept(name="out.weight", method=method)
+    with pytest.warns(UserWarning, match="of the gradient of 8 samples together lies outside those of two halves"):
+        trainer = fit(tmp_path, make(), spectrum)
+    assert math.isnan(norm(trainer, "out.weight"))
+
+
+@METHODS
+def test_the_mean_of_a_head_of_two_logits_passes(tmp_path: Path, method: Any) -> None:
+    torch.manual_seed(0)
+    spectrum = Kept(name="out.weight", method=method)
+    trainer = fit(tmp_path, Binary(), spectrum)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+    assert ratio(trainer) == pytest.approx(1, rel=1e-2)
+    assert norm(trainer, "out.weight") > 0
+
+
+def test_by_hooks_a_mean_that_fails_for_a_sample_alone_passes_by_halves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, spectrum = Squeezing(), Kept(method="hooks")
+    trainer = fit(tmp_path, model, spectrum)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+    assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
+    assert math.isnan(ratio(trainer))
+
+
+def test_a_sum_that_fails_for_a_sample_alone_is_no_mean_of_halves(tmp_path: Path) -> None:
+    class SqueezingSum(Squeezing):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * len(batch[0])
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="2 times the mean of its halves' losses.*give loss_reduction='sum'"):
+        assert math.isnan(norm(fit(tmp_path, SqueezingSum(), Kept(method="hooks"))))
+
+
+def test_by_hooks_samples_of_padding_alone_have_no_part_in_a_mean(tmp_path: Path) -> None:
+    class Padded(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            target = torch.where(batch[2] % 4 > 0, batch[1].argmax(1), -100)
+            return F.cross_entropy(self(batch[0]), target)
+
+    torch.manual_seed(0)
+    model, spectrum = Padded(), Kept(method="hooks")
+    trainer = fit(tmp_path, model, spectrum)
+    assert spectrum.reports[0].checked == "loss: passed; span: passed"
+    assert norm(trainer) == pytest.approx(model.norms[0], rel=1e-5)
 
 
 def test_a_sum_is_no_mean_where_rows_are_taken_for_those_of_a_mean(tmp_path: Path) -> None:
