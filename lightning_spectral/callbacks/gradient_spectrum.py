@@ -80,16 +80,17 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     if that is once a batch). And the gradient of up to 64 samples together must lie in the span of their own gradients,
     and in that of the gradients of two halves of them, up to a thousandth of its norm: true for every loss that is a
     weighted mean over samples, false for losses between samples (contrastive ones, batch statistics) and where a sample
-    is not what it was taken for. Of networks that give one number for a sample the halves alone tell. So they do by
-    ``"hooks"`` where a step fails for one sample, as batch norm's does; a step that fails for fewer samples than a
-    batch, though not for the batch, is not seen to be a mean, and counts as none. A sample alone whose gradient is not
-    finite counts as one without (nothing but padding, in a mean over tokens). It costs one forward pass of the batch
-    and two passes of these samples; by ``"hooks"``, and where a step draws random numbers, of at most 16, and one of
-    each. It is not made of fewer than two samples, where their gradients span fewer than four dimensions (a head of two
-    logits and three inputs), under checkpointing that is reentrant or draws random numbers, where no copy can have the
-    loss or memory is short; nor that of halves where ``samples`` cuts. By ``"hooks"`` passes of fewer samples also tell
-    an axis of samples from one of positions, or of an expert's tokens, of which there may be as many; where none can be
-    made, ``batch_dim`` must say which it is. The record says which parts ran, or why not.
+    is not what it was taken for. Their weights, where they are known, must add up to one, as a mean's do, or to their
+    number, a sum's; those of a root of a mean do not. Of networks that give one number for a sample the halves alone
+    tell. So they do by ``"hooks"`` where a step fails for one sample, as batch norm's does; a step that fails for fewer
+    samples than a batch, though not for the batch, is not seen to be a mean, and counts as none. A sample alone whose
+    gradient is not finite counts as one without (nothing but padding, in a mean over tokens). It costs one forward pass
+    of the batch and two passes of these samples; by ``"hooks"``, and where a step draws random numbers, of at most 16,
+    and one of each. It is not made of fewer than two samples, where their gradients span fewer than four dimensions (a
+    head of two logits and three inputs), under checkpointing that is reentrant or draws random numbers, where no copy
+    can have the loss or memory is short; nor that of halves where ``samples`` cuts. By ``"hooks"`` passes of fewer
+    samples also tell an axis of samples from one of positions, or of an expert's tokens, of which there may be as many;
+    where none can be made, ``batch_dim`` must say which it is. The record says which parts ran, or why not.
     ``gradient/sample_weights_ratio`` is the largest over the smallest weight found: 1 if samples weigh the same; under
     a mean over tokens, the longest over the shortest sample. Far from 1 the mean of the rows is not the gradient that
     training follows, and by ``"hooks"`` rows differ from those of the other methods by these weights. NaN if weights

@@ -91,6 +91,8 @@ class SpanCheck(NamedTuple):
     """Sum of the weights: one of a mean, the number of parts of a sum; NaN if they are not known."""
     parts: str = "samples"
     """Whose weights these are: those of ``"halves"`` where a sample alone has no loss."""
+    num_parts: int = 0
+    """How many weights there are."""
 
 
 class PartError(RuntimeError):
@@ -194,9 +196,10 @@ def check_span(
     is_exact = rounding(loss) < TOLERANCE
     if found is None:
         total = float(halves.weights.sum()) if is_exact and halves.is_unique else float("nan")
-        return SpanCheck(None, float("nan"), halves.residual, total, "halves")
+        return SpanCheck(None, float("nan"), halves.residual, total, "halves", 2)
     is_known = found.is_unique and len(found.weights) == samples.size and is_exact
-    return SpanCheck(None, found.ratio, found.residual, float(found.weights.sum()) if is_known else float("nan"))
+    total = float(found.weights.sum()) if is_known else float("nan")
+    return SpanCheck(None, found.ratio, found.residual, total, num_parts=samples.size)
 
 
 class _Gradients:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.capture.engines import is_out_of_memory
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.one_line import reason_of
-from lightning_spectral.capture.self_check import check_span, rounding
+from lightning_spectral.capture.self_check import SpanCheck, check_span, rounding
 from lightning_spectral.capture.shadow import BatchLoss
 from lightning_spectral.measurement.gradient_request import Check
 
@@ -29,6 +29,24 @@ UNEQUAL_MEAN = 0.05
 def loss_tolerance(loss: BatchLoss) -> float:
     """Relative difference that rounding alone may make between two evaluations of a loss."""
     return LOSS_TOLERANCE_IN_SHORT if rounding(loss) > LOSS_TOLERANCE else LOSS_TOLERANCE
+
+
+def _why_of_another_size(found: SpanCheck, is_scaled_as_mean: bool) -> str | None:
+    """Why rows are not of the size that they have in the loss of a batch; None if they are, or nobody knows."""
+    is_mean = abs(found.total - 1) <= UNEQUAL_MEAN
+    is_sum = abs(found.total / max(found.num_parts, 1) - 1) <= UNEQUAL_MEAN
+    if isnan(found.total) or is_mean or (is_sum and not is_scaled_as_mean):
+        return None
+    times = f"the loss of a batch is {found.total:.3g} times the mean of its {found.parts}' losses"
+    if is_sum:
+        return (
+            f"{times}, for which loss_reduction='mean' takes it: give loss_reduction='sum' if it is their sum, or "
+            "method='vmap'"
+        )
+    return (
+        f"{times}, which is neither that nor their sum, as with a root or a logarithm of a mean: give loss_fn, or "
+        "check='warn'"
+    )
 
 
 class GradientCheck:
@@ -168,12 +186,7 @@ class GradientCheck:
             self.leave_out(f"{few}, or reentrant checkpoints", "span")
             return
         self.weights_ratio, self.residual = found.ratio, found.residual
-        failure = found.failure
-        if failure is None and is_scaled_as_mean and abs(found.total - 1) > UNEQUAL_MEAN:
-            failure = (
-                f"the loss of a batch is {found.total:.3g} times the mean of its {found.parts}' losses, for which "
-                "loss_reduction='mean' takes it: give loss_reduction='sum' if it is their sum, or method='vmap'"
-            )
+        failure = found.failure or _why_of_another_size(found, is_scaled_as_mean)
         self.results["span"] = "passed" if failure is None else "failed"
         if failure is None:
             self.doubts.pop("span", None)

@@ -320,6 +320,21 @@ def test_a_sum_is_no_mean_where_rows_are_taken_for_those_of_a_mean(tmp_path: Pat
         assert math.isnan(norm(fit(tmp_path, Summed(), Kept(method="hooks"))))
 
 
+class Root(Net):
+    """In the span of its samples' gradients, and of halves', weighed by the size of each error."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        errors = (self(batch[0]) - batch[1]).square().mean(1)
+        return errors.mean().sqrt()
+
+
+@METHODS
+def test_a_root_of_a_mean_is_neither_mean_nor_sum(tmp_path: Path, method: Any) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"loss of a batch is 0\.\d+ times the mean of its .* as with a root or"):
+        assert math.isnan(norm(fit(tmp_path, Root(), Kept(method=method))))
+
+
 def test_samples_without_a_gradient_do_not_make_a_mean_a_sum(tmp_path: Path) -> None:
     class Masked(Net):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
