@@ -52,14 +52,16 @@ def report(
         The file.
 
     Raises:
-        ValueError: If a path names no run, a record or a log is broken, or the file cannot be written.
+        ValueError: If a path names no run, or there is none, a record or a log is broken, or the file cannot be
+            written.
 
     Example::
 
         report("lightning_logs/version_0")
         report(["runs/baseline/*", "runs/rope/*"], "rope.html")
     """
-    groups = [runs] if isinstance(runs, (str, os.PathLike, Run)) else list(runs)
+    # What is no list, or an empty one, is refused as a whole.
+    groups: list[Any] = list(runs) if isinstance(runs, (list, tuple)) and runs else [runs]
     return write_page(groups, path, at_loss, floor)
 
 

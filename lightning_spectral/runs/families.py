@@ -1,7 +1,7 @@
 """Runs sorted by family, and in a family by what they can serve for: finished, unfinished, or neither."""
 
 from math import isnan
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from lightning_spectral.functional.forecast import MIN_REFERENCES
 from lightning_spectral.functional.powerlaw import Band, resolve_band
@@ -135,7 +135,7 @@ def basis_of(family: Family, layer: str | None, tail: Band | None) -> Basis:
         if tail is not None:
             resolve_band(tail, len(first.spectrum(KIND, layer, first.steps(KIND)[0]).values), "tail")
         bands = bands_of(first, KIND)
-        band = tail or bands["tail"]
+        band = bands["tail"] if tail is None else cast(Band, tuple(tail))  # a list cannot be looked up by
         look = Look(layer, band, bands["head"])
     return Basis(
         family.finished,

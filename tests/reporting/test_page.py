@@ -285,6 +285,22 @@ def test_wrong_arguments_are_one_line(
     assert not Path("report.html").exists()
 
 
+@pytest.mark.parametrize("runs", [None, 5, True, {}, {"a": 1}, b"run", iter(["run"])], ids=lambda runs: str(type(runs)))
+def test_what_names_no_runs_is_refused(runs: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^runs must be a path, a pattern or a list of them, got ") as raised:
+        report(runs, tmp_path / "report.html")
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runs", [[], (), [[]], ["run", []]], ids=repr)
+def test_no_runs_are_refused(runs: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_up(Path("run"), 100.0, 1.0)
+    with pytest.raises(ValueError, match=r"^runs must name at least one run, got (\[\]|\(\)): give a log directory$"):
+        report(runs)
+
+
 def test_the_command_says_what_it_wrote(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_spectral import Run, compare, forecast
+from lightning_spectral import Run, backtest, compare, forecast
 from tests.runs.made_up import LAYER, made_up
 
 
@@ -109,3 +109,10 @@ def test_forecasts_of_nothing(runs: str, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         forecast(runs, **{"target": 1.0} | arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tail", [(2, 8), (0.125, 0.5)])
+@pytest.mark.parametrize("call", [forecast, backtest])
+def test_a_band_may_be_a_list(runs: str, call, tail: tuple) -> None:
+    listed, given = (call(runs, 1.0, tail=band) for band in (list(tail), tail))
+    assert repr(listed) == repr(given)
