@@ -15,7 +15,7 @@ from lightning_spectral.capture.engines import ByHooks, Engine, by_loop, by_vmap
 from lightning_spectral.capture.parameters import resolve_parameters
 from lightning_spectral.capture.per_sample import fill_rows, per_sample_gradients
 from lightning_spectral.capture.shadow import BatchLoss
-from lightning_spectral.functional import gram, singular_values
+from lightning_spectral.functional.singular import gram, roots_of_gram
 from lightning_spectral.measurement.row_store import RowStore
 from lightning_spectral.nanogpt import NanoGPT
 from lightning_spectral.nanogpt.model import next_token_loss
@@ -281,7 +281,7 @@ def run(setting: Setting, name: str) -> Any:
     found = getattr(setting, name)()
     if isinstance(found, Rows):
         found = found.grams()
-    return found if name in ("plain", "published") else singular_values(found)
+    return found if name in ("plain", "published") else roots_of_gram(found)
 
 
 def error_of_ours(setting: Setting) -> float:

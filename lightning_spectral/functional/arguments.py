@@ -10,6 +10,11 @@ from torch import Tensor
 RISE = 1e-6
 """Relative rise from one value to the next that passes for rounding, of interpolation and of float32."""
 
+ASYMMETRY = 1e-3
+"""By how much, of its largest number, a Gram matrix may differ from its transpose: products in bfloat16 do."""
+
+GRAM_REMEDY = "give rows @ rows.T"
+
 
 def describe(value: Any) -> str:
     """What an argument is, short enough for one line: of tensors type and shape, of others the beginning.
@@ -197,25 +202,73 @@ def check_square(name: str, matrices: Any) -> None:
         raise ValueError(f"{name} must be square in their last two axes, got shape {tuple(matrices.shape)}")
 
 
-def check_positive_semidefinite(name: str, matrices: Tensor, least: Tensor, largest: Tensor) -> None:
-    """Refuse square matrices that are no covariances: not symmetric, or with eigenvalues below zero beyond rounding.
+def check_symmetric(
+    name: str, matrices: Tensor, tolerance: float = 1e-6, rounding: float = 0.0, remedy: str = "see .mT"
+) -> None:
+    """Refuse matrices that differ from their transposes; those that hold NaN, or infinity on both sides, pass.
 
     Args:
         name: The argument's.
         matrices: ``(..., n, n)`` real.
-        least: ``(...)`` smallest eigenvalue of each; NaN where it is not known.
-        largest: ``(...)`` largest absolute eigenvalue.
+        tolerance: By how much they may, as a share of each matrix's largest number.
+        rounding: By how much they may whatever their size.
+        remedy: What to give.
 
     Raises:
         ValueError: Naming the argument.
     """
     if matrices.numel() == 0:
         return
+    matrices = matrices.detach().to(torch.float64)
     skew = (matrices - matrices.mT).abs().amax((-2, -1))
-    if bool((skew > 1e-6 * matrices.abs().amax((-2, -1))).any()):
-        raise ValueError(f"{name} must be symmetric, got entries that differ by {float(skew.max()):.3g}: see .mT")
-    if bool((least < -1e-6 * largest).any()):
-        raise ValueError(f"{name} must have no negative eigenvalues, got {float(least.min()):.3g}: give covariances")
+    is_wrong = skew > tolerance * matrices.abs().amax((-2, -1)) + rounding
+    if bool(is_wrong.any()):
+        differ = float(skew[is_wrong].max())
+        raise ValueError(f"{name} must be symmetric, got entries that differ by {differ:.3g}: {remedy}")
+
+
+def check_positive_semidefinite(
+    name: str,
+    least: Tensor,
+    largest: Tensor,
+    tolerance: float = 1e-6,
+    rounding: float = 0.0,
+    remedy: str = "give covariances",
+) -> None:
+    """Refuse symmetric matrices with eigenvalues below zero beyond rounding.
+
+    Args:
+        name: The argument's.
+        least: ``(...)`` smallest eigenvalue of each; NaN where it is not known.
+        largest: ``(...)`` largest absolute eigenvalue.
+        tolerance: How far below they may be, as a share of the largest.
+        rounding: How far below they may be whatever their size.
+        remedy: What to give.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    is_wrong = least < -tolerance * largest - rounding
+    if bool(is_wrong.any()):
+        lowest = float(least.detach()[is_wrong].min())
+        raise ValueError(f"{name} must have no negative eigenvalues, got {lowest:.3g}: {remedy}")
+
+
+def check_gram(gram: Any, rounding: float = 0.0) -> None:
+    """Refuse what can be no Gram matrix, whatever its eigenvalues; NaN and infinity are let through, to give NaN.
+
+    Args:
+        gram: ``(..., N, N)`` products of rows with each other.
+        rounding: How far from symmetric, and below zero on the diagonal, numbers may be whatever their size.
+
+    Raises:
+        ValueError: If it is no dense real tensor, not square or symmetric, or a squared norm is negative.
+    """
+    check_square("gram", gram)
+    check_symmetric("gram", gram, ASYMMETRY, rounding, GRAM_REMEDY)
+    norms = gram.detach().diagonal(dim1=-2, dim2=-1).to(torch.float64).nan_to_num(0, 0, 0)
+    if norms.numel() and (lowest := float(norms.min())) < -rounding:
+        raise ValueError(f"gram must have squared norms on its diagonal, got {lowest:.4g}: {GRAM_REMEDY}")
 
 
 def check_number(minimum: float | None = None, **numbers: Any) -> None:

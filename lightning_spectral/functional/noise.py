@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.arguments import check_gram, check_int, check_real, describe
 from lightning_spectral.functional.noise_interval import NoiseInterval, noise_interval
 
-ASYMMETRY = 1e-3
-"""By how much, of its largest number, a Gram matrix may differ from its transpose: products in bfloat16 do."""
+MOST_GROUPS = 4096
+"""Beyond the number of samples: products of their sums take 128 MiB."""
 
 
 class GradientMoments(NamedTuple):
@@ -125,8 +126,8 @@ def noise_sums(gram: Tensor, groups: Tensor | None = None, num_groups: int | Non
         Sums in float64, on the device of the matrix.
 
     Raises:
-        ValueError: For what is no Gram matrix, see :func:`gradient_noise_scale`, and for groups of another number of
-            samples.
+        ValueError: For what is no Gram matrix, see :func:`gradient_noise_scale`, for groups of another number of
+            samples or that are no whole numbers from 0, and for fewer groups than are there.
 
     Example:
         >>> import torch
@@ -135,10 +136,9 @@ def noise_sums(gram: Tensor, groups: Tensor | None = None, num_groups: int | Non
         >>> bool(low < 1 < high)
         True
     """
-    _check(gram)
-    if groups is not None and groups.shape != gram.shape[-1:]:
-        raise ValueError(f"groups must be one for each of {gram.shape[-1]} samples, got shape {tuple(groups.shape)}")
-    return sums_of_groups(gram, torch.arange(gram.shape[-1]) if groups is None else groups, num_groups)
+    check_gram(gram)
+    groups = _checked_groups(groups, num_groups, gram.shape[-1])
+    return sums_of_groups(gram, groups, None if num_groups is None else int(num_groups))
 
 
 def sums_of_groups(gram: Tensor, groups: Tensor, num_groups: int | None = None) -> NoiseSums:
@@ -167,7 +167,7 @@ def gradient_moments(gram: Tensor) -> GradientMoments:
     Raises:
         ValueError: For what is no Gram matrix, see :func:`gradient_noise_scale`.
     """
-    _check(gram)
+    check_gram(gram)
     return sums_of_groups(gram, torch.zeros(gram.shape[-1], dtype=torch.int64)).moments
 
 
@@ -213,18 +213,21 @@ def _unknown(like: Tensor) -> GradientMoments:
     return GradientMoments(missing, missing)
 
 
-def _check(gram: Tensor) -> None:
-    """Refuse what is no Gram matrix; NaN and infinity are let through, and give NaN."""
-    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
-        raise ValueError(f"gram must be square in its last two axes, got shape {tuple(gram.shape)}")
-    if gram.is_complex():
-        raise ValueError(f"gram must be real, got {gram.dtype}: give products of real rows")
-    if not gram.numel():
-        return
-    gram = gram.to(torch.float64)
-    size = gram.abs().nan_to_num(0, 0, 0).amax()
-    if bool(((gram - gram.mT).abs() > ASYMMETRY * size).any()):
-        raise ValueError("gram must be symmetric, got a matrix that is not: give rows @ rows.T")
-    lowest = gram.diagonal(dim1=-2, dim2=-1).nan_to_num().amin()
-    if bool(lowest < 0):
-        raise ValueError(f"gram must have squared norms on its diagonal, got {float(lowest):.4g}: give rows @ rows.T")
+def _checked_groups(groups: Any, num_groups: Any, num_samples: int) -> Tensor:
+    """The group of each sample as an index; ValueError for what is none, or for fewer groups than there are."""
+    most = max(num_samples, MOST_GROUPS)
+    if groups is None:
+        groups = torch.arange(num_samples)
+    check_real(groups=groups)
+    if groups.is_floating_point():
+        raise ValueError(f"groups must hold whole numbers, got {describe(groups)}: use .long()")
+    if groups.shape != (num_samples,):
+        raise ValueError(f"groups must be one for each of {num_samples} samples, got shape {tuple(groups.shape)}")
+    groups = groups.to(torch.int64)
+    lowest, highest = (int(groups.min()), int(groups.max())) if num_samples else (0, 0)
+    if lowest < 0 or highest >= most:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"groups must be from 0 to {most - 1}, got {wrong}: number them in order")
+    if num_groups is not None:
+        check_int(highest + 1, most, num_groups=num_groups)
+    return groups

@@ -5,12 +5,22 @@ import warnings
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.arguments import check_flag, check_rows, check_square
+from lightning_spectral.functional.arguments import (
+    GRAM_REMEDY,
+    check_flag,
+    check_gram,
+    check_positive_semidefinite,
+    check_rows,
+)
 from lightning_spectral.functional.moments import add_products, mirror_
-from lightning_spectral.functional.spectrum import eigenvectors
+from lightning_spectral.functional.spectrum import decompose, eigenvectors
 
 BLOCK_NUMBERS = 2**20
 """Numbers that are brought to float64 at a time, 8 MiB: rows of per-sample gradients are far too large for a copy."""
+
+ROUNDING = 1e-12
+"""Rows that are all equal leave rounding, of either sign, where their Gram matrix is centred: no reason to refuse it.
+This much they leave with norms up to some thirty."""
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -52,10 +62,18 @@ def singular_values(gram: Tensor) -> Tensor:
         512 rows, they are rounding and exact zeros here. All NaN for a matrix that is not finite or whose solve failed.
 
     Raises:
-        ValueError: If the matrices are not square.
+        ValueError: If the matrices are not real, square and symmetric, or have eigenvalues below zero beyond rounding.
     """
-    check_square("gram", gram)
-    # Centred rows that are all equal leave rounding, of either sign: no reason to refuse them.
+    check_gram(gram, ROUNDING)
+    values, _, least = decompose(gram, None, num_vectors=0)
+    tolerance = max(1e-6, torch.finfo(gram.dtype).eps if gram.is_floating_point() else 0.0)
+    largest = torch.maximum(values[..., :1], -least)
+    check_positive_semidefinite("gram", least, largest, tolerance, ROUNDING, GRAM_REMEDY)
+    return values.sqrt()
+
+
+def roots_of_gram(gram: Tensor) -> Tensor:
+    """See :func:`singular_values`, of matrices that are known for Gram matrices, which costs no check."""
     return eigenvectors(gram, 0)[0].sqrt()
 
 
@@ -91,7 +109,7 @@ def singular_spectrum(rows: Tensor, centred: bool = False) -> Tensor:
     if centred:
         rows = rows.to(torch.float64)
         rows = rows - rows.mean(0)
-    values = singular_values(gram(rows if rows.shape[0] <= rows.shape[1] else rows.mT))
+    values = roots_of_gram(gram(rows if rows.shape[0] <= rows.shape[1] else rows.mT))
     if bool(values.isnan().any()):
         reason = "the eigensolver did not converge" if bool(rows.isfinite().all()) else "the rows hold NaN or infinity"
         warnings.warn(f"singular_spectrum returns NaN: {reason}", stacklevel=2)

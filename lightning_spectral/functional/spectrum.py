@@ -14,6 +14,7 @@ from lightning_spectral.functional.arguments import (
     check_rows,
     check_spectrum,
     check_square,
+    check_symmetric,
 )
 from lightning_spectral.functional.moments import Moments, covariance, moments
 
@@ -99,18 +100,19 @@ def eigenvalues(matrices: Tensor, rtol: float | Tensor | None = None) -> Tensor:
         check_number(minimum=0, rtol=rtol)
         rtol = float(rtol)
     matrices = matrices.to(torch.float64)
-    values, _, least = _decompose(matrices, rtol, num_vectors=0)
-    check_positive_semidefinite("matrices", matrices, least, torch.maximum(values[..., :1], -least))
+    check_symmetric("matrices", matrices)
+    values, _, least = decompose(matrices, rtol, num_vectors=0)
+    check_positive_semidefinite("matrices", least, torch.maximum(values[..., :1], -least))
     return values
 
 
 def eigenvectors(matrices: Tensor, num_vectors: int, rtol: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What :func:`eigenvalues` gives, and the leading orthonormal eigenvectors, columns ``(..., d, num_vectors)``."""
-    return _decompose(matrices, rtol, num_vectors)[:2]
+    return decompose(matrices, rtol, num_vectors)[:2]
 
 
-def _decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, vectors, and the smallest eigenvalue before rounding was made zero."""
+def decompose(matrices: Tensor, rtol: float | Tensor | None, num_vectors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, vectors, and the smallest eigenvalue, ``(..., 1)``, before rounding was made zero."""
     matrices = matrices.to(torch.float64)
     finite = matrices.isfinite().all(-1).all(-1, keepdim=True)
     # A solver refuses the whole batch for one bad matrix: the others must not pay for it.

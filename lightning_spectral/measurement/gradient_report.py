@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_spectral.functional.estimate import NO_GROUPS, Spectrum
 from lightning_spectral.functional.noise import NoiseSums, mean_row_norm, sums_of_groups
-from lightning_spectral.functional.singular import centred_gram, rounding_floor, singular_values, without_groups
+from lightning_spectral.functional.singular import centred_gram, roots_of_gram, rounding_floor, without_groups
 from lightning_spectral.measurement.measurement import Report
 
 
@@ -114,11 +114,11 @@ def decompose_grams(
     """
     stacked = torch.stack(list(grams.values()))
     floor = rounding_floor(stacked, dtype).unsqueeze(-1)
-    both = _above(singular_values(torch.stack([stacked, centred_gram(stacked)], 1)), floor.unsqueeze(-1)).cpu()
+    both = _above(roots_of_gram(torch.stack([stacked, centred_gram(stacked)], 1)), floor.unsqueeze(-1)).cpu()
     counts = torch.bincount(groups, minlength=num_groups)
     has_errors = num_groups > 1 and bool((counts > 0).all())
     if has_errors:
-        without = _above(singular_values(without_groups(stacked, groups, num_groups)), floor.unsqueeze(-1)).cpu()
+        without = _above(roots_of_gram(without_groups(stacked, groups, num_groups)), floor.unsqueeze(-1)).cpu()
     noise = NoiseSums(*(part.cpu() for part in sums_of_groups(stacked, groups, num_groups)))
     norms = mean_row_norm(stacked).cpu()
     is_finite = stacked.isfinite().flatten(1).all(1).tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.parameters import Weight
 from lightning_spectral.functional.estimate import Spectrum
-from lightning_spectral.functional.singular import gram, singular_values
+from lightning_spectral.functional.singular import gram, roots_of_gram
 from lightning_spectral.metrics.layout import is_distributed
 
 
@@ -42,7 +42,7 @@ def weight_spectra(weights: Mapping[str, Weight], step: int) -> dict[str, Spectr
         failure = None
         try:
             small = [gram(matrices[name] if height <= width else matrices[name].mT) for name in names]
-            values = singular_values(torch.stack(small)).cpu()
+            values = roots_of_gram(torch.stack(small)).cpu()
         except RuntimeError as error:  # out of memory, most likely
             values = torch.full((len(names), min(height, width)), torch.nan, dtype=torch.float64)
             failure = reason_of(error)

@@ -33,7 +33,7 @@ GRADIENTS = [
     ("metrics.exchange", "gram"),
     ("measurement.gradients", "sum_over_ranks"),
     ("measurement.gradients", "decompose_grams"),
-    ("measurement.weight_spectra", "singular_values"),
+    ("measurement.weight_spectra", "roots_of_gram"),
     ("measurement.gradients", "settle"),
 ]
 OTHERS = [

@@ -1,12 +1,19 @@
 """The noise scale: closed forms, and estimates whose mean over many draws is the truth."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_spectral.functional import gradient_moments, gradient_noise_scale, noise_sums, singular_spectrum
+from lightning_spectral.functional import (
+    gradient_moments,
+    gradient_noise_scale,
+    noise_sums,
+    singular_spectrum,
+    singular_values,
+)
 from lightning_spectral.functional.noise import mean_row_norm
 from tests import _reference
 
@@ -138,14 +145,19 @@ def test_the_mean_of_no_rows_has_no_norm() -> None:
 @pytest.mark.parametrize(
     ("gram", "reason"),
     [
-        *((torch.zeros(shape), "be square in its last two axes, got shape") for shape in ((), (3,), (3, 4), (3, 3, 4))),
-        (torch.tensor([[1.0, 2.0], [-2.0, 1.0]]), "be symmetric, got a matrix that is not: give rows @ rows.T"),
+        *((torch.zeros(shape), "be square in their last two axes") for shape in ((), (3,), (3, 4), (3, 3, 4))),
+        (torch.tensor([[1.0, 2.0], [-2.0, 1.0]]), "be symmetric, got entries that differ by 4: give rows @ rows.T"),
+        # Beside a far larger one, whose rounding it is not.
+        (torch.tensor([[[1.0, 2.0], [-2.0, 1.0]], [[1e6, 0.0], [0.0, 1e6]]]), "be symmetric, got entries that differ"),
         (torch.tensor([[1.0, 0.0], [0.0, -3.0]]), "have squared norms on its diagonal, got -3"),
-        (torch.eye(3, dtype=torch.complex64), "be real, got torch.complex64"),
+        (torch.eye(3, dtype=torch.complex64), "hold real numbers, got complex64"),
+        *((value, "be a tensor, got ") for value in ([[1.0, 0.0], [0.0, 1.0]], None, "gram", True)),
+        (torch.eye(3).to_sparse(), "be a dense tensor with data, got a torch.sparse_coo one"),
+        (torch.empty(3, 3, device="meta"), "be a dense tensor with data, got a meta one"),
     ],
 )
-@pytest.mark.parametrize("function", [gradient_noise_scale, gradient_moments, noise_sums])
-def test_what_is_no_gram_matrix_is_refused(gram: torch.Tensor, reason: str, function) -> None:
+@pytest.mark.parametrize("function", [gradient_noise_scale, gradient_moments, noise_sums, singular_values])
+def test_what_is_no_gram_matrix_is_refused(gram: Any, reason: str, function) -> None:
     with pytest.raises(ValueError, match=f"gram must {reason}") as caught:
         function(gram)
     assert "\n" not in str(caught.value)
@@ -157,7 +169,7 @@ def test_a_matrix_that_is_symmetric_but_for_rounding_is_taken(dtype: torch.dtype
     assert gradient_noise_scale(rows @ rows.T) > 0
 
 
-@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_not_finite_come_to_nan(spoil: float) -> None:
     gram = torch.eye(6)
     gram[2, 2] = spoil

@@ -1,6 +1,7 @@
 """Sums over groups and the interval of the noise scale: against loops over pairs, closed forms, scale and order."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,34 @@ def test_what_is_missing_of_one_parameter_is_missing_of_all() -> None:
         assert all(number.isnan() for number in (total.noise_scale, *total.moments_between, *total.interval))
 
 
-def test_groups_of_other_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"groups must be one for each of 4 samples, got shape \(3,\)"):
-        noise_sums(torch.eye(4), torch.arange(3))
+@pytest.mark.parametrize(
+    ("groups", "num_groups", "message"),
+    [
+        (torch.arange(3), None, r"groups must be one for each of 4 samples, got shape \(3,\)"),
+        ([0, 0, 1, 1], None, r"groups must be a tensor, got \[0, 0, 1, 1\]: use torch.as_tensor"),
+        (
+            torch.tensor([0.0, 0.0, 1.0, 1.0]),
+            None,
+            "groups must hold whole numbers, got float32 of shape .*: use .long",
+        ),
+        (torch.tensor([0, -1, 1, 1]), None, "groups must be from 0 to 4095, got -1: number them in order"),
+        (torch.tensor([0, 1, 1, 10**12]), None, "groups must be from 0 to 4095, got 1000000000000"),
+        *(
+            (torch.arange(4) % 2, num, "num_groups must be an int from 2 to 4096, got ")
+            for num in ("2", 0, -1, 1, True)
+        ),
+        *((torch.arange(4) % 2, num, "num_groups must be an int from 2 to 4096, got ") for num in (2.0, 10**30, [2])),
+        (None, 3, "num_groups must be an int from 4 to 4096, got 3"),
+    ],
+)
+def test_what_are_no_groups_of_the_samples_is_refused(groups: Any, num_groups: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        noise_sums(torch.eye(4), groups, num_groups)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_groups_may_be_whole_numbers_of_any_type(dtype: torch.dtype) -> None:
+    rows = drawn(26, 30, 8.0)
+    sums = noise_sums(rows @ rows.T, GROUPS.to(dtype), np.int64(int(GROUPS.max()) + 1))
+    assert tuple(map(float, sums.interval)) == pytest.approx(interval_of(rows, GROUPS))

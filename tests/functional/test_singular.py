@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_spectral.functional import singular, singular_spectrum, singular_values
-from lightning_spectral.functional.singular import centred_gram, gram, rounding_floor, without_groups
+from lightning_spectral.functional.singular import centred_gram, gram, roots_of_gram, rounding_floor, without_groups
 
 
 def rows_of(kind: str, num_rows: int, num_columns: int, seed: int = 0) -> np.ndarray:
@@ -134,6 +134,51 @@ def test_without_groups_deletes_the_rows_of_each_group() -> None:
         for factor, values in zip((1, 2), found[:, group].numpy(), strict=True):
             np.testing.assert_allclose(values[: len(left)], factor * left, rtol=1e-10)
             assert not values[len(left) :].any()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (-torch.eye(3, dtype=torch.float64), "have squared norms on its diagonal, got -1: give rows @ rows.T"),
+        (torch.tensor([[1.0, 5.0], [0.0, 1.0]]), "be symmetric, got entries that differ by 5: give rows @ rows.T"),
+        (torch.tensor([[1.0, 5.0], [5.0, 1.0]]), "have no negative eigenvalues, got -4: give rows @ rows.T"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_what_are_products_of_no_rows_is_refused(matrix: torch.Tensor, message: str, scale: float) -> None:
+    with pytest.raises(ValueError, match=f"^gram must {message.partition(' got')[0]}"):
+        singular_values(matrix * scale)
+    for beside in (torch.full_like(matrix, torch.nan), 1e9 * scale * torch.eye(len(matrix)).to(matrix)):
+        with pytest.raises(ValueError, match=f"^gram must {message}$"):
+            singular_values(torch.stack([beside, matrix]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(40, 20), (64, 10), (30, 300)])
+def test_products_of_rows_are_taken_with_the_rounding_of_their_type(
+    shape: tuple[int, int], mean: float, dtype: torch.dtype
+) -> None:
+    rows = (torch.tensor(rows_of("plain", *shape)) / 10 + mean).to(dtype)
+    products = rows @ rows.T
+    assert singular_values(products).equal(roots_of_gram(products))
+
+
+@pytest.mark.parametrize("row", [torch.full((5,), 0.1), torch.linspace(-1, 2, 300)], ids=["short", "long"])
+@pytest.mark.parametrize("num_rows", [2, 3, 7])
+def test_equal_rows_that_are_centred_have_no_more_than_rounding(row: torch.Tensor, num_rows: int) -> None:
+    values = singular_values(centred_gram(gram(row.expand(num_rows, -1))))
+    assert (values <= 1e-6 * row.norm()).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", [(0, 0), (0, 1)], ids=["diagonal", "beside it"])
+def test_products_that_are_not_finite_have_nan_and_cost_others_nothing(value: float, where: tuple[int, int]) -> None:
+    products = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    products[0][where] = products[0][where[::-1]] = value
+    found = singular_values(products)
+    assert found[0].isnan().all()
+    assert found[1].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
