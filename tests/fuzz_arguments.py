@@ -174,6 +174,7 @@ _OF_FORECASTER = {
     **{name: value for name, value in _OF_ROWS.items() if name != "layers"},
     **{"target_loss": 2.0, "monitor": "val_loss", "references": (), "layer": None, "tail": (0.125, 0.5)},
     "stop_if_relative_above": None,
+    "predictor": "stack",
 }
 _OF_GPT = {**vars(GPT_CONFIG), "window": 4}
 
@@ -231,6 +232,7 @@ TARGETS: dict[str, Target] = {
     "task_power": Target(
         t.task_power, {"eigenvalues": VALUES[:6], "basis": torch.eye(6), "readout_gradient": ROWS}, between(0, math.inf)
     ),
+    "power_law_spectrum": Target(t.power_law_spectrum, {"num": 8, "alpha": 1.0, "normalize": "trace"}, is_spectrum),
     "harmonic_energy": Target(t.harmonic_energy, {"state_means": ROWS}, between(0, math.inf)),
     "band_concentration": Target(t.band_concentration, {"energy": VALUES, "harmonics": [1]}),
     "CovarianceSpectrum": Target(partial(_update, ls.CovarianceSpectrum), {"num_features": 6, "x": ROWS}),
@@ -271,6 +273,9 @@ TARGETS: dict[str, Target] = {
         }.items()
     },
     "compare": Target(ls.compare, {"base": "B", "variant": "V", "at_loss": None, "floor": None}, names=("run",)),
+    "backtest of runs": Target(
+        ls.backtest, {"paths": "P", "target": 1.5, "layer": None, "tail": None, "at": None}, names=("run",)
+    ),
     "forecast": Target(
         ls.forecast, {"paths": "P", "target": 1.5, "layer": None, "tail": None, "at": None}, names=("run",)
     ),

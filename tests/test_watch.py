@@ -442,6 +442,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gradients": GradientSpectrum(WEIGHTS)}, "loss_fn must be given for Network, which has no training_step"),
     ({"optimizer": "adam"}, "optimizer must be a torch.optim.Optimizer"),
     ({"logger": "tensorboard"}, "logger must be a Lightning logger"),
+    *(({"log_dir": folder}, "log_dir must be a path, got .*: give a log directory") for folder in (5, b"logs", "", [])),
     ({"loss_fn": "no.where"}, "loss_fn must be a callable or its import path"),
     ({"activations": True, "record": ActivationSpectrum()}, "record must be a RunRecord"),
 ]

@@ -19,6 +19,7 @@ from lightning_spectral.metrics.layout import Layout, are_sharded
 from lightning_spectral.recording import RunRecorder, Start
 from lightning_spectral.recording.about import describe_run, global_seed, record_folder
 from lightning_spectral.recording.family import describe_model, family_name
+from lightning_spectral.runs.arguments import check_path
 from lightning_spectral.runs.record import FOLDER
 
 SPLIT = ("FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
@@ -37,7 +38,7 @@ class LoopHost:
         seed: Of the run; None for the one of Lightning's ``seed_everything``, if it is the last that torch was given.
 
     Raises:
-        ValueError: For a model that is not whole on each rank.
+        ValueError: For a model that is not whole on each rank, and a ``log_dir`` that is no path.
     """
 
     lends_averages = False
@@ -67,6 +68,8 @@ class LoopHost:
         self.is_global_zero = rank == 0
         # Others would write beside rank zero: of loggers outside a Trainer not all know their rank.
         self.loggers: Sequence[Any] = loggers if self.is_global_zero else ()
+        if log_dir is not None:
+            check_path("log_dir", log_dir)
         self._log_dir = None if log_dir is None else Path(log_dir)
         self._loss_fn = loss_fn
         self._optimizers = optimizers

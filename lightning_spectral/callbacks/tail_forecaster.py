@@ -203,7 +203,7 @@ class TailForecaster(LayersCallback):
         asked_of(references)
         check_band("tail", tail)
         check_band("head", head)
-        if predictor not in BY:
+        if not isinstance(predictor, str) or predictor not in BY:
             raise ValueError(f"predictor must be one of {', '.join(BY)}, got {describe(predictor)}: try 'stack'")
         self.target_loss = float(target_loss)
         self.monitor = monitor

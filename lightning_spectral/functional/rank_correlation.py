@@ -122,7 +122,7 @@ def spearman_interval(x: Tensor, y: Tensor, level: float = 0.95, num_draws: int 
     x, y = _complete(x=x, y=y)
     if math.isnan(spearman(x, y)):
         return Interval(math.nan, math.nan)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))  # which takes no other int
     drawn = torch.randint(len(x), (num_draws, len(x)), generator=generator)
     correlations = _correlation(_centred_ranks(x[drawn]), _centred_ranks(y[drawn]))
     low, high = correlations.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))

@@ -13,7 +13,7 @@ from lightning_spectral.capture.backward import why_unreadable
 from lightning_spectral.capture.batch import load_cutter
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.module_copy import duplicate
-from lightning_spectral.capture.one_line import reason_of
+from lightning_spectral.capture.one_line import reason_of, shown
 from lightning_spectral.capture.parameters import named_parameters
 from lightning_spectral.capture.shadow import isolated, load_loss
 from lightning_spectral.measurement import ActivationRequest, GradientRequest
@@ -98,7 +98,8 @@ def probe(
         What was found; prints as a table, :meth:`Probe.to_json` is for programs.
 
     Raises:
-        ValueError: For arguments out of range, a plain module without a ``loss_fn``, and under several ranks.
+        ValueError: For arguments out of range, what is no module, a plain module without a ``loss_fn``, and under
+            several ranks.
 
     Example:
         >>> import torch
@@ -136,6 +137,9 @@ def probe(
     )
     if world_size() > 1:
         raise ValueError("probe must run in one process, got several ranks: call it before the Trainer starts them")
+    if not isinstance(module, nn.Module):
+        remedy = f"make one, {module.__name__}(...)" if isinstance(module, type) else "give the model itself"
+        raise ValueError(f"module must be a torch.nn.Module, got {shown(module)}: {remedy}")
     # A compiled module is what it wraps, under one more name.
     module = getattr(module, "_orig_mod", module)
     if loss is None and not has_step(module):

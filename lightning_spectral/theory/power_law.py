@@ -5,15 +5,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.arguments import describe
+from lightning_spectral.functional.arguments import check_int, describe
 from lightning_spectral.theory.checks import check_not_negative, spectrum_of
+
+MOST_VALUES = 10**8
+"""They take 0.8 GB."""
 
 
 def power_law_spectrum(num: int, alpha: float, normalize: Literal["trace", "top"] = "trace") -> Tensor:
     r"""Eigenvalues :math:`j^{-\alpha}`, j = 1 ... num.
 
     Args:
-        num: How many.
+        num: How many, to 100,000,000.
         alpha: Exponent; 0 is white.
         normalize: ``"trace"``: they sum to one, as of rows of a fixed norm. ``"top"``: the first is one.
 
@@ -21,14 +24,13 @@ def power_law_spectrum(num: int, alpha: float, normalize: Literal["trace", "top"
         ``(num,)`` float64, descending.
 
     Raises:
-        ValueError: If ``num`` or ``alpha`` is not positive or zero, or ``normalize`` is another word.
+        ValueError: If ``num`` is not within bounds, ``alpha`` is negative, or ``normalize`` is another word.
 
     Example:
         >>> power_law_spectrum(3, 1.0, normalize="top")
         tensor([1.0000, 0.5000, 0.3333], dtype=torch.float64)
     """
-    if not isinstance(num, int) or isinstance(num, bool) or num < 1:
-        raise ValueError(f"num must be a whole number from 1 on, got {describe(num)}")
+    check_int(1, MOST_VALUES, num=num)
     check_not_negative(alpha=alpha)
     if not isinstance(normalize, str) or normalize not in ("trace", "top"):
         raise ValueError(f"normalize must be 'trace' or 'top', got {describe(normalize)}")

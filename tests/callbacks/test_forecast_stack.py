@@ -174,6 +174,7 @@ def test_table_closes_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         ({"predictor": "tails"}, "predictor must be one of stack, tail, head, loss, batch, got 'tails': try 'stack'"),
+        ({"predictor": np.array(["tail", "head"])}, "predictor must be one of stack, .*, got array.*: try 'stack'"),
         ({"references": "bundled:none"}, "references must name runs that the package carries, got 'bundled:none'"),
         ({"references": 3}, "references must be a path, a pattern or a list of them, got 3"),
         (

@@ -362,7 +362,8 @@ def test_the_interval_equals_a_loop_over_draws(rng):
     drawn = torch.randint(10, (200, 10), generator=torch.Generator().manual_seed(3))
     correlations = [scipy.stats.spearmanr(x[draw], y[draw]).statistic for draw in drawn]
     expected = np.quantile(correlations, [0.1, 0.9])
-    assert spearman_interval(x, y, 0.8, num_draws=200, seed=3) == pytest.approx(expected, abs=1e-12)
+    for three in (3, np.int64(3), np.uint8(3)):
+        assert spearman_interval(x, y, 0.8, num_draws=200, seed=three) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])

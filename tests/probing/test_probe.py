@@ -438,6 +438,22 @@ def test_any_module_with_a_loss() -> None:
         probe(net, torch.randn(16, 8))
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear, r"got <class 'torch\.nn\.modules\.linear\.Linear'>: make one, Linear\(...\)"),
+        (None, "got None: give the model itself"),
+        ([nn.Linear(2, 2)], r"got \[Linear\(.*\)\]: give the model itself"),
+        (lambda batch: batch, "got <function .*: give the model itself"),
+    ],
+)
+@pytest.mark.parametrize("loss_fn", [None, lambda net, x: net(x).mean()], ids=["alone", "with a loss"])
+def test_what_is_no_module_is_refused(module: Any, message: str, loss_fn: Any) -> None:
+    with pytest.raises(ValueError, match=f"^module must be a torch.nn.Module, {message}$") as caught:
+        probe(module, torch.randn(4, 2), loss_fn=loss_fn)
+    assert "\n" not in str(caught.value)
+
+
 class Tokens(LightningDataModule):
     def setup(self, stage: str) -> None:
         self.stage = stage

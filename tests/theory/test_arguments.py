@@ -21,7 +21,8 @@ ONE = torch.ones(1)
         (lambda: theory.harmonic_energy([[1.0]]), r"state_means must be a tensor, got \[\[1.0\]\]"),
         (lambda: theory.band_concentration([1.0], [1]), r"energy must be a tensor, got \[1.0\]"),
         (lambda: theory.band_concentration(torch.ones(4), 1), "harmonics must be a list of whole numbers, got 1"),
-        (lambda: theory.power_law_spectrum(torch.ones(2, 2), 1.0), "num must be a whole number from 1 on, got float32"),
+        (lambda: theory.power_law_spectrum(torch.ones(2, 2), 1.0), "num must be an int from 1 to 100000000, got fl"),
+        (lambda: theory.power_law_spectrum(10**300, 1.0), "num must be an int from 1 to 100000000, got 1000"),
         (lambda: theory.power_law_spectrum(2, 1.0, torch.ones(2, 2)), "normalize must be 'trace' or 'top', got float"),
     ],
 )

@@ -36,8 +36,8 @@ def test_a_scale_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1.0), "num must be a whole number from 1 on, got 0"),
-        ((2.5, 1.0), "num must be a whole number from 1 on, got 2.5"),
+        ((0, 1.0), "num must be an int from 1 to 100000000, got 0"),
+        ((2.5, 1.0), "num must be an int from 1 to 100000000, got 2.5"),
         ((3, -1.0), "alpha must be a number from 0 on, got -1.0"),
         ((3, math.nan), "alpha must be a number from 0 on, got nan"),
         ((3, 1.0, "sum"), "normalize must be 'trace' or 'top', got 'sum'"),

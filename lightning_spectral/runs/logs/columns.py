@@ -1,7 +1,7 @@
 """Which column of a log is what: by stated rules, or as the user says; never by a guess that nobody sees."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from itertools import permutations
 from math import inf, isfinite, nan, prod
@@ -67,7 +67,9 @@ class Columns:
 
     def given(self) -> dict[str, Any]:
         """Those that are said."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        # Not by asdict, which copies, and not everything that can be given can be copied.
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in every.items() if value is not None}
 
 
 class _Reading:

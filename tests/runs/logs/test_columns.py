@@ -42,6 +42,8 @@ def refusal(path: Path, **said: Any) -> str:
         ({"batch_tokens": "batch_size*-1"}, "batch_tokens must be of positive factors, got '-1' = -1.0"),
         ({"batch_tokens": "1e300*1e300"}, "batch_tokens must be finite, got '1e300*1e300'"),
         ({"seconds": "x"}, "seconds must be one of its columns of numbers, got 'x'"),
+        ({"loss": (one for one in "ab")}, "loss must be a name of one line, or None, got <generator object"),
+        ({"batch_tokens": (one for one in "ab")}, "batch_tokens must be a positive number, or a product such as "),
         ({"family": 3}, "family must be a name of one line, or None, got 3"),
     ],
 )
