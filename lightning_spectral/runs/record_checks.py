@@ -131,6 +131,13 @@ def check_amount(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value:.6g}")
 
 
+def check_step(number: Any, step: int) -> None:
+    """Refuse, by a ValueError, a report whose file holds another step than its name says."""
+    found = number.item() if getattr(number, "size", 0) == 1 else number
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != step:
+        raise ValueError(f"it holds step {describe(found)}, and was renamed")
+
+
 def tokens_of(number: Any) -> float:
     """Tokens of a report, from what its file holds; ValueError if that is no one number."""
     if getattr(number, "size", 0) != 1 or getattr(number.dtype, "kind", "") not in "fiu":

@@ -10,7 +10,7 @@ from lightning_spectral.runs.kinds import KINDS
 from lightning_spectral.runs.noise import NoiseScale, names_of_gradients, read_noise
 from lightning_spectral.runs.readout import read_readout
 from lightning_spectral.runs.record import Report
-from lightning_spectral.runs.record_checks import tokens_of
+from lightning_spectral.runs.record_checks import check_step, tokens_of
 from lightning_spectral.runs.safe_files import Arrays, open_arrays
 from lightning_spectral.theory import Readout
 
@@ -30,18 +30,18 @@ class ReportFiles:
 
     def tokens(self, report: Report) -> float:
         """Training tokens at a report."""
-        return self._look(report.path)[0]
+        return self._look(report)[0]
 
     def names(self, report: Report, kind: str) -> Collection[str]:
         """Layers or parameters of a kind in a report, in order."""
-        return self._look(report.path)[1].get(kind, {})
+        return self._look(report)[1].get(kind, {})
 
     def spectra(
         self, report: Report, kind: str, names: Collection[str] | None, without: Collection[str]
     ) -> dict[str, Spectrum]:
         """Spectra of a kind in a report, None for those of all names; fields in ``without`` are not read."""
         row, spectra = KINDS[kind], {}
-        with _arrays(report.path) as arrays:
+        with _arrays(report) as arrays:
             for name, fields in self._see(report.path, arrays).get(kind, {}).items():
                 if names is None or name in names:
                     found = {field: arrays[f"{kind}/{name}/{field}"] for field in fields if field not in without}
@@ -53,24 +53,24 @@ class ReportFiles:
 
     def noise(self, report: Report) -> dict[str, NoiseScale]:
         """The noise scale of each parameter in a report of gradients."""
-        with _arrays(report.path) as arrays:
+        with _arrays(report) as arrays:
             return {name: read_noise(arrays, [name]) for name in names_of_gradients(arrays)}
 
     def noise_of_all(self, report: Report) -> NoiseScale:
         """That of all its parameters together."""
-        with _arrays(report.path) as arrays:
+        with _arrays(report) as arrays:
             return read_noise(arrays, names_of_gradients(arrays))
 
     def readout(self, report: Report) -> Readout:
         """What the model's last layer could still take off the loss."""
-        with _arrays(report.path) as arrays:
+        with _arrays(report) as arrays:
             return read_readout(arrays)
 
-    def _look(self, path: Path) -> tuple[float, Layout]:
-        if path not in self._seen:
-            with _arrays(path) as arrays:
-                self._see(path, arrays)
-        return self._seen[path]
+    def _look(self, report: Report) -> tuple[float, Layout]:
+        if report.path not in self._seen:
+            with _arrays(report) as arrays:
+                self._see(report.path, arrays)
+        return self._seen[report.path]
 
     def _see(self, path: Path, arrays: Arrays) -> Layout:
         if path not in self._seen:
@@ -95,13 +95,15 @@ def _layout(files: Sequence[str]) -> Layout:
 
 
 @contextmanager
-def _arrays(path: Path) -> Iterator[Arrays]:
+def _arrays(report: Report) -> Iterator[Arrays]:
     """The arrays of a report; whatever is wrong with its file is told in one line."""
     try:
-        with open_arrays(path) as arrays:
+        with open_arrays(report.path) as arrays:
+            if "step" in arrays:  # which old records lack
+                check_step(arrays["step"], report.step)
             yield arrays
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"run has a broken record: {str(path)!r} cannot be read ({reason}): restore it or remove it"
+            f"run has a broken record: {str(report.path)!r} cannot be read ({reason}): restore it or remove it"
         ) from error

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from lightning_spectral import Run, compare
 from lightning_spectral.cli import main
-from lightning_spectral.runs import safe_files
+from lightning_spectral.runs import Record, Row, safe_files
 from tests.runs.made_up import LAYER, made_up
 
 REPORT = "spectra/activation-validate-000000100.npz"
@@ -47,6 +48,11 @@ def arrays(run: Path, change: Callable[[str, np.ndarray], object]) -> None:
     np.savez(run / REPORT, **changed)
 
 
+def stepped(run: Path, step: object) -> None:
+    with np.load(run / REPORT) as found:
+        np.savez(run / REPORT, **found, step=np.asarray(step))
+
+
 def of(field: str, change: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
     return lambda run: arrays(run, lambda name, array: change(array) if name.endswith(field) else array)
 
@@ -73,6 +79,11 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "leave_one_out a row": (of("leave_one_out", lambda a: a[0]), "shapes"),
     "rows a half": (of("num_tokens", lambda a: np.asarray(1.5)), "num_tokens must be a number of rows"),
     "rows many": (of("num_rows_without", lambda a: np.ones(3)), "num_rows_without must be a number of rows"),
+    "of another step": (lambda run: stepped(run, 200), r"it holds step 200, and was renamed\): restore it or remove"),
+    "of half a step": (lambda run: stepped(run, 99.5), "it holds step 99.5, and was renamed"),
+    "of a step of words": (lambda run: stepped(run, "100"), "it holds step '100', and was renamed"),
+    "of a step of lines": (lambda run: stepped(run, "1\n\x1b[2J"), r"it holds step '1\\n\\x1b\[2J', and was renamed"),
+    "of many steps": (lambda run: stepped(run, [100, 100]), r"it holds step array\(\[100, 100\]\), and was renamed"),
     "tokens negative": (of("tokens", lambda a: -a if a.size == 1 else a), "must be"),
     "no spectrum": (
         lambda run: [np.savez(file, tokens=1.0) for file in run.glob("*/*.npz")],
@@ -144,6 +155,26 @@ def test_a_spoilt_record_is_told_in_one_line(what: str, run: Path, capsys: pytes
     error = refused(["show", str(run)], capsys)
     assert str(run) in error
     assert re.search(message, error), error
+
+
+def test_a_report_that_was_renamed_is_no_report_of_another_step(tmp_path: Path) -> None:
+    record = Record.begin(tmp_path / "spectra", {"id": "a", "series": {"gradient-train": {"kind": "gradient"}}})
+    record.append(Row(60, 600.0, 1.0, nan, 2.0))
+    values = {"gradient/w/singular_values": np.arange(3.0, 0, -1)}
+    record.write_report("gradient-train", 60, {"step": 60, "tokens": 600.0} | values | {"gradient/w/trace": 1.0})
+    assert Run(tmp_path).spectrum("gradient", "w", 60).step == 60
+    assert Run(tmp_path).noise_scale(60).trace == 1
+    file = tmp_path / "spectra/gradient-train-000000060.npz"
+    file.rename(moved := file.with_name("gradient-train-000000070.npz"))
+    for ask in (
+        lambda run: run.spectrum("gradient", "w", 70),
+        lambda run: run.spectra("gradient", 70),
+        lambda run: run.names("gradient"),
+        lambda run: run.tokens_at("gradient", 70),
+        lambda run: run.noise_scale(70),
+    ):
+        with pytest.raises(ValueError, match=rf"{str(moved)!r} cannot be read \(it holds step 60, and was renamed\)"):
+            ask(Run(tmp_path))
 
 
 def test_spectra_from_before_the_first_token_are_interpolated(tmp_path: Path) -> None:
