@@ -164,6 +164,8 @@ def keep_known(every: Sequence[Measured]) -> tuple[list[Measured], dict[Key, str
             reason = None if spectrum is None else spectrum.failure
             if spectrum is None:
                 reason = "it was not measured"
+            elif reason is None and bool((unknown := spectrum.values.isnan()).any()):
+                reason = f"{'all' if bool(unknown.all()) else 'some'} of its values are NaN"
             elif reason is None and not float(spectrum.values.sum()) > 0:
                 reason = "all its values are zero"
             if reason is not None:

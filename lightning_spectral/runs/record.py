@@ -36,6 +36,8 @@ _LASTING = (
 _MOST_DIGITS = len(str(MAX_STEP)) + 1
 """Of a step: beyond, it is too large whatever they are, and Python may refuse to make an int."""
 
+_TORN = "torn, as by a full disk"
+
 _REPORT = re.compile(r"(?P<series>.+)-(?P<step>\d{9,})\.npz")
 
 
@@ -112,31 +114,33 @@ def read_history(folder: Path) -> list[Row]:
     """The lines of a run's history, in the order in which they were written, from the record's own folder.
 
     All whole lines; one that a kill tore off at the end does not count, and one that a full disk tore in the middle is
-    skipped with a warning. ValueError if the file is missing, or is no history.
+    skipped with a warning, as are lines that a spreadsheet wrote with decimal commas. ValueError if the file is
+    missing, or is no history.
     """
     path = folder / HISTORY
-    rows, torn = [], []
-    for number, line in enumerate(_whole_lines(path), start=1):
+    rows, torn, are_wide = [], [], True
+    for place, (number, line) in enumerate(_whole_lines(path)):
         fields = line.split(",")  # numbers are never quoted
-        if number == 1 and tuple(fields) == Row._fields:
+        if place == 0 and tuple(fields) == Row._fields:
             continue
         try:
             step, *others = fields
             row = Row(int(step[:_MOST_DIGITS]), *map(float, others))
         except (ValueError, TypeError) as error:
-            if number == 1:
+            if place == 0:
                 raise ValueError(
-                    f"run has a broken record: line 1 of {str(path)!r} must hold {', '.join(Row._fields)}, "
+                    f"run has a broken record: line {number} of {str(path)!r} must hold {', '.join(Row._fields)}, "
                     f"got {line[:60]!r}"
                 ) from error
             torn.append(number)
+            are_wide &= len(fields) > len(Row._fields)
             continue
         try:
             check_line(*row[:3])
         except ValueError as error:
             raise ValueError(f"run has a broken record: line {number} of {str(path)!r}: {error}") from error
         rows.append(row)
-    _tell_torn(path, torn)
+    _tell_torn(path, torn, "of too many numbers, as with decimal commas" if are_wide and not rows else _TORN)
     return rows
 
 
@@ -147,7 +151,7 @@ def read_forecasts(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / FORECASTS
     found, torn = [], []
-    for number, line in enumerate(_whole_lines(path) if path.exists() else [], start=1):
+    for number, line in _whole_lines(path) if path.exists() else ():
         try:
             forecast = json.loads(line)
         except (ValueError, RecursionError):
@@ -156,23 +160,25 @@ def read_forecasts(folder: Path) -> list[dict[str, Any]]:
             found.append(forecast)
         else:
             torn.append(number)
-    _tell_torn(path, torn)
+    _tell_torn(path, torn, _TORN)
     return found
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[tuple[int, str]]:
+    """Lines with their numbers, but for blank ones."""
     try:
         text = read_text(path, errors="replace")
     except (OSError, ValueError) as error:
         raise ValueError(f"run has a broken record: {str(path)!r} cannot be read ({error})") from error
-    return text.split("\n")[:-1]  # the last is empty, or was torn off
+    lines = text.split("\n")[:-1]  # the last is empty, or was torn off
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _tell_torn(path: Path, lines: list[int]) -> None:
+def _tell_torn(path: Path, lines: list[int], why: str) -> None:
     if lines:
         which = f"line {lines[0]}" if len(lines) == 1 else f"lines {', '.join(map(str, lines[:8]))}"
         more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
-        warnings.warn(f"{which}{more} of {str(path)!r} skipped: torn, as by a full disk", stacklevel=4)
+        warnings.warn(f"{which}{more} of {str(path)!r} skipped: {why}", stacklevel=4)
 
 
 class _Held(NamedTuple):

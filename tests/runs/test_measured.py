@@ -1,6 +1,6 @@
 """What a comparison takes from runs: closed forms of made-up ones, and why some cannot be compared."""
 
-from math import isnan, log
+from math import isnan, log, nan
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +182,10 @@ def measured(name: str, **changes) -> Measured:
         (None, "it was not measured"),
         (Spectrum.missing("no convergence"), "no convergence"),
         (Spectrum(torch.zeros(3, dtype=torch.float64), count=8), "all its values are zero"),
+        (Spectrum(torch.full((3,), nan, dtype=torch.float64), count=8), "all of its values are NaN"),
+        (Spectrum(torch.tensor([2.0, 1.0, nan], dtype=torch.float64), count=8), "some of its values are NaN"),
     ],
-    ids=["missing", "failed", "zero"],
+    ids=["missing", "failed", "zero", "NaN", "one NaN"],
 )
 def test_a_spectrum_that_one_run_lacks_is_left_out_of_all(second: Spectrum | None, reason: str) -> None:
     kept, left_out = keep_known([measured("a"), measured("b", second=second), measured("c")])

@@ -186,3 +186,26 @@ def test_arrays_of_a_report_read_back(tmp_path: Path) -> None:
     spectrum = Run(tmp_path).spectra("activation", 1)["b.0"]
     np.testing.assert_array_equal(spectrum.vectors, np.eye(3, 2))
     assert Run(tmp_path).spectra("activation", 1, without=("vectors", "leave_one_out"))["b.0"].vectors is None
+
+
+def test_blank_lines_are_nothing(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "spectra", range(1, 4)).folder
+    path = folder / "history.csv"
+    path.write_text(" \n" + path.read_text().replace("\n", "\n\n \n"))
+    (folder / "forecasts.jsonl").write_text('\n{"step": 6}\n\n')
+    assert Run(tmp_path).history.step.tolist() == [1, 2, 3]
+    assert Run(tmp_path).forecasts == [{"step": 6}]
+    path.write_text(path.read_text() + "4,40.0\n")
+    with pytest.warns(UserWarning, match=r"^line 14 of '.*history\.csv' skipped: torn, as by a full disk$"):
+        assert Run(tmp_path).history.step.tolist() == [1, 2, 3]
+
+
+def test_lines_with_decimal_commas_are_told_from_torn_ones(tmp_path: Path) -> None:
+    path = filled(tmp_path / "spectra", range(1, 4)).folder / "history.csv"
+    path.write_text(path.read_text().replace(".", ","))
+    why = r"^lines 2, 3, 4 of '.*history\.csv' skipped: of too many numbers, as with decimal commas$"
+    with pytest.warns(UserWarning, match=why):
+        assert not len(Run(tmp_path).history.step)
+    path.write_text(path.read_text() + "4,40.0\n")
+    with pytest.warns(UserWarning, match=r"^lines 2, 3, 4, 5 of '.*history\.csv' skipped: torn, as by a full disk$"):
+        assert not len(Run(tmp_path).history.step)
