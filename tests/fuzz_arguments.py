@@ -3,6 +3,7 @@
 import inspect
 import math
 import random
+import tempfile
 from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
@@ -135,6 +136,11 @@ def _samples(batch: Any) -> list[Any]:
 def _per_sample(**kwargs: Any) -> Any:
     batch = {"x": torch.ones(2, 2)}  # which has samples along either axis
     return ls.per_sample_gradients(nn.Linear(2, 1), batch, loss_fn=lambda module, b: module(b["x"]).mean(), **kwargs)
+
+
+def _report(**kwargs: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ls.report(path=f"{folder}/report.html", **kwargs)
 
 
 def _asked(method: str) -> Callable[..., Any]:
@@ -273,6 +279,7 @@ TARGETS: dict[str, Target] = {
         }.items()
     },
     "compare": Target(ls.compare, {"base": "B", "variant": "V", "at_loss": None, "floor": None}, names=("run",)),
+    "report": Target(_report, {"runs": "P", "at_loss": None, "floor": None}, names=("run", "at_loss", "floor")),
     "backtest of runs": Target(
         ls.backtest, {"paths": "P", "target": 1.5, "layer": None, "tail": None, "at": None}, names=("run",)
     ),

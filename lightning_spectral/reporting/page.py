@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.functional.arguments import describe
 from lightning_spectral.reporting.choices import choices
 from lightning_spectral.reporting.markup import subtitle, top
 from lightning_spectral.reporting.number_tables import tables
@@ -78,7 +79,8 @@ def write_page(
         check_loss("at_loss", at_loss)
     for name, value in (("at_loss", at_loss), ("floor", floor)):
         if value is not None and len(groups) != SIDES:
-            raise ValueError(f"{name} must be left out but for two sides, got {value!r} for {len(groups)} entries")
+            given = f"{describe(value)} for {len(groups)} entries"
+            raise ValueError(f"{name} must be left out but for two sides, got {given}")
     found = gather(groups, at_loss, floor, columns)
     file = Path(path)
     if os.path.exists(file) and not os.path.isfile(file):

@@ -376,6 +376,7 @@ class RunSpectra:
         self, kind: str, tokens: float, names: Collection[str] | None, without: Collection[str]
     ) -> dict[str, Spectrum]:
         check_number(tokens=tokens)
+        tokens = float(tokens)
         steps = sorted(self._reports[self.series(kind)])
         after = bisect_left(steps, tokens * (1 - SAME), key=lambda step: self.tokens_at(kind, step))  # which grow
         here = self.tokens_at(kind, steps[after]) if after < len(steps) else nan

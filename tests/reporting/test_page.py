@@ -221,6 +221,8 @@ def test_other_numbers_of_arguments_are_no_sides(sides: Path, tmp_path: Path) ->
         assert "Runs side by side" in page.text
     with pytest.raises(ValueError, match=r"^at_loss must be left out but for two sides, got 1\.0 for 3 entries$"):
         page_of(every, tmp_path, at_loss=1.0)
+    with pytest.raises(ValueError, match=r"^floor must be left out but for two sides, got array\(.*\) for 3 entries$"):
+        page_of(every, tmp_path, floor=np.eye(3))
 
 
 def test_sides_that_do_not_compare_are_shown_with_the_reason(sides: Path, trained: Path, tmp_path: Path) -> None:

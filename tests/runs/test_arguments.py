@@ -83,6 +83,8 @@ def test_numbers_of_all_types_are_asked_for(runs: str) -> None:
     assert math.isnan(run.tokens_to(math.nan))
     assert run.spectrum_at("activation", LAYER, math.nan).failure == "the loss was never reached"
     assert run.spectrum("activation", LAYER, np.int64(100)).step == 100
+    beyond = run.spectrum_at("activation", LAYER, torch.tensor([1e9]))
+    assert (beyond.tokens, beyond.failure) == (1e9, "1,000,000,000 tokens lie outside its reports")
     run.use("activation", "activation-validate")
     assert run.series("activation") == "activation-validate"
 
