@@ -8,13 +8,25 @@ from typing_extensions import override
 
 from lightning_spectral.capture.backward import check_contracts, why_unreadable
 from lightning_spectral.capture.batch import Cut, copied, hold, take
-from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of
+from lightning_spectral.capture.engines import ByVmapOrLoop, SomeRowsError, engine_of, is_out_of_memory
 from lightning_spectral.capture.one_line import reason_of
 from lightning_spectral.capture.per_sample import fill_rows, fitting_chunk
 from lightning_spectral.capture.shadow import BatchLoss, check_loss
 from lightning_spectral.measurement.gradient_request import GradientRequest
 from lightning_spectral.measurement.gradients import GradientMeasurement
 from lightning_spectral.measurement.measurement import Scene
+
+LOOP = "use method='loop'"
+
+ONE_SAMPLE = "one sample alone must have a loss: give loss_fn, or samples, which cuts a batch, or use method='hooks'"
+
+
+def remedied(error: BaseException, method: str) -> str:
+    """What an error of a step, made for a method, says, and what to do about it; of memory that is short nothing."""
+    reason = reason_of(error)
+    if is_out_of_memory(error) or any(word in reason for word in ("give ", "use ", "make ")):
+        return reason
+    return f"{reason} ({ONE_SAMPLE if method in ('auto', 'loop') else LOOP})"
 
 
 class PassGradients(GradientMeasurement):
@@ -81,7 +93,7 @@ class PassGradients(GradientMeasurement):
                         self.look_at_span(loss, kept, batch, own, has_run=True)
                     self._store.commit()
         except Exception as error:  # whatever the model's loss does to be unfit for this
-            self.fail(error)
+            self.fail(ValueError(remedied(error, self.request.method)))
         self._batches = []
         self._span = [step]
 
@@ -111,8 +123,8 @@ class PassGradients(GradientMeasurement):
             try:
                 self._fill_some(loss, [name], batch, rows)
             except Exception as own:
-                bad[name] = reason_of(own)
-                if len(bad) == 2 and list(bad.values()) == [reason_of(error)] * 2:
+                bad[name] = remedied(own, self.request.method)
+                if len(bad) == 2 and list(bad.values()) == [remedied(error, self.request.method)] * 2:
                     return {}
         return bad if len(bad) < len(names) else {}
 

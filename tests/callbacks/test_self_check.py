@@ -320,6 +320,24 @@ def test_a_sum_is_no_mean_where_rows_are_taken_for_those_of_a_mean(tmp_path: Pat
         assert math.isnan(norm(fit(tmp_path, Summed(), Kept(method="hooks"))))
 
 
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [("auto", "give loss_fn, or samples"), ("loop", "give loss_fn, or samples"), ("vmap", r"use method='loop'\)")],
+)
+def test_what_torch_says_of_one_sample_alone_comes_with_a_remedy(tmp_path: Path, method: Any, remedy: str) -> None:
+    class Cut(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self(batch[0]).view(4, -1, 4).mean()
+
+    class Dynamic(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self(batch[0]).nonzero().sum()
+
+    model = Dynamic() if method == "vmap" else Cut()
+    with pytest.warns(UserWarning, match=rf"NaN, because .*{remedy}"):
+        fit(tmp_path, model, Kept(method=method, check="off"))
+
+
 class Root(Net):
     """In the span of its samples' gradients, and of halves', weighed by the size of each error."""
 
