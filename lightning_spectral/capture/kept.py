@@ -14,11 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_spectral.capture.large import ROOM, Large
-from lightning_spectral.capture.reachable import MANY, children_of, content_of, is_trainer, is_users, named_globals
+from lightning_spectral.capture.reachable import (
+    BARE,
+    MANY,
+    MISSING,
+    children_of,
+    content_of,
+    is_trainer,
+    is_users,
+    named_globals,
+    slots_of,
+    value_in,
+)
 
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_MISSING = object()
 
 PutBack = Callable[[], bool]
 """Puts one thing back as it was; tells whether it had been changed."""
@@ -27,8 +37,8 @@ PutBack = Callable[[], bool]
 class Kept:
     """All that can be reached from some roots, as it is now, to be put back after a loss was asked for.
 
-    Followed are containers, attributes, closures, defaults, partials, bound objects, and, through functions and classes
-    of the user's own, the globals that their code names. What a library keeps to itself is not.
+    Followed are containers, attributes, slots, closures, defaults, partials, bound objects, and, through functions and
+    classes of the user's own, the globals that their code names. What a library keeps to itself is not.
 
     Args:
         roots: Where to begin: a shadow, a loss function, a batch.
@@ -154,11 +164,14 @@ def _notes(part: Any, originals: Mapping[int, Any]) -> Iterator[PutBack]:
     elif isinstance(part, types.FunctionType):
         if named := named_globals(part):
             yield _mapping(part.__globals__, named)
-    elif isinstance(part, (dict, list, set, collections.deque)):
-        if len(part) <= MANY:
-            yield _mapping(part) if isinstance(part, dict) else _collection(part)
-    elif isinstance(attributes := getattr(part, "__dict__", None), dict):
+    elif isinstance(part, (dict, list, set, collections.deque)) and len(part) <= MANY:
+        yield _mapping(part) if isinstance(part, dict) else _collection(part)
+    if isinstance(part, (Tensor, np.ndarray)) or type(part) in BARE:
+        return
+    if isinstance(attributes := getattr(part, "__dict__", None), dict):
         yield _mapping(attributes)
+    if slots := slots_of(part):
+        yield _slots(part, slots)
 
 
 def _is_copyable(part: Any) -> TypeGuard[Tensor]:
@@ -200,13 +213,28 @@ def _mapping(mapping: dict[Any, Any], named: Mapping[Any, Any] | None = None) ->
     kept = dict(mapping) if named is None else dict(named)
 
     def put_back() -> bool:
-        is_same = all(mapping.get(key, _MISSING) is value for key, value in kept.items())
+        is_same = all(mapping.get(key, MISSING) is value for key, value in kept.items())
         if is_same and (named is not None or len(mapping) == len(kept)):
             return False
         if named is None:
             mapping.clear()
         mapping.update(kept)
         return True
+
+    return put_back
+
+
+def _slots(part: Any, slots: list[types.MemberDescriptorType]) -> PutBack:
+    kept = [(slot, value_in(slot, part)) for slot in slots]
+
+    def put_back() -> bool:
+        changed = [(slot, value) for slot, value in kept if value_in(slot, part) is not value]
+        for slot, value in changed:
+            if value is MISSING:
+                slot.__delete__(part)
+            else:
+                slot.__set__(part, value)
+        return bool(changed)
 
     return put_back
 
@@ -233,7 +261,7 @@ def _class(cls: type) -> PutBack:
     kept = dict(vars(cls)) if is_users(cls.__module__) else {}
 
     def put_back() -> bool:
-        changed = [name for name, value in kept.items() if vars(cls).get(name, _MISSING) is not value]
+        changed = [name for name, value in kept.items() if vars(cls).get(name, MISSING) is not value]
         for name in changed:
             setattr(cls, name, kept[name])
         return bool(changed)

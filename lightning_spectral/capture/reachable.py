@@ -16,6 +16,12 @@ from torch import Tensor
 MANY = 10_000
 """Entries of a container from which on it is taken for data, which a training step reads."""
 
+BARE = (dict, list, tuple, set, frozenset, collections.deque, collections.OrderedDict, collections.defaultdict)
+"""Classes of containers to which nobody gives attributes."""
+
+MISSING = object()
+"""What an empty slot holds."""
+
 
 def is_trainer(part: Any) -> bool:
     """Whether it is a Trainer, of whichever Lightning."""
@@ -26,10 +32,12 @@ def children_of(part: Any) -> Iterable[Any]:
     """What a part leads to; nothing of what a library keeps to itself."""
     if isinstance(part, (Tensor, np.ndarray, logging.Logger)) or type(part).__module__ in ("_thread", "threading"):
         return ()
-    if isinstance(part, Mapping):
-        return list(part.values()) if len(part) <= MANY else ()
-    if isinstance(part, (list, tuple, set, frozenset, collections.deque)):
-        return list(part) if len(part) <= MANY else ()
+    entries: list[Any] = []
+    if isinstance(part, (Mapping, list, tuple, set, frozenset, collections.deque)):
+        if len(part) <= MANY:
+            entries = list(part.values() if isinstance(part, Mapping) else part)
+        if type(part) in BARE:
+            return entries
     if isinstance(part, functools.partial):
         return [part.func, *part.args, *part.keywords.values(), *part.__dict__.values()]
     if isinstance(part, weakref.ref):
@@ -49,15 +57,24 @@ def children_of(part: Any) -> Iterable[Any]:
         if not is_users(part.__module__):
             return ()
         return [value for base in part.__mro__ if is_users(base.__module__) for value in vars(base).values()]
-    slots = [getattr(part, name, None) for base in type(part).__mro__ for name in _slots(base)]
+    slots = [value_in(slot, part) for slot in slots_of(part)]
     attributes = getattr(part, "__dict__", None)
     held = list(attributes.values()) if isinstance(attributes, dict) else []
-    return [*held, *slots, type(part)]
+    return [*entries, *held, *slots, type(part)]
 
 
-def _slots(base: type) -> tuple[str, ...]:
-    slots = vars(base).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def slots_of(part: Any) -> list[types.MemberDescriptorType]:
+    """Where a part has what its classes name in ``__slots__``."""
+    bases = [vars(base) for base in type(part).__mro__ if "__slots__" in vars(base)]
+    return [slot for held in bases for slot in held.values() if isinstance(slot, types.MemberDescriptorType)]
+
+
+def value_in(slot: types.MemberDescriptorType, part: Any) -> Any:
+    """What one holds; :data:`MISSING` while it is empty."""
+    try:
+        return slot.__get__(part, type(part))
+    except AttributeError:
+        return MISSING
 
 
 @functools.cache

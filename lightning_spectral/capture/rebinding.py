@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from lightning_spectral.capture.reachable import MANY, content_of, named_globals
+from lightning_spectral.capture.reachable import MANY, content_of, named_globals, slots_of, value_in
 
 T = TypeVar("T")
 
@@ -60,9 +60,9 @@ class Rebinding:
                 copied.update(values)
             if isinstance(attributes := getattr(copied, "__dict__", None), dict):
                 self._in_dict(attributes)
-            for name, value in _slots(copied):
-                if self._has_twin(value):
-                    object.__setattr__(copied, name, self.twin(value))
+            for slot in slots_of(copied):
+                if self._has_twin(value := value_in(slot, copied)):
+                    slot.__set__(copied, self.twin(value))
 
     def _in_dict(self, mapping: dict[Any, Any]) -> None:
         for key, value in list(mapping.items()):
@@ -172,13 +172,3 @@ def _held_by(part: Any) -> Iterable[Any]:
     if len(part) > MANY:
         return ()
     return list(part.values()) if isinstance(part, dict) else list(part)
-
-
-def _slots(part: Any) -> list[tuple[str, Any]]:
-    found = []
-    for base in type(part).__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(part, name):
-                found.append((name, getattr(part, name)))
-    return found

@@ -1,8 +1,10 @@
 """Steps that write in place, draw from generators of their own or keep things elsewhere train as if nobody watched."""
 
 import copy
+import dataclasses
 import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,16 @@ dice = random.Random()
 bits = np.random.RandomState(0)
 history: list[Tensor] = []
 counts: dict[str, int] = {"steps": 0}
+
+
+@dataclasses.dataclass(slots=True)
+class Tally:
+    """Counts where no dictionary is."""
+
+    steps: int = 0
+
+
+tally = Tally()
 
 
 class Base(LightningModule):
@@ -168,6 +180,33 @@ class Elsewhere(Base):
         return self.shift(x) + 0.01 * counts["steps"] + 0.01 * len(history) + 0.01 * self.total
 
 
+def counted(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @functools.wraps(function)
+    def call(x: Tensor) -> Tensor:
+        call.calls += 1
+        return function(x) * call.calls
+
+    call.calls = 0
+    return call
+
+
+@counted
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+class Slots(Base):
+    """Counts in slots, a global's and its own, and in an attribute of a function."""
+
+    def prepare(self) -> None:
+        self.own = Tally()
+
+    def target(self, x: Tensor) -> Tensor:
+        tally.steps += 1
+        self.own.steps += 1
+        return halved(x) + 0.1 * tally.steps + 0.1 * self.own.steps
+
+
 class InPlaceBatch(Base):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return (self.net(batch[0].sub_(1.0).mul_(2.0)) - 1).square().mean()
@@ -194,6 +233,7 @@ STEPS_THAT_WRITE = [
     Generators,
     GlobalGenerators,
     Elsewhere,
+    Slots,
     InPlaceBatch,
     ByTheOptimizer,
 ]
@@ -211,6 +251,7 @@ def state_of(model: Any) -> dict[str, Any]:
     found["globals"] = (noise.get_state().tolist(), dice.getstate(), str(bits.get_state()))
     found["streams"] = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))  # noqa: NPY002
     found["elsewhere"] = (dict(counts), [part.tolist() for part in history], type(model).total)
+    found["slots"] = (tally.steps, halved.calls, model.own.steps if isinstance(model, Slots) else 0)
     found["rates"] = [group["lr"] for optimizer in model.trainer.optimizers for group in optimizer.param_groups]
     return found
 
@@ -223,7 +264,7 @@ def train(folder: Path, make: type[Base], *callbacks: Any) -> dict[str, Any]:
     dice.seed(0)
     bits.seed(0)
     history.clear()
-    counts["steps"] = 0
+    counts["steps"] = tally.steps = halved.calls = 0
     make.total = 0
     model, trainer = make(), tiny_trainer(folder, max_steps=STEPS, callbacks=list(callbacks))
     generator = torch.Generator().manual_seed(0)
@@ -258,6 +299,30 @@ def test_rows_are_of_the_state_that_training_has(tmp_path: Path) -> None:
         gradients.append(torch.autograd.grad(twin.training_step([x[None]], 0), twin.net.weight)[0])
     true = float(torch.stack(gradients).mean(0).norm())
     assert norms == pytest.approx({"auto": true, "loop": true}, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [Slots])
+def test_each_sample_finds_what_is_beside_as_the_step_did(tmp_path: Path, make: type[Base]) -> None:
+    """Of the last step, at weights that did not move, against the gradient of what the counters should give."""
+    norms, data = {}, torch.randn(STEPS * BATCH, WIDTH)
+
+    class Still(make):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    for method in ("auto", "loop"):
+        tally.steps = halved.calls = 0
+        spectrum = GradientSpectrum("net.weight", STEPS, num_samples=BATCH, method=method, head=(1, 3), num_groups=2)
+        trainer = tiny_trainer(tmp_path, max_steps=STEPS, callbacks=[spectrum])
+        torch.manual_seed(0)
+        trainer.fit(model := Still(), DataLoader(TensorDataset(data), BATCH))
+        norms[method] = float(trainer.callback_metrics["gradient/net.weight/grad_norm"])
+    x = data[-BATCH:]
+    # Each of the counters has been moved once a step, and once more for the sample.
+    moves = STEPS + 1
+    target = moves * x / 2 + 0.2 * moves
+    (gradient,) = torch.autograd.grad((model.net(x) - target).square().mean(), model.net.weight)
+    assert norms == pytest.approx(dict.fromkeys(norms, float(gradient.norm())), rel=1e-5)
 
 
 def test_an_iterator_that_cannot_be_put_back_is_refused_in_one_line(tmp_path: Path) -> None:

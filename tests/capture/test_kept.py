@@ -1,6 +1,7 @@
 """What can be reached from a loss is put back as it was; what a copy holds for its own is not looked at in the end."""
 
 import copy
+import dataclasses
 import functools
 import random
 from typing import Any
@@ -92,3 +93,61 @@ def test_iterators_are_refused() -> None:
     drawn = iter(range(3))
     with pytest.raises(ValueError, match=r"training_step must not draw from an iterator .* got a range_iterator"):
         Kept([lambda: next(drawn)])
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Frozen:
+    """What is frozen can be written to all the same."""
+
+    size: int
+
+
+class Slotted:
+    """Keeps a number where no dictionary is, under a name of the class's own, and leaves a place empty."""
+
+    __slots__ = ("__hidden", "empty", "frozen")
+
+    def __init__(self) -> None:
+        self.__hidden, self.frozen = 0, Frozen(0)
+
+    def move(self) -> None:
+        self.__hidden += 1
+        self.empty = self.__hidden
+        object.__setattr__(self.frozen, "size", self.frozen.size + 1)
+
+    def state(self) -> tuple[int, int, bool]:
+        return self.__hidden, self.frozen.size, hasattr(self, "empty")
+
+
+class Table(dict):
+    """A container with an attribute."""
+
+    size = 0
+
+
+def counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        call.calls += 1
+        return function(*args)
+
+    call.calls = 0
+    return call
+
+
+slotted, entries, measure = Slotted(), Table(), counted(nn.functional.mse_loss)
+
+
+def moving(x: Tensor) -> Tensor:
+    slotted.move()
+    entries.size += 1
+    return measure(x, x)
+
+
+def test_slots_and_attributes_of_functions_and_of_containers_are_put_back() -> None:
+    kept = Kept([moving])
+    for put_back in (kept.reset, kept.reset, kept.put_back):
+        moving(torch.ones(1))
+        assert (slotted.state(), entries.size, measure.calls) == ((1, 1, True), 1, 1)
+        put_back()
+        assert (slotted.state(), vars(entries), measure.calls) == ((0, 0, False), {}, 0)
