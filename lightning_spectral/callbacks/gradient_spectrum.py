@@ -54,9 +54,9 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     A sample's own loss is that of ``training_step`` on a batch of one with the index of its batch, called on a shadow
     of the module (a copy, parameters included, without logging), or ``loss_fn``. What a step reaches beside the copy,
-    globals and generators say, is put back. Under ``stage="train"`` the module is in training mode (dropout draws a
-    fresh mask for each sample, the run's random stream stays where it is), under ``stage="validate"`` in evaluation
-    mode.
+    globals and generators say, is put back; one that draws from an iterator is refused.
+    Under ``stage="train"`` the module is in training mode (dropout draws a fresh mask for each sample, the run's random
+    stream stays where it is), under ``stage="validate"`` in evaluation mode.
 
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning

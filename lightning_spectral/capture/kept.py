@@ -18,8 +18,11 @@ from lightning_spectral.capture.reachable import (
     BARE,
     MANY,
     MISSING,
+    PLAIN,
     children_of,
     content_of,
+    is_iterator,
+    is_opaque,
     is_trainer,
     is_users,
     named_globals,
@@ -27,7 +30,6 @@ from lightning_spectral.capture.reachable import (
     value_in,
 )
 
-PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 PutBack = Callable[[], bool]
@@ -47,7 +49,8 @@ class Kept:
         stops: Objects, by class, that are not followed.
 
     Raises:
-        ValueError: If a Python iterator is among what is not a copy: it cannot be put back.
+        ValueError: If a Python iterator is among it that cannot be put back: any that is no copy, and a copy that does
+            not keep in attributes how far it is.
     """
 
     def __init__(
@@ -75,10 +78,11 @@ class Kept:
                 self.generators.append(part)
                 self._random.append((_generator(part), id(part) in originals))
                 continue
-            if isinstance(part, collections.abc.Iterator) and id(part) not in originals and not hasattr(part, "read"):
+            if is_iterator(part) and (is_opaque(part) or id(part) not in originals):
+                where = "that a copy holds" if id(part) in originals else "that a copy shares with training"
                 raise ValueError(
-                    f"training_step must not draw from an iterator that a copy shares with training, got a "
-                    f"{type(part).__name__}: give loss_fn, which takes all it needs from the batch"
+                    f"training_step must not draw from an iterator {where}, got a {type(part).__name__}: give loss_fn, "
+                    "which takes all it needs from the batch"
                 )
             if id(part) not in originals and not self._has_room(part):
                 continue

@@ -1,8 +1,9 @@
 """The copy of a module on which losses are asked for: its own weights and state, nothing shared with training."""
 
+import collections
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral.capture.reachable import MANY, PLAIN, is_opaque, is_trainer, slots_of, value_in
 from lightning_spectral.capture.rebinding import Rebinding
 from lightning_spectral.capture.reparametrised import made_by
-from lightning_spectral.capture.stand_ins import Bystander, silence_logging
+from lightning_spectral.capture.stand_ins import Bystander, Undrawable, silence_logging
 
 HOOKS = (
     "_forward_hooks",
@@ -21,6 +23,8 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 
 WATCHERS = ("wandb",)
 """Packages whose hooks send what they see elsewhere; nothing of it comes back to the loss."""
@@ -35,7 +39,9 @@ def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int
     Raises:
         RuntimeError: If something in it cannot be copied, or waits for other ranks.
     """
-    shadow, originals, bystander = _duplicate(module, trainer)
+    # Of no use to a copy, which would have to begin again for each sample, and most cannot be copied anyhow.
+    instead = {id(iterator): Undrawable(iterator) for iterator in _iterators(module)}
+    shadow, originals, bystander = _duplicate(module, trainer, instead)
     for part in shadow.modules():
         if isinstance(part, nn.SyncBatchNorm) and part.training and _many_ranks():
             raise RuntimeError("a loss of one sample cannot wait for other ranks in SyncBatchNorm: give loss_fn")
@@ -53,11 +59,13 @@ def duplicate(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     Raises:
         RuntimeError: If something in it cannot be copied.
     """
-    return _duplicate(module, None)[:2]
+    return _duplicate(module, None, {})[:2]
 
 
-def _duplicate(module: nn.Module, trainer: Any) -> tuple[nn.Module, dict[int, Any], Bystander | None]:
-    memo: dict[int, Any] = {}
+def _duplicate(
+    module: nn.Module, trainer: Any, instead: dict[int, Any]
+) -> tuple[nn.Module, dict[int, Any], Bystander | None]:
+    memo = dict(instead)
     try:
         # To be differentiated, even where a validation pass allows nothing else to be.
         with torch.inference_mode(False), _CopyGraphTensors():
@@ -79,6 +87,32 @@ def _duplicate(module: nn.Module, trainer: Any) -> tuple[nn.Module, dict[int, An
     for part in shadow.modules():
         _guard_hooks(part)
     return shadow, originals, bystander
+
+
+def _iterators(module: nn.Module) -> Iterator[Any]:
+    """Those that a deep copy comes across, and that do not keep in attributes how far they are."""
+    left: list[Any] = [vars(module)]
+    seen: set[int] = set()
+    while left:
+        part = left.pop()
+        for value in list(part.values()) if isinstance(part, dict) else part:
+            if isinstance(value, PLAIN) or id(value) in seen:
+                continue
+            if isinstance(value, CONTAINERS):
+                if 0 < len(value) <= MANY:
+                    seen.add(id(value))
+                    left.append(value)
+                continue
+            seen.add(id(value))
+            if isinstance(value, nn.Module):
+                left.append(vars(value))
+            elif is_opaque(value):
+                yield value
+            elif not isinstance(value, Tensor) and not is_trainer(value):
+                if isinstance(attributes := getattr(value, "__dict__", None), dict):
+                    left.append(attributes)
+                if slots := slots_of(value):
+                    left.append([value_in(slot, value) for slot in slots])
 
 
 def _many_ranks() -> bool:

@@ -7,10 +7,11 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 MANY = 10_000
@@ -19,6 +20,9 @@ MANY = 10_000
 BARE = (dict, list, tuple, set, frozenset, collections.deque, collections.OrderedDict, collections.defaultdict)
 """Classes of containers to which nobody gives attributes."""
 
+PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, types.ModuleType)
+"""What leads to nothing that a loss could change."""
+
 MISSING = object()
 """What an empty slot holds."""
 
@@ -26,6 +30,20 @@ MISSING = object()
 def is_trainer(part: Any) -> bool:
     """Whether it is a Trainer, of whichever Lightning."""
     return any(base.__name__ == "Trainer" for base in type(part).__mro__)
+
+
+def is_iterator(part: Any) -> bool:
+    """Whether it is one to draw from, and no file."""
+    return isinstance(part, Iterator) and not hasattr(part, "read")
+
+
+def is_opaque(part: Any) -> bool:
+    """Whether it is an iterator that does not keep in attributes how far it is, by which it could be put back."""
+    if not is_iterator(part):
+        return False
+    # A DataLoader's has attributes, and a generator and processes among them.
+    is_loaders = type(part).__module__.startswith("torch.utils.data")
+    return is_loaders or not (hasattr(part, "__dict__") or hasattr(type(part), "__slots__"))
 
 
 def children_of(part: Any) -> Iterable[Any]:

@@ -22,23 +22,27 @@ from lightning_spectral.capture.module_copy import copy_of
 from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.original import Original
 from lightning_spectral.capture.parameters import named_parameters
-from lightning_spectral.capture.stand_ins import Bystander, MetricTermError, SilentMetric, is_metric
+from lightning_spectral.capture.stand_ins import Bystander, MetricTermError, SilentMetric, Undrawable, is_metric
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch) -> loss``, 0-dim."""
 
 NO_OPTIMIZERS = "automatic_optimization=False: its training_step moves the optimizers, so give loss_fn(module, batch)"
 
+EXHAUSTED = (
+    "training_step draws from an iterator that is exhausted: give loss_fn, which takes all it needs from the batch"
+)
+
 
 class BatchLoss(nn.Module):
     """The loss of a batch as a function of a shadow's parameters.
 
     The shadow is a deep copy, parameters included: a backward pass of it fills nobody's ``.grad``, and whatever
-    ``training_step`` writes (counters, buffers, metric states, a teacher's weights) are copies. What it can reach
-    beside them (globals, closures, generators) is put back by :meth:`isolated`, and a loss that runs on the module
-    itself all the same is refused in there. The user's own hooks stay, ours are
-    gone. Logging does nothing. torchmetrics are neither updated nor computed, NaN stands for their values, until one is
-    seen to be a term of the loss.
+    ``training_step`` writes (counters, buffers, metric states, a teacher's weights) are copies; one that draws from an
+    iterator of the module is refused. What it can reach beside them (globals, closures, generators) is put back by
+    :meth:`isolated`, and a loss that runs on the module itself all the same is refused in there. The user's own hooks
+    stay, ours are gone. Logging does nothing. torchmetrics are neither updated nor computed, NaN stands for their
+    values, until one is seen to be a term of the loss.
 
     Args:
         module: A LightningModule, or any module if there is a ``loss_fn``.
@@ -88,6 +92,8 @@ class BatchLoss(nn.Module):
         try:
             with self.context():
                 loss = self._training_loss(batch) if self.loss_fn is None else self.loss_fn(self.shadow, batch)
+        except StopIteration as error:
+            raise ValueError(EXHAUSTED) from error
         except ValueError as error:
             if self._kept is not None and self._kept.large.has_arrays and "read-only" in str(error):
                 raise ValueError(LOCKED) from error
@@ -134,7 +140,7 @@ class BatchLoss(nn.Module):
         known = self._originals | {id(tensor): tensor for tensor in tensors(beside)}
         with isolated():
             self._original = Original(self._module[0], self.shadow, self._originals)
-            self._kept = kept = Kept(roots, known, stops=(Bystander, SilentMetric))
+            self._kept = kept = Kept(roots, known, stops=(Bystander, SilentMetric, Undrawable))
             try:
                 with kept.large.watched():
                     yield kept

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torchmetrics import Metric, MetricCollection
@@ -53,6 +53,22 @@ def silence_logging(part: Any, trainer: Any) -> None:
 
 def _refuse_to_gather(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("training_step gathers over ranks, which the loss of one sample cannot: give loss_fn")
+
+
+class Undrawable:
+    """Stands in for an iterator of the module, which each sample would find where the one before has left it."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._kind = type(iterator).__name__
+
+    def __iter__(self) -> "Undrawable":
+        return self
+
+    def __next__(self) -> NoReturn:
+        raise ValueError(
+            f"training_step draws from an iterator, a {self._kind}, which cannot be put back for each sample: give "
+            "loss_fn, which takes all it needs from the batch"
+        )
 
 
 class Bystander:

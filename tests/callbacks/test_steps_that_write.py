@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -323,6 +324,71 @@ def test_each_sample_finds_what_is_beside_as_the_step_did(tmp_path: Path, make: 
     target = moves * x / 2 + 0.2 * moves
     (gradient,) = torch.autograd.grad((model.net(x) - target).square().mean(), model.net.weight)
     assert norms == pytest.approx(dict.fromkeys(norms, float(gradient.norm())), rel=1e-5)
+
+
+ITERATORS: dict[str, Callable[[], Any]] = {
+    "count": lambda: itertools.count(1),
+    "cycle": lambda: itertools.cycle([1.0, 2.0, 3.0]),
+    "list_iterator": lambda: iter([1.0] * STEPS),
+    "generator": lambda: (float(number) for number in range(1, 100)),
+    "_SingleProcessDataLoaderIter": lambda: iter(DataLoader(torch.ones(100))),
+}
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "slot"])
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_of_the_module_is_refused_in_one_line_when_it_is_drawn_from(
+    tmp_path: Path, kind: str, place: str
+) -> None:
+    class Drawing(Base):
+        is_drawing = True
+
+        def prepare(self) -> None:
+            found = ITERATORS[kind]()
+            self.held = {"attribute": found, "list": [{"iterator": found}], "slot": Tally(found)}[place]
+
+        def target(self, x: Tensor) -> Tensor:
+            held: Any = self.held
+            found = {"list": lambda: held[0]["iterator"], "slot": lambda: held.steps}.get(place, lambda: held)()
+            return x * next(found) if self.is_drawing else x / 2
+
+    class Holding(Drawing):
+        is_drawing = False
+
+    for method in ("auto", "loop"):
+        options: dict[str, Any] = {"num_samples": 12, "method": method, "head": (1, 3), "num_groups": 2}
+        with pytest.warns(
+            UserWarning, match=f"draws from an iterator, a {kind}, which cannot .*: give loss_fn"
+        ) as said:
+            train(tmp_path, Drawing, spectrum := GradientSpectrum("net.weight", 2, **options))
+        assert spectrum.num_failed == STEPS // 2
+        assert sum("iterator" in str(warning.message) for warning in said) == 1
+        train(tmp_path, Holding, spectrum := GradientSpectrum("net.weight", 2, **options))
+        assert spectrum.num_failed == 0
+
+
+def test_by_hooks_a_step_may_draw_from_an_iterator_for_it_is_that_of_training(tmp_path: Path) -> None:
+    class Counting(Base):
+        def prepare(self) -> None:
+            self.numbers = itertools.count(1)
+
+        def target(self, x: Tensor) -> Tensor:
+            return x * next(self.numbers)
+
+    spectrum = GradientSpectrum("net.weight", 2, num_samples=12, method="hooks", head=(1, 3), num_groups=2)
+    assert train(tmp_path, Counting, spectrum) == train(tmp_path, Counting)
+    assert spectrum.num_failed == 0
+
+
+def test_an_iterator_that_is_exhausted_is_told_with_the_remedy(tmp_path: Path) -> None:
+    class Exhausted(Base):
+        def target(self, x: Tensor) -> Tensor:
+            return next(iter([x] if len(x) == BATCH else []))
+
+    spectrum = GradientSpectrum("net.weight", 2, num_samples=12, method="loop", head=(1, 3), num_groups=2)
+    with pytest.warns(UserWarning, match="draws from an iterator that is exhausted: give loss_fn, which takes all"):
+        train(tmp_path, Exhausted, spectrum)
+    assert spectrum.num_failed == STEPS // 2
 
 
 def test_an_iterator_that_cannot_be_put_back_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import random
 from typing import Any
 
@@ -151,3 +152,24 @@ def test_slots_and_attributes_of_functions_and_of_containers_are_put_back() -> N
         assert (slotted.state(), entries.size, measure.calls) == ((1, 1, True), 1, 1)
         put_back()
         assert (slotted.state(), vars(entries), measure.calls) == ((0, 0, False), {}, 0)
+
+
+def test_an_iterator_that_a_copy_holds_is_refused_unless_its_attributes_say_how_far_it_is() -> None:
+    class Turns:
+        def __init__(self) -> None:
+            self.turn = 0
+
+        def __iter__(self) -> "Turns":
+            return self
+
+        def __next__(self) -> int:
+            self.turn += 1
+            return self.turn
+
+    turns, numbers = Turns(), itertools.count()
+    kept = Kept([[turns]], {id(turns): turns})
+    for _ in range(2):
+        assert next(turns) == 1
+        kept.reset()
+    with pytest.raises(ValueError, match="must not draw from an iterator that a copy holds, got a count: give loss_fn"):
+        Kept([[numbers]], {id(numbers): numbers})
