@@ -84,6 +84,18 @@ class BatchLoss(nn.Module):
         """In a list, which no module takes for a part."""
         self._original: Original | None = None
 
+    def move_to(self, batch_idx: int, step: int | None) -> None:
+        """Let the batch whose samples are asked for be another.
+
+        Args:
+            batch_idx: Its index in the loader.
+            step: The Trainer's ``global_step`` as it began; None for that of now.
+        """
+        self.batch_idx = batch_idx
+        bystander = getattr(self.shadow, "_trainer", None)
+        if step is not None and isinstance(bystander, Bystander):
+            bystander.stand_at(step)
+
     @override
     def forward(self, batch: Any) -> Tensor:
         """The loss, 0-dim, times ``scale``; ValueError if what comes back is no scalar."""

@@ -89,6 +89,10 @@ class Bystander:
         configs = getattr(trainer, "lr_scheduler_configs", None) or []
         self.lr_scheduler_configs = [_Reading(config, scheduler=_Reading(config.scheduler)) for config in configs]
 
+    def stand_at(self, step: int) -> None:
+        """Be where training was after so many steps of optimizers."""
+        self.global_step = step
+
     def stand_before(self, module: Any) -> None:
         """Be the Trainer of a copied module."""
         self.model = self.lightning_module = module

@@ -48,8 +48,8 @@ class BackwardGradients(GradientMeasurement):
         self._grams: dict[str, Tensor] = {}
         self._rows: LayerRows | None = None
         self._had_backward = False
-        self._held: tuple[Cut, int] | None = None
-        """Samples of the first batch for the self-check, with its index."""
+        self._held: tuple[Cut, int, int | None] | None = None
+        """Samples of the first batch for the self-check, with its index and the step that it began at."""
         self._axes = SampleAxes(request.batch_dim is not None or request.check == "off")
         self._began_at: list[Tensor] = []
         """The losses that the batch under way is differentiated by, where ``loss_fn`` is to be compared with them."""
@@ -156,7 +156,7 @@ class BackwardGradients(GradientMeasurement):
     def _hold(self, batch: Any, size: int) -> None:
         try:
             held = self.samples.cut(hold(batch))
-            self._held = copied(take(held, 0, min(size, MOST_LOOPED))), self.batch_idx
+            self._held = copied(take(held, 0, min(size, MOST_LOOPED))), self.batch_idx, self.batch_step
         except Exception as error:  # a batch that cannot be cut can be read all the same
             self.check.leave_out(reason_of(error), "span")
 
@@ -174,10 +174,10 @@ class BackwardGradients(GradientMeasurement):
         if held is None or self._is_sharded():
             self._failures |= self._axes.judge(names, None)
             return
-        batch, batch_idx = held
+        batch, batch_idx, batch_step = held
         try:
             loss = self._make_loss(self._loss_to_check)
-            loss.batch_idx = batch_idx
+            loss.move_to(batch_idx, batch_step)
             with loss.isolated(batch) as kept:
                 self._failures |= self._axes.judge(names, partial(self._ask_shadow, loss, batch), self.check.is_due)
                 if self.check.is_due:

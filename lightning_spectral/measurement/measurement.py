@@ -143,6 +143,8 @@ class Measurement:
         self.rows: dict[str, str] = {}
         """What a row of each layer that has run is, in words."""
         self.batch_idx = 0
+        self.batch_step: int | None = None
+        """Steps of the optimizers before the training batch under way; None for one of validation."""
         """Of the batch under way, as ``training_step`` is told."""
 
     def open(self, batch: Any, step: int, has_right_stage: bool) -> None:
@@ -227,7 +229,7 @@ class Measurement:
     def start_train_batch(self, batch: Any, step: int, batch_idx: int = 0) -> None:
         """A training batch begins."""
         was_collecting = self.is_collecting
-        self.batch_idx = batch_idx
+        self.batch_idx, self.batch_step = batch_idx, step
         self.is_collecting = self.stage == "train" and self.schedule.collects(step)
         if self.is_collecting and not was_collecting:
             self._renew()
@@ -302,7 +304,7 @@ class Measurement:
         if self.is_collecting and not self._is_renewed:
             self._is_renewed = True
             self._renew()
-        self.batch_idx = batch_idx
+        self.batch_idx, self.batch_step = batch_idx, None
         self.open(batch, step, has_right_stage=self.stage == "validate")
 
     def end_validation_batch(self, step: int, is_last: bool) -> None:

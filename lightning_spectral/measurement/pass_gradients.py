@@ -48,8 +48,8 @@ class PassGradients(GradientMeasurement):
             check_contracts(scene.module, self.parameters)
         self.chunk_size = request.chunk_size
         self._engine = engine_of(request.method, request.loss_reduction, request.batch_dim)
-        self._batches: list[tuple[Cut, int, int]] = []
-        """Each with its number of samples and its index in the loader."""
+        self._batches: list[tuple[Cut, int, tuple[int, int | None]]] = []
+        """Each with its number of samples, and its index in the loader and the step that it began at."""
         self._waiting = 0
 
     @property
@@ -72,7 +72,7 @@ class PassGradients(GradientMeasurement):
         # Whole batches spread over a validation pass: apart, samples would take a pass of the model each.
         is_due = self.place is None or self.place.needs(self._waiting, self._store.capacity)
         if wanted > 0 and is_due:
-            self._batches.append((copied(take(cut, 0, wanted)), wanted, self.batch_idx))
+            self._batches.append((copied(take(cut, 0, wanted)), wanted, (self.batch_idx, self.batch_step)))
             self._waiting += wanted
 
     @override
@@ -84,7 +84,8 @@ class PassGradients(GradientMeasurement):
             loss.dataloader_idx = self.loader
             # Once for all batches, so that each sample meets a mask of its own.
             with loss.isolated([batch for batch, _, _ in self._batches]) as kept:
-                for index, (batch, size, loss.batch_idx) in enumerate(self._batches):
+                for index, (batch, size, at) in enumerate(self._batches):
+                    loss.move_to(*at)
                     rows = self._store.open(size)
                     self._fill(loss, batch, rows)
                     if index == 0 and self.check.is_due:

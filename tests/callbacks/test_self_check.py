@@ -338,6 +338,25 @@ def test_what_torch_says_of_one_sample_alone_comes_with_a_remedy(tmp_path: Path,
         fit(tmp_path, model, Kept(method=method, check="off"))
 
 
+class Lazy(Net):
+    """Regularised at every other step, by the number of steps so far."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.fc.weight.square().sum() if self.global_step % 2 == 0 else loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_samples_have_the_loss_of_the_step_that_their_batch_began_at(tmp_path: Path, method: Any) -> None:
+    model = Lazy()
+    trainer = fit(tmp_path, model, Kept(every_n_steps=2, method=method), steps=2)
+    assert norm(trainer) == pytest.approx(model.norms[1], rel=1e-5)
+    assert model.norms[0] != pytest.approx(model.norms[1], rel=0.01)
+
+
 class Root(Net):
     """In the span of its samples' gradients, and of halves', weighed by the size of each error."""
 
