@@ -54,7 +54,7 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
 
     A sample's own loss is that of ``training_step`` on a batch of one with the index of its batch, called on a shadow
     of the module (a copy, parameters included, without logging), or ``loss_fn``. What a step reaches beside the copy,
-    globals and generators say, is put back; one that draws from an iterator is refused.
+    globals, generators or ``self.trainer.datamodule`` say, is put back; one that draws from an iterator is refused.
     Under ``stage="train"`` the module is in training mode (dropout draws a fresh mask for each sample, the run's random
     stream stays where it is), under ``stage="validate"`` in evaluation mode.
 

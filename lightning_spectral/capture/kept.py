@@ -23,6 +23,7 @@ from lightning_spectral.capture.reachable import (
     content_of,
     is_iterator,
     is_opaque,
+    is_others,
     is_trainer,
     is_users,
     named_globals,
@@ -31,6 +32,9 @@ from lightning_spectral.capture.reachable import (
 )
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+NEAREST = 1_000
+"""How many objects are noted of what a loss asks of training by one name: a datamodule may lead to all the data."""
 
 PutBack = Callable[[], bool]
 """Puts one thing back as it was; tells whether it had been changed."""
@@ -47,6 +51,7 @@ class Kept:
         originals: What each object of a copy was copied from, by the copy's id: the memory of the original does for a
             tensor's, and a copy need not be put back in the end.
         stops: Objects, by class, that are not followed.
+        left_out: Objects that are not.
 
     Raises:
         ValueError: If a Python iterator is among it that cannot be put back: any that is no copy, and a copy that does
@@ -54,11 +59,16 @@ class Kept:
     """
 
     def __init__(
-        self, roots: Iterable[Any], originals: Mapping[int, Any] | None = None, stops: tuple[type, ...] = ()
+        self,
+        roots: Iterable[Any],
+        originals: Mapping[int, Any] | None = None,
+        stops: tuple[type, ...] = (),
+        left_out: Iterable[Any] = (),
     ) -> None:
-        originals = originals or {}
-        self.generators: list[Any] = []
-        """Generators of random numbers, of copies too."""
+        self._originals = originals or {}
+        self._stops: tuple[type, ...] = (*PLAIN, *stops, Kept)
+        self._generators: list[tuple[Any, Any]] = []
+        """Generators of random numbers, of copies too, and the states that they were met in."""
         self._outside: list[PutBack] = []
         self._inside: list[PutBack] = []
         self._changed: list[PutBack] | None = None
@@ -67,28 +77,69 @@ class Kept:
         self.large = Large()
         """What does not fit into the room for copies, to be watched while losses are asked for."""
         # It also keeps what was seen alive, so that no id means two things.
-        self._seen: dict[int, Any] = {}
-        left: list[Any] = list(roots)
+        self._seen: dict[int, Any] = {id(part): part for part in left_out}
+        self._asked: set[tuple[int, str]] = set()
+        self._refusal: ValueError | None = None
+        self.follow(roots)
+
+    def follow(self, roots: Iterable[Any]) -> None:
+        """Note what can be reached from some more roots; ValueError as for the first."""
+        left = list(roots)
         while left:
             part = left.pop()
-            if isinstance(part, PLAIN) or id(part) in self._seen or isinstance(part, stops) or is_trainer(part):
-                continue
-            self._seen[id(part)] = part
-            if isinstance(part, GENERATORS):
-                self.generators.append(part)
-                self._random.append((_generator(part), id(part) in originals))
-                continue
-            if is_iterator(part) and (is_opaque(part) or id(part) not in originals):
-                where = "that a copy holds" if id(part) in originals else "that a copy shares with training"
-                raise ValueError(
-                    f"training_step must not draw from an iterator {where}, got a {type(part).__name__}: give loss_fn, "
-                    "which takes all it needs from the batch"
-                )
-            if id(part) not in originals and not self._has_room(part):
-                continue
-            for put_back in _notes(part, originals):
-                (self._inside if id(part) in originals else self._outside).append(put_back)
-            left.extend(children_of(part))
+            if self._note(part):
+                left.extend(children_of(part))
+
+    def follow_training(self, stand_in: Any, name: str, value: Any) -> None:
+        """Note what can be reached from what a loss has asked of training by a name, before it gets it.
+
+        It is not the step's own, so less is noted: :data:`NEAREST` objects at most, the nearest, without iterators that
+        a library's objects hold, a loader's say, and without objects that hold a lock or a thread.
+
+        Raises:
+            ValueError: As for the roots, and from then on whenever something is asked of training.
+        """
+        if isinstance(value, (*PLAIN, types.MethodType)) or (id(stand_in), name) in self._asked:
+            return
+        if self._refusal is not None:
+            raise self._refusal
+        left, most = collections.deque([value]), len(self._seen) + NEAREST
+        try:
+            with _plain_tensors():
+                while left and len(self._seen) < most:
+                    part = left.popleft()
+                    if is_others(part) or not self._note(part):
+                        continue
+                    home = type(part).__module__
+                    is_librarys = home not in ("builtins", "collections", "functools", "types") and not is_users(home)
+                    left.extend(child for child in children_of(part) if not (is_librarys and is_iterator(child)))
+        except ValueError as error:
+            self._refusal = error
+            raise
+        self._asked.add((id(stand_in), name))
+        # The next loss may be one that changes some of it.
+        self._changed = None
+
+    def _note(self, part: Any) -> bool:
+        """Note one part as it is; whether what it leads to is to be followed."""
+        if id(part) in self._seen or isinstance(part, self._stops) or is_trainer(part):
+            return False
+        is_copy = id(part) in self._originals
+        self._seen[id(part)] = part
+        if isinstance(part, GENERATORS):
+            self._generators.append((part, _state(part)))
+            self._random.append((_generator(part), is_copy))
+            return False
+        if is_iterator(part) and (is_opaque(part) or not is_copy):
+            where = "that a copy holds" if is_copy else "that a copy shares with training"
+            raise ValueError(
+                f"training_step must not draw from an iterator {where}, got a {type(part).__name__}: give loss_fn, "
+                "which takes all it needs from the batch"
+            )
+        if not is_copy and not self._has_room(part):
+            return False
+        (self._inside if is_copy else self._outside).extend(_notes(part, self._originals))
+        return True
 
     def _has_room(self, part: Any) -> bool:
         """Whether a copy of a tensor or an array fits; if not, it is watched."""
@@ -107,8 +158,9 @@ class Kept:
         return True
 
     def random_state(self) -> list[Any]:
-        """The states of all generators that can be reached, to see whether a loss has drawn from one."""
-        return [_state(generator) for generator in self.generators]
+        """Of generators that are not as they were met, to see whether a loss has drawn from one; met it may have it."""
+        states = [(index, _state(generator), first) for index, (generator, first) in enumerate(self._generators)]
+        return [(index, state) for index, state, first in states if state != first]
 
     def reset(self, anew: bool = False) -> None:
         """Put all but generators back between two losses; from the second time on only what the first had changed.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ LOCKED = (
     "a tensor"
 )
 
+HIDDEN = (
+    "training_step reaches a tensor that is too large to be copied for each report, by way of the Trainer and within a "
+    "TorchDispatchMode, where nobody sees it being written to: give loss_fn"
+)
+
 
 class Large:
     """What is too large to be copied for nothing.
@@ -31,14 +36,22 @@ class Large:
         self._tensors: dict[int, list[Tensor]] = {}
         self._arrays: list[np.ndarray] = []
         self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._open: ExitStack | None = None
+        self._is_watching = False
 
     def add_tensor(self, tensor: Tensor) -> None:
-        """Save this before it is written to."""
+        """Save this before it is written to; ValueError if that cannot be seen, for other modes are active."""
         self._tensors.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        if self._open is not None and not self._is_watching:
+            if torch._C._len_torch_dispatch_stack() > 0:  # which would be left before ours
+                raise ValueError(HIDDEN)
+            self._watch(self._open)
 
     def add_array(self, array: np.ndarray) -> None:
         """Let nobody write to this."""
         self._arrays.append(array)
+        if self._open is not None:
+            array.flags.writeable = False
 
     @property
     def has_arrays(self) -> bool:
@@ -47,20 +60,28 @@ class Large:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch and lock them in here."""
+        """Watch and lock them in here, and what is added meanwhile."""
         for array in self._arrays:
             array.flags.writeable = False
         try:
-            with warnings.catch_warnings() if self._arrays else nullcontext():
+            with ExitStack() as stack:
                 if self._arrays:
                     # Of tensors that share the memory of an array, which may be read all the same.
+                    stack.enter_context(warnings.catch_warnings())
                     warnings.filterwarnings("ignore", "The given NumPy array is not writ")
-                with _BeforeWriting(self) if self._tensors else nullcontext():
-                    yield
+                self._open = stack
+                if self._tensors:
+                    self._watch(stack)
+                yield
         finally:
+            self._open, self._is_watching = None, False
             # A view cannot be written to before what it is a view of can.
             for array in sorted(self._arrays, key=_depth):
                 array.flags.writeable = True
+
+    def _watch(self, stack: ExitStack) -> None:
+        stack.enter_context(_BeforeWriting(self))
+        self._is_watching = True
 
     def save(self, written: Tensor) -> None:
         """Copy what shares memory with a tensor that is about to be written to, the first time."""

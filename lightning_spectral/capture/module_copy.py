@@ -30,11 +30,11 @@ WATCHERS = ("wandb",)
 """Packages whose hooks send what they see elsewhere; nothing of it comes back to the loss."""
 
 
-def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int, Any]]:
+def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int, Any], Bystander | None]:
     """A deep copy, with functions bound to it, that logs nowhere and sees of the Trainer only what can be read.
 
     Returns:
-        The copy, and what each of its parts was copied from, by the part's id.
+        The copy, what each of its parts was copied from, by the part's id, and what stands in for the Trainer.
 
     Raises:
         RuntimeError: If something in it cannot be copied, or waits for other ranks.
@@ -47,7 +47,7 @@ def copy_of(module: nn.Module, trainer: Any = None) -> tuple[nn.Module, dict[int
             raise RuntimeError("a loss of one sample cannot wait for other ranks in SyncBatchNorm: give loss_fn")
         if hasattr(part, "training_step") and hasattr(part, "log_dict"):
             silence_logging(part, bystander)
-    return shadow, originals
+    return shadow, originals, bystander
 
 
 def duplicate(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:

@@ -46,9 +46,22 @@ def is_opaque(part: Any) -> bool:
     return is_loaders or not (hasattr(part, "__dict__") or hasattr(type(part), "__slots__"))
 
 
+def is_others(part: Any) -> bool:
+    """Whether others than a loss may change it meanwhile: it holds a lock or a thread, or is this package's."""
+    attributes = getattr(part, "__dict__", None)
+    held = attributes.values() if isinstance(attributes, dict) else ()
+    return any(_is_of_threads(value) for value in (part, *held)) or any(
+        base.__module__.partition(".")[0] == "lightning_spectral" for base in type(part).__mro__
+    )
+
+
+def _is_of_threads(part: Any) -> bool:
+    return type(part).__module__ in ("_thread", "threading")
+
+
 def children_of(part: Any) -> Iterable[Any]:
     """What a part leads to; nothing of what a library keeps to itself."""
-    if isinstance(part, (Tensor, np.ndarray, logging.Logger)) or type(part).__module__ in ("_thread", "threading"):
+    if isinstance(part, (Tensor, np.ndarray, logging.Logger)) or _is_of_threads(part):
         return ()
     entries: list[Any] = []
     if isinstance(part, (Mapping, list, tuple, set, frozenset, collections.deque)):

@@ -22,7 +22,7 @@ from lightning_spectral.capture.module_copy import copy_of
 from lightning_spectral.capture.one_line import shown
 from lightning_spectral.capture.original import Original
 from lightning_spectral.capture.parameters import named_parameters
-from lightning_spectral.capture.stand_ins import Bystander, MetricTermError, SilentMetric, Undrawable, is_metric
+from lightning_spectral.capture.stand_ins import MetricTermError, SilentMetric, Undrawable, Watched, is_metric
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(module, batch) -> loss``, 0-dim."""
@@ -39,10 +39,10 @@ class BatchLoss(nn.Module):
 
     The shadow is a deep copy, parameters included: a backward pass of it fills nobody's ``.grad``, and whatever
     ``training_step`` writes (counters, buffers, metric states, a teacher's weights) are copies; one that draws from an
-    iterator of the module is refused. What it can reach beside them (globals, closures, generators) is put back by
-    :meth:`isolated`, and a loss that runs on the module itself all the same is refused in there. The user's own hooks
-    stay, ours are gone. Logging does nothing. torchmetrics are neither updated nor computed, NaN stands for their
-    values, until one is seen to be a term of the loss.
+    iterator of the module is refused. What it can reach beside them (globals, closures, generators, what it asks the
+    Trainer for) is put back by :meth:`isolated`, and a loss that runs on the module itself all the same is refused in
+    there. The user's own hooks stay, ours are gone. Logging does nothing. torchmetrics are neither updated nor
+    computed, NaN stands for their values, until one is seen to be a term of the loss.
 
     Args:
         module: A LightningModule, or any module if there is a ``loss_fn``.
@@ -66,7 +66,7 @@ class BatchLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_loss(module, loss_fn)
-        self.shadow, self._originals = copy_of(module, trainer)
+        self.shadow, self._originals, self._bystander = copy_of(module, trainer)
         self.context = context
         self.scale = scale
         self.loss_fn = loss_fn
@@ -152,12 +152,17 @@ class BatchLoss(nn.Module):
         known = self._originals | {id(tensor): tensor for tensor in tensors(beside)}
         with isolated():
             self._original = Original(self._module[0], self.shadow, self._originals)
-            self._kept = kept = Kept(roots, known, stops=(Bystander, SilentMetric, Undrawable))
+            self._kept = kept = Kept((), known, (SilentMetric, Undrawable, Watched), left_out=self._module)
+            if self._bystander is not None:
+                self._bystander.tell_of(kept.follow_training)
             try:
+                kept.follow(roots)
                 with kept.large.watched():
                     yield kept
             finally:
                 kept.put_back()
+                if self._bystander is not None:
+                    self._bystander.tell_of(None)
                 self._original.put_back()
                 self._kept = self._original = None
 

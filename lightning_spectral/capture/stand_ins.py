@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torchmetrics import Metric, MetricCollection
@@ -71,13 +71,34 @@ class Undrawable:
         )
 
 
-class Bystander:
+class Watched(NamedTuple):
+    """What training uses, and a stand-in reads: nothing of the stand-in's own."""
+
+    part: Any
+
+
+class _Live:
+    """Hands on what training uses, but first to who wants to know of it; writes to attributes stay here."""
+
+    def __init__(self, watched: Any) -> None:
+        self._watched = Watched(watched)
+        self.tell: Callable[[Any, str, Any], None] | None = None
+        """Is given this, a name, and what is handed on by it."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._watched.part, name)
+        if self.tell is not None:
+            self.tell(self, name, value)
+        return value
+
+
+class Bystander(_Live):
     """A Trainer to read from: writes stay here, loggers swallow what they are given, optimizers can but be read."""
 
     def __init__(self, trainer: Any, memo: Mapping[int, Any]) -> None:
         from lightning.pytorch.loggers.logger import DummyLogger
 
-        self._watched = trainer
+        super().__init__(trainer)
         self.logger = DummyLogger()
         self.loggers = [self.logger]
         self.callback_metrics: dict[str, Any] = dict(trainer.callback_metrics)
@@ -99,39 +120,39 @@ class Bystander:
         if "strategy" in vars(self):
             self.strategy.model = self.strategy.lightning_module = module
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._watched, name)
+    def tell_of(self, tell: Callable[[Any, str, Any], None] | None) -> None:
+        """Let ``tell`` know what training uses before it is handed on."""
+        for part in (self, vars(self).get("strategy")):
+            if part is not None:
+                part.tell = tell
 
 
 class _Reading:
     """Hands on what can be read of an object: writes stay here, and of its methods only those that get something."""
 
     def __init__(self, watched: Any, **instead: Any) -> None:
-        vars(self).update(instead, _watched=watched)
+        vars(self).update(instead, _watched=Watched(watched))
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What Lightning asks before it hands one out."""
-        return type(vars(self)["_watched"])
+        return type(vars(self)["_watched"].part)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(vars(self)["_watched"], name)
+        value = getattr(vars(self)["_watched"].part, name)
         if callable(value) and not name.startswith("get_"):
             return _refuse_to_move
         return copy.copy(value) if isinstance(value, (dict, list)) else value
 
 
-class _Strategy:
+class _Strategy(_Live):
     """A strategy whose optimizers can but be read."""
 
     def __init__(self, watched: Any, optimizers: list[Any]) -> None:
-        self._watched = watched
+        super().__init__(watched)
         self.model: Any = None
         self.lightning_module: Any = None
         self.optimizers = self._lightning_optimizers = optimizers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._watched, name)
 
 
 class _Optimizer(_Reading):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from lightning_spectral import GradientSpectrum
 from tests.models import tiny_trainer
@@ -208,6 +208,19 @@ class Slots(Base):
         return halved(x) + 0.1 * tally.steps + 0.1 * self.own.steps
 
 
+class ByTheTrainer(Base):
+    """Counts on the Trainer, on a loop, on the strategy and in the loader's dataset."""
+
+    def target(self, x: Tensor) -> Tensor:
+        loader = self.trainer.train_dataloader
+        parts = (self.trainer, self.trainer.fit_loop, self.trainer.strategy, loader, loader.dataset, loader.sampler)
+        for part in parts:
+            part.steps = getattr(part, "steps", 0) + 1
+        for group in self.optimizers().param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+        return x + 0.1 * sum(part.steps for part in parts) + 0.1 * group["steps"]
+
+
 class InPlaceBatch(Base):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return (self.net(batch[0].sub_(1.0).mul_(2.0)) - 1).square().mean()
@@ -235,6 +248,7 @@ STEPS_THAT_WRITE = [
     GlobalGenerators,
     Elsewhere,
     Slots,
+    ByTheTrainer,
     InPlaceBatch,
     ByTheOptimizer,
 ]
@@ -253,6 +267,9 @@ def state_of(model: Any) -> dict[str, Any]:
     found["streams"] = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))  # noqa: NPY002
     found["elsewhere"] = (dict(counts), [part.tolist() for part in history], type(model).total)
     found["slots"] = (tally.steps, halved.calls, model.own.steps if isinstance(model, Slots) else 0)
+    loader = model.trainer.train_dataloader
+    parts = (model.trainer.fit_loop, loader, loader.dataset, loader.sampler)
+    found["trainer"] = [getattr(part, "steps", 0) for part in parts]
     found["rates"] = [group["lr"] for optimizer in model.trainer.optimizers for group in optimizer.param_groups]
     return found
 
@@ -302,7 +319,7 @@ def test_rows_are_of_the_state_that_training_has(tmp_path: Path) -> None:
     assert norms == pytest.approx({"auto": true, "loop": true}, rel=1e-5)
 
 
-@pytest.mark.parametrize("make", [Slots])
+@pytest.mark.parametrize("make", [Slots, ByTheTrainer])
 def test_each_sample_finds_what_is_beside_as_the_step_did(tmp_path: Path, make: type[Base]) -> None:
     """Of the last step, at weights that did not move, against the gradient of what the counters should give."""
     norms, data = {}, torch.randn(STEPS * BATCH, WIDTH)
@@ -321,9 +338,62 @@ def test_each_sample_finds_what_is_beside_as_the_step_did(tmp_path: Path, make: 
     x = data[-BATCH:]
     # Each of the counters has been moved once a step, and once more for the sample.
     moves = STEPS + 1
-    target = moves * x / 2 + 0.2 * moves
+    target = moves * x / 2 + 0.2 * moves if make is Slots else x + 0.7 * moves
     (gradient,) = torch.autograd.grad((model.net(x) - target).square().mean(), model.net.weight)
     assert norms == pytest.approx(dict.fromkeys(norms, float(gradient.norm())), rel=1e-5)
+
+
+class Hardness(LightningDataModule):
+    """Samples are drawn by priorities and grow harder, both at the word of the training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.priorities, self.dataset, self.steps = torch.ones(STEPS * BATCH), Growing(), 0
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.dataset, BATCH, sampler=WeightedRandomSampler(self.priorities, STEPS * BATCH))
+
+
+class Growing(Dataset):
+    def __init__(self) -> None:
+        self.data = torch.randn(STEPS * BATCH, WIDTH, generator=torch.Generator().manual_seed(0))
+        self.size = 1.0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, self.data[index] * self.size
+
+
+class Mining(Base):
+    """Prioritised replay and a curriculum."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        index, x = batch
+        losses = (self.net(x) - x.roll(1, 1)).square().mean(1)
+        data = self.trainer.datamodule
+        data.priorities[index] = 0.5 * data.priorities[index] + losses.detach()
+        data.steps += 1
+        self.trainer.train_dataloader.dataset.size *= 1.1
+        return losses.mean() * data.steps
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "hooks"])
+def test_a_run_whose_step_writes_to_its_datamodule_is_bit_identical(tmp_path: Path, method: Any) -> None:
+    def run(*callbacks: Any) -> list[Any]:
+        torch.manual_seed(0)
+        model, data = Mining(), Hardness()
+        # Of two epochs, so that the second draws by the priorities of the first.
+        kwargs = {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, "callbacks": list(callbacks)}
+        tiny_trainer(tmp_path, max_steps=-1, **kwargs).fit(model, datamodule=data)
+        return [model.net.weight.tolist(), data.priorities.tolist(), data.steps, data.dataset.size]
+
+    spectrum = GradientSpectrum("net.weight", 2, num_samples=16, method=method, head=(1, 3), tail=(2, 4), num_groups=2)
+    expected = run()
+    assert expected[2] == 2 * STEPS
+    assert run(spectrum) == expected
+    assert spectrum.num_failed == 0
 
 
 ITERATORS: dict[str, Callable[[], Any]] = {
@@ -389,6 +459,24 @@ def test_an_iterator_that_is_exhausted_is_told_with_the_remedy(tmp_path: Path) -
     with pytest.warns(UserWarning, match="draws from an iterator that is exhausted: give loss_fn, which takes all"):
         train(tmp_path, Exhausted, spectrum)
     assert spectrum.num_failed == STEPS // 2
+
+
+def test_a_datamodule_that_holds_an_iterator_is_refused_by_each_method(tmp_path: Path) -> None:
+    class Streaming(Hardness):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines = iter(range(100))
+
+    class Reading(Base):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self.net(batch[1]).square().mean() * next(self.trainer.datamodule.lines)
+
+    for method in ("auto", "loop"):
+        spectrum = GradientSpectrum("net.weight", 2, num_samples=12, method=method, head=(1, 3), num_groups=2)
+        data = Streaming()
+        with pytest.warns(UserWarning, match="from an iterator that a copy shares with training, got a range_iterator"):
+            tiny_trainer(tmp_path, max_steps=STEPS, callbacks=[spectrum]).fit(Reading(), datamodule=data)
+        assert next(data.lines) == STEPS
 
 
 def test_an_iterator_that_cannot_be_put_back_is_refused_in_one_line(tmp_path: Path) -> None:

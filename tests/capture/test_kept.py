@@ -1,17 +1,21 @@
 """What can be reached from a loss is put back as it was; what a copy holds for its own is not looked at in the end."""
 
+import collections
 import copy
 import dataclasses
 import functools
 import itertools
 import random
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_spectral.capture import kept as kept_module
 from lightning_spectral.capture.kept import Kept
 
 counts = {"calls": 0}
@@ -173,3 +177,34 @@ def test_an_iterator_that_a_copy_holds_is_refused_unless_its_attributes_say_how_
         kept.reset()
     with pytest.raises(ValueError, match="must not draw from an iterator that a copy holds, got a count: give loss_fn"):
         Kept([[numbers]], {id(numbers): numbers})
+
+
+def test_of_what_is_asked_of_training_the_nearest_is_noted_and_less_than_of_what_a_step_names(monkeypatch: Any) -> None:
+    class Part:
+        pass
+
+    data, kept = Part(), Kept([])
+    data.far, data.near, data.lines, data.steps = [[[[0]]] for _ in range(9)], [0], collections.deque([iter([1])]), 0
+    with pytest.raises(ValueError, match="must not draw from an iterator that a copy shares with training"):
+        kept.follow_training(None, "datamodule", data)
+    with pytest.raises(ValueError, match="must not draw from an iterator that a copy shares with training"):
+        kept.follow_training(None, "datamodule", data)
+    monkeypatch.setattr(kept_module, "NEAREST", 8)
+    del data.lines
+    data.guarded, data.guarded.lock, data.guarded.waiting = Part(), threading.Lock(), 0
+    data.loader = DataLoader([0], num_workers=0)
+    data.loader.__dict__["_iterator"] = iter(data.loader)
+    kept = Kept([])
+    kept.follow_training(None, "datamodule", data)
+    data.steps, data.near[0], data.far[0][0][0][0], data.guarded.waiting = 1, 1, 1, 1
+    kept.put_back()
+    assert (data.steps, data.near, data.far[0], data.guarded.waiting) == (0, [0], [[[1]]], 1)
+
+
+def test_a_generator_that_is_met_late_has_not_been_drawn_from() -> None:
+    kept, dice = Kept([]), random.Random(0)
+    before = kept.random_state()
+    kept.follow_training(None, "dice", [dice])
+    assert kept.random_state() == before
+    dice.random()
+    assert kept.random_state() != before

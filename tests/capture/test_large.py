@@ -1,17 +1,21 @@
 """What is too large to be copied is only read, or saved when first written to, or locked; and then as it was."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.capture import kept as kept_module
 from lightning_spectral.capture.kept import Kept
 from lightning_spectral.capture.large import Large
 from lightning_spectral.capture.per_sample import per_sample_gradients
+from lightning_spectral.capture.shadow import BatchLoss
 
 table = torch.zeros(50, 10)
 rows = table[3:5]
@@ -92,3 +96,66 @@ def test_arrays_that_nobody_can_write_to_are_left_alone(tmp_path: Path) -> None:
         assert data[3] == 3
     kept.put_back()
     assert not data.flags.writeable
+
+
+class Step(LightningModule):
+    """Writes, by way of its Trainer, to what is too large to be copied."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+        self.write = data
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean() * self.write(self.trainer)
+
+
+def add_to_tensor(trainer: Any) -> Tensor:
+    trainer.datamodule.data[0] += 1
+    return trainer.datamodule.data[0, 0]
+
+
+def fill_array(trainer: Any) -> float:
+    trainer.datamodule.data[0] = 7
+    return 1.0
+
+
+def add_in_a_mode(trainer: Any) -> Tensor:
+    with TorchDispatchMode():
+        return add_to_tensor(trainer)
+
+
+def trainer_of(data: Any) -> Any:
+    return SimpleNamespace(callback_metrics={}, datamodule=SimpleNamespace(data=data))
+
+
+def test_what_a_trainer_leads_to_is_watched_from_when_it_is_asked_for() -> None:
+    trainer, x = trainer_of(torch.zeros(50, 10)), torch.randn(3, 4)
+    loss = BatchLoss(Step(add_to_tensor), trainer=trainer)
+    with loss.isolated(x):
+        values = []
+        for _ in range(3):
+            values.append(loss(x).item())
+            loss.reset()
+            assert not trainer.datamodule.data.any()
+    assert values[0] > 0
+    assert len(set(values)) == 1
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.parametrize(
+    ("write", "data", "reason"),
+    [
+        (fill_array, np.zeros(500), "writes to a NumPy array that is too large"),
+        (add_in_a_mode, torch.zeros(50, 10), "by way of the Trainer and within a TorchDispatchMode"),
+    ],
+)
+def test_where_that_cannot_be_it_is_refused_in_one_line(write: Any, data: Any, reason: str) -> None:
+    trainer, x = trainer_of(data), torch.randn(3, 4)
+    loss = BatchLoss(Step(write), trainer=trainer)
+    for _ in range(2):
+        with loss.isolated(x), pytest.raises(ValueError, match=reason) as caught:
+            loss(x)
+        assert "\n" not in str(caught.value)
+    assert not data.any()
+    assert getattr(data, "flags", np.zeros(1).flags).writeable
