@@ -52,11 +52,11 @@ class GradientSpectrum(SpectralCallback[GradientReport]):
     mean gradient; TensorBoard also gets histograms of log10 singular values, a log-log figure and a chart with all
     parameters. ``fit`` ends with a table of the first report and the last.
 
-    A sample's own loss is that of ``training_step`` on a batch of one with the index of its batch, called on a shadow
-    of the module (a copy, parameters included, without logging), or ``loss_fn``. What a step reaches beside the copy,
-    globals, generators or ``self.trainer.datamodule`` say, is put back; one that draws from an iterator is refused.
-    Under ``stage="train"`` the module is in training mode (dropout draws a fresh mask for each sample, the run's random
-    stream stays where it is), under ``stage="validate"`` in evaluation mode.
+    A sample's own loss is that of ``training_step`` on a batch of one with the index of its batch and the step that it
+    began at, called on a shadow of the module (a copy, parameters included, without logging), or ``loss_fn``. What a
+    step reaches beside the copy, globals, generators or ``self.trainer.datamodule`` say, is put back; one that draws
+    from an iterator is refused. Under ``stage="train"`` the module is in training mode (dropout draws a fresh mask for
+    each sample, the run's random stream stays where it is), under ``stage="validate"`` in evaluation mode.
 
     **Methods.** ``"vmap"`` vectorises over samples (:mod:`torch.func`); ``"loop"`` makes one backward pass a sample, of
     all parameters together, and works wherever autograd works; ``"auto"`` takes vmap, else the loop, with one warning
