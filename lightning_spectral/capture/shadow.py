@@ -92,9 +92,8 @@ class BatchLoss(nn.Module):
             step: The Trainer's ``global_step`` as it began; None for that of now.
         """
         self.batch_idx = batch_idx
-        bystander = getattr(self.shadow, "_trainer", None)
-        if step is not None and isinstance(bystander, Bystander):
-            bystander.stand_at(step)
+        if step is not None and self._bystander is not None:
+            self._bystander.stand_at(step)
 
     @override
     def forward(self, batch: Any) -> Tensor:

@@ -99,6 +99,8 @@ class Bystander(_Live):
         from lightning.pytorch.loggers.logger import DummyLogger
 
         super().__init__(trainer)
+        # Of no sample's doing, and so not put back between them.
+        self._at = Watched([])
         self.logger = DummyLogger()
         self.loggers = [self.logger]
         self.callback_metrics: dict[str, Any] = dict(trainer.callback_metrics)
@@ -112,7 +114,12 @@ class Bystander(_Live):
 
     def stand_at(self, step: int) -> None:
         """Be where training was after so many steps of optimizers."""
-        self.global_step = step
+        self._at.part.append(step)
+
+    @property
+    def global_step(self) -> int:
+        """Of the batch whose samples are asked for; of now where nobody said."""
+        return int(self._at.part[-1] if self._at.part else self._watched.part.global_step)
 
     def stand_before(self, module: Any) -> None:
         """Be the Trainer of a copied module."""
