@@ -44,8 +44,8 @@ def _why_of_another_size(found: SpanCheck, is_scaled_as_mean: bool) -> str | Non
             "method='vmap'"
         )
     return (
-        f"{times}, which is neither that nor their sum, as with a root or a logarithm of a mean: give loss_fn, or "
-        "check='warn'"
+        f"{times}, which is neither that nor their sum, as with a root of a mean, or samples that are others than "
+        "they were taken for: give loss_fn, samples or check='warn'"
     )
 
 

@@ -24,7 +24,9 @@ ONE_SAMPLE = "one sample alone must have a loss: give loss_fn, or samples, which
 def remedied(error: BaseException, method: str) -> str:
     """What an error of a step, made for a method, says, and what to do about it; of memory that is short nothing."""
     reason = reason_of(error)
-    if is_out_of_memory(error) or any(word in reason for word in ("give ", "use ", "make ")):
+    if is_out_of_memory(error) or any(
+        remedy in reason for remedy in (": give", ": use", ": make", ": have", "so give")
+    ):
         return reason
     return f"{reason} ({ONE_SAMPLE if method in ('auto', 'loop') else LOOP})"
 

@@ -368,7 +368,7 @@ class Root(Net):
 @METHODS
 def test_a_root_of_a_mean_is_neither_mean_nor_sum(tmp_path: Path, method: Any) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"loss of a batch is 0\.\d+ times the mean of its .* as with a root or"):
+    with pytest.warns(UserWarning, match=r"loss of a batch is 0\.\d+ times the mean of its .* as with a root of"):
         assert math.isnan(norm(fit(tmp_path, Root(), Kept(method=method))))
 
 
