@@ -254,7 +254,8 @@ class Instrument(Participant, Generic[ReportT]):
 
     @override
     def close(self, host: Host) -> None:
-        if self.stage == "validate" and self._seen is None and host.is_fitting and host.has_validation:
+        is_new = self._restored is None and host.is_fitting and host.step > 0
+        if is_new and self.stage == "validate" and self._seen is None and host.has_validation:
             self.warn(
                 f"made no report, for no validation run that was due has ended, with every_n_steps="
                 f"{self._request.every_n_steps}: validate more often (val_check_interval), or use stage='train'"

@@ -255,6 +255,7 @@ class _Gradients:
         loss.reset()
         pairs = zip(parameters, gradients, strict=True)
         parts = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
+        parts = [part.to_dense() if part.layout != torch.strided else part for part in parts]
         return torch.cat([part.flatten().to(torch.float64) for part in parts]) / loss.scale
 
 
