@@ -1,6 +1,5 @@
 """The copy of a module on which losses are asked for: its own weights and state, nothing shared with training."""
 
-import collections
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral.capture.reachable import MANY, PLAIN, is_opaque, is_trainer, slots_of, value_in
+from lightning_spectral.capture.reachable import BARE, MANY, PLAIN, is_opaque, is_trainer, slots_of, value_in
 from lightning_spectral.capture.rebinding import Rebinding
 from lightning_spectral.capture.reparametrised import made_by
 from lightning_spectral.capture.stand_ins import Bystander, Undrawable, silence_logging
@@ -23,8 +22,6 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 
 WATCHERS = ("wandb",)
 """Packages whose hooks send what they see elsewhere; nothing of it comes back to the loss."""
@@ -98,7 +95,7 @@ def _iterators(module: nn.Module) -> Iterator[Any]:
         for value in list(part.values()) if isinstance(part, dict) else part:
             if isinstance(value, PLAIN) or id(value) in seen:
                 continue
-            if isinstance(value, CONTAINERS):
+            if isinstance(value, BARE):
                 if 0 < len(value) <= MANY:
                     seen.add(id(value))
                     left.append(value)

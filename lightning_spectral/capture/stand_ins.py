@@ -114,12 +114,12 @@ class Bystander(_Live):
 
     def stand_at(self, step: int) -> None:
         """Be where training was after so many steps of optimizers."""
-        self._at.part.append(step)
+        self._at.part[:] = [step]
 
     @property
     def global_step(self) -> int:
         """Of the batch whose samples are asked for; of now where nobody said."""
-        return int(self._at.part[-1] if self._at.part else self._watched.part.global_step)
+        return int(self._at.part[0] if self._at.part else self._watched.part.global_step)
 
     def stand_before(self, module: Any) -> None:
         """Be the Trainer of a copied module."""
